@@ -1,0 +1,350 @@
+"""A folder as a source: which clips it has, what is held out, what a sample is, and what it says when it can't."""
+
+import pathlib
+import pickle
+import string
+from concurrent import futures
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from walt_jax.data import folder as folder_lib
+from walt_jax.data.folder import FolderClips
+from walt_jax.data.media import write_video
+from walt_jax.data.video import read_clip
+from walt_jax.errors import UserError
+
+SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
+
+NAMES = [f"clip{i:02}.gif" for i in range(12)]
+
+
+def write_clip(path, frames=12, height=16, width=24, seed=0):
+    """A clip at 10 fps of which no two frames, rows or columns are equal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    palette = rng.integers(0, 256, (200, 3), np.uint8)
+    write_video(path, palette[rng.integers(0, 200, (frames, height, width))], 10)
+
+
+def write_table(folder, *lines):
+    (folder / "metadata.csv").write_text("\n".join(lines), "utf-8")
+
+
+def source(folder, split="train", frames=5, fps=10, height=12, width=16, **options):
+    return FolderClips(folder, split, frames, fps, height, width, **options)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Twelve readable clips without captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i, name in enumerate(NAMES):
+        write_clip(folder / name, seed=i)
+    return folder
+
+
+# Which clips
+
+
+def test_without_a_table_every_video_is_a_clip_without_caption(tmp_path):
+    for name in ("b.gif", "a.GIF", "deep/er/c.mp4", ".hidden.gif", ".trash/d.gif"):
+        write_clip(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a video")
+    train, held_out = source(tmp_path), source(tmp_path, "held_out")
+    assert len(train) == 2 and len(held_out) == 1
+    assert train.captions + held_out.captions == ["", "", ""]
+    assert train.skipped == held_out.skipped == []
+
+
+def test_with_a_table_its_rows_are_the_clips(tmp_path):
+    for name in ("a.gif", "deep/b.gif", "c.gif", "left.gif"):
+        write_clip(tmp_path / name)
+    write_table(
+        tmp_path,
+        "\ufefffile_name,license,caption",  # with the byte-order mark of a spreadsheet program
+        'deep/b.gif,ours,"a comma, and ""quotes"""',
+        "a.gif,ours,  Zürich ",
+        "c.gif,ours,",
+        "c.gif,ours,the same clip in other words",
+    )
+    both = source(tmp_path), source(tmp_path, "held_out")
+    captions = [caption for part in both for caption in part.captions]
+    assert sorted(captions) == sorted(['a comma, and "quotes"', "Zürich", "", "the same clip in other words"])
+    assert both[0].skipped == [{"file": "left.gif", "reason": "not in metadata.csv"}]
+    # Both captions of a file are on the same side.
+    assert any({"", "the same clip in other words"} <= set(part.captions) for part in both)
+
+
+def test_a_split_column_decides(tmp_path):
+    rows = {"a.gif": "train", "b.gif": "val", "c.gif": "Test", "d.gif": "train"}
+    for name in rows:
+        write_clip(tmp_path / name)
+    write_table(tmp_path, "file_name,caption,split", *(f"{name},{name},{split}" for name, split in rows.items()))
+    assert source(tmp_path).captions == ["a.gif", "d.gif"]
+    assert source(tmp_path, "held_out").captions == ["b.gif", "c.gif"]
+
+
+names = st.sets(st.text(string.ascii_lowercase, min_size=1, max_size=6), min_size=2, max_size=60)
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(names, st.text(string.ascii_lowercase, min_size=1))
+@hypothesis.example({"j", "zau", "bbov"}, "a")  # the hash alone would hold out all three
+def test_the_split_leaves_no_side_empty_and_does_not_move_files(files, another):
+    held_out = folder_lib._held_out(files)
+    assert held_out < files and held_out
+    more = folder_lib._held_out(files | {another})
+    if 1 < len(held_out) < len(files) - 1:  # so no file is there just to keep a side from being empty
+        assert held_out <= more | {another} and more <= held_out | {another}
+
+
+def test_one_in_eight_is_held_out():
+    held_out = folder_lib._held_out({f"{i}.mp4" for i in range(4000)})
+    assert abs(len(held_out) - 500) < 5 * np.sqrt(4000 * 7 / 64)
+
+
+def test_the_splits_share_nothing_and_lack_nothing(clips):
+    write_table(clips, "file_name,caption", *(f"{name},{name}" for name in NAMES))
+    train, held_out = source(clips).captions, source(clips, "held_out").captions
+    (clips / "metadata.csv").unlink()
+    assert held_out and train and sorted(train + held_out) == NAMES
+
+
+def test_a_single_clip_is_on_both_sides(tmp_path):
+    write_clip(tmp_path / "only.gif")
+    assert len(source(tmp_path)) == len(source(tmp_path, "held_out")) == 1
+
+
+def test_a_split_that_there_is_not(clips):
+    with pytest.raises(ValueError, match="split is 'test'"):
+        source(clips, "test")
+
+
+# Samples
+
+
+def windows(clip, frames, height, width):
+    """Every window and crop of a clip, slowly."""
+    return {
+        clip[t : t + frames, y : y + height, x : x + width].tobytes()
+        for t in range(len(clip) - frames + 1)
+        for y in range(clip.shape[1] - height + 1)
+        for x in range(clip.shape[2] - width + 1)
+    }
+
+
+def test_samples_are_windows_and_crops_of_the_clip_and_all_of_them_come(tmp_path):
+    write_clip(tmp_path / "clip.gif", frames=8, height=16, width=24)
+    data = source(tmp_path, frames=5, fps=10, height=16, width=20)
+    want = windows(read_clip(tmp_path / "clip.gif", 10), 5, 16, 20)
+    rng = np.random.default_rng(0)
+    got = [data.sample(0, rng) for _ in range(200)]
+    assert all(sample["video"].shape == (5, 16, 20, 3) and sample["video"].dtype == np.uint8 for sample in got)
+    assert {sample["video"].tobytes() for sample in got} == want
+    assert len(want) == 4 * 5
+
+
+@pytest.mark.parametrize(("stored", "size"), [((16, 24), (32, 32)), ((40, 24), (12, 16)), ((24, 40), (12, 30))])
+def test_a_clip_is_resized_until_it_just_covers_the_crop(tmp_path, stored, size):
+    write_clip(tmp_path / "clip.gif", 5, *stored)
+    clip = read_clip(tmp_path / "clip.gif", 10, cover=size)
+    assert clip.shape[1] == size[0] or clip.shape[2] == size[1]
+    video = source(tmp_path, frames=5, height=size[0], width=size[1]).center(0)["video"]
+    top, left = (clip.shape[1] - size[0]) // 2, (clip.shape[2] - size[1]) // 2
+    np.testing.assert_array_equal(video, clip[:, top : top + size[0], left : left + size[1]])
+
+
+def test_the_same_rng_gives_the_same_bytes(clips):
+    first, second = (
+        [data.sample(i, np.random.default_rng(i))["video"].tobytes() for i in range(len(data))]
+        for data in (source(clips), source(clips, cache_bytes=0))  # with the cache, and without
+    )
+    assert first == second
+
+
+def test_writing_into_a_sample_changes_no_other(clips):
+    data = source(clips)
+    before = data.center(0)["video"].copy()
+    data.center(0)["video"][:] = 0
+    np.testing.assert_array_equal(data.center(0)["video"], before)
+
+
+def test_the_cache_keeps_within_its_bytes_and_spares_decoding(clips, monkeypatch):
+    data = source(clips)
+    decoded = []
+    monkeypatch.setattr(folder_lib, "read_clip", lambda *args, **kw: decoded.append(args[0]) or read_clip(*args, **kw))
+    one = 12 * 12 * 18 * 3
+    for limit, want in ((one * 100, len(data)), (one * 4, 3 * len(data)), (0, 3 * len(data))):
+        data._cache = folder_lib._Cache(limit)
+        decoded.clear()
+        for _ in range(3):
+            for i in range(len(data)):
+                data.sample(i, np.random.default_rng(0))
+                assert data._cache.bytes <= limit
+                assert data._cache.bytes == sum(array.nbytes for array in data._cache._arrays.values())
+        assert len(decoded) == want
+        assert data._cache.bytes == min(one * len(data), limit)
+
+
+def test_the_cache_drops_what_was_used_longest_ago():
+    cache = folder_lib._Cache(100)
+    for key in "abc":
+        cache.put(key, np.zeros(30, np.uint8))
+    cache.get("a")
+    cache.put("d", np.zeros(30, np.uint8))
+    cache.put("too large", np.zeros(101, np.uint8))
+    assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "c", "d"]
+
+
+def test_an_overlong_clip_is_used_up_to_a_limit(tmp_path, monkeypatch):
+    write_clip(tmp_path / "long.gif", frames=100, height=12, width=16)
+    monkeypatch.setattr(folder_lib, "LONGEST_CLIP_BYTES", 30 * 12 * 16 * 3)
+    data = source(tmp_path)
+    data.center(0)
+    assert data._cache.bytes == 30 * 12 * 16 * 3
+
+
+def test_threads_get_what_one_would(clips):
+    data = source(clips, cache_bytes=40_000)
+
+    def sample(i):
+        return data.sample(i % len(data), np.random.default_rng(i))["video"].tobytes()
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(sample, range(200))) == [sample(i) for i in range(200)]
+
+
+def test_a_copy_goes_to_another_process(clips):
+    data = source(clips)
+    data.center(0)
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy._cache.bytes == 0
+    np.testing.assert_array_equal(copy.center(0)["video"], data.center(0)["video"])
+
+
+# Clips that can't be used
+
+
+def test_short_clips_are_skipped_and_count_as_good(tmp_path):
+    write_table(tmp_path, "file_name,caption,split", "a.gif,,train", "short.gif,,train", "still.gif,,train")
+    write_clip(tmp_path / "a.gif")
+    write_clip(tmp_path / "short.gif", frames=4)
+    write_clip(tmp_path / "still.gif", frames=1)
+    data = source(tmp_path, frames=5)
+    rng = np.random.default_rng(0)
+    assert [data.sample(i, rng) is None for i in (0, 1, 2, 1)] == [False, True, True, True]
+    assert data.center(1) is None
+    assert data.skipped == [
+        {"file": "short.gif", "reason": "too short: 4 of 5 frames at 10 fps"},
+        {"file": "still.gif", "reason": "too short: 1 of 5 frames at 10 fps"},
+    ]
+
+
+def test_a_file_that_breaks_later_is_skipped_until_none_is_left(tmp_path):
+    write_table(tmp_path, "file_name,caption,split", "a.gif,,train", "b.gif,,train")
+    for name in ("a.gif", "b.gif"):
+        write_clip(tmp_path / name)
+    data = source(tmp_path, cache_bytes=0)
+    (tmp_path / "b.gif").write_bytes(b"")
+    assert data.center(1) is None and data.center(0) is not None
+    assert data.skipped == [{"file": "b.gif", "reason": "empty file"}]
+    (tmp_path / "a.gif").unlink()
+    with pytest.raises(UserError, match=r"train split gives 5 frames at 10 fps; a\.gif, for one, does not"):
+        data.center(0)
+
+
+def test_bad_files_up_to_a_fraction(tmp_path):
+    for name in NAMES[:8]:
+        write_clip(tmp_path / name)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "page.mp4").write_text("<html>" * 20)
+    with pytest.raises(UserError) as error:
+        source(tmp_path, max_bad_fraction=0.19)
+    assert str(error.value) == (
+        f"2 of 10 files in {tmp_path} can't be read, the first being empty.mp4 (empty file): remove them, or raise "
+        "--config.data.max_bad_fraction, now 0.19."
+    )
+    train, held_out = (source(tmp_path, split, max_bad_fraction=0.2) for split in ("train", "held_out"))
+    assert len(train) + len(held_out) == 8
+    assert [entry["file"] for entry in train.skipped] == ["empty.mp4", "page.mp4"]
+    (tmp_path / "page.mp4").unlink()
+    with pytest.raises(UserError, match=r"1 of 9 files .*: remove it, or raise"):
+        source(tmp_path)
+
+
+# Mistakes of the user
+
+
+@pytest.mark.parametrize(
+    ("table", "files", "sentence"),
+    [
+        (
+            None,
+            [],
+            "{folder} holds no video: put files in it that end in .mp4, .webm, .mov, .avi, .gif, .mkv, .ts, .m4v.",
+        ),
+        ("", [], "{folder}/metadata.csv names no clip: "),
+        ("file_name,caption\n", ["a.gif"], "{folder}/metadata.csv names no clip: "),
+        ("file_name,text\na.gif,x\n", ["a.gif"], "{folder}/metadata.csv has no column caption: "),
+        ("path,caption\na.gif,x\n", ["a.gif"], "{folder}/metadata.csv has no column file_name: "),
+        ("file_name,caption\n,x\n", ["a.gif"], "{folder}/metadata.csv has a row without a file_name ('x'): "),
+        ("file_name,caption\nb.gif,x\n", ["a.gif"], "{folder}/metadata.csv names b.gif, which is not there: "),
+        ("file_name,caption\n\xff,x\n", ["a.gif"], "{folder}/metadata.csv is not UTF-8 (byte 18): "),
+        (
+            "file_name,caption,split\na.gif,x,dev\n",
+            ["a.gif"],
+            "{folder}/metadata.csv puts a.gif in the split 'dev': write one of train, val, validation, test.",
+        ),
+        ("file_name,caption,split\na.gif,x\n", ["a.gif"], "{folder}/metadata.csv puts a.gif in the split '': "),
+        (
+            "file_name,caption,split\na.gif,x,test\n",
+            ["a.gif"],
+            "no readable clip in {folder} belongs to the train split: ",
+        ),
+        (
+            None,
+            ["short.gif"],
+            "no clip of {folder}'s train split gives 5 frames at 10 fps; short.gif, for one, does not (too short: 4 of "
+            "5 frames at 10 fps): use longer clips, or ask for fewer frames or more frames per second.",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, table, files, sentence):
+    for name in files:
+        write_clip(tmp_path / name, frames=4 if name == "short.gif" else 12)
+    if table is not None:
+        (tmp_path / "metadata.csv").write_bytes(table.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        source(tmp_path)
+    assert str(error.value).startswith(sentence.format(folder=tmp_path))
+    assert str(error.value).endswith(".") and ". " not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match=r"there is no data folder .*/nowhere: correct its path, or create it\."):
+        source(tmp_path / "nowhere")
+
+
+# Real files
+
+
+def test_real_clips():
+    if not (SHARED / "actions").is_dir():
+        pytest.skip(f"no {SHARED / 'actions'} on this machine")
+    data = source(SHARED / "actions", "held_out", frames=17, fps=8, height=32, width=56)
+    assert 1 <= len(data) <= 14 and all(data.captions)
+    assert data.sample(0, np.random.default_rng(0))["video"].shape == (17, 32, 56, 3)
+    assert data.skipped == []
+
+
+def test_real_trouble():
+    if not (SHARED / "bad").is_dir():
+        pytest.skip(f"no {SHARED / 'bad'} on this machine")
+    with pytest.raises(UserError, match=r"13 of 40 files .* first being audio_only\.mp4 \(no video stream\)"):
+        source(SHARED / "bad", frames=1)
+    data = source(SHARED / "bad", frames=1, max_bad_fraction=0.5)
+    videos = [data.sample(i, np.random.default_rng(0)) for i in range(0, len(data), 6)]
+    assert all(sample["video"].shape == (1, 12, 16, 3) for sample in videos)

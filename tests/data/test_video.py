@@ -1,0 +1,329 @@
+"""Reading video: clocks against a slow obvious oracle, orientation, size, damage, and real files from the wild."""
+
+import pathlib
+import tempfile
+from fractions import Fraction
+
+import av
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from av.stream import Disposition
+
+from walt_jax.data import video
+from walt_jax.data.media import write_video
+from walt_jax.data.video import ClipError, read_clip
+
+SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
+
+# What each unreadable file says for itself; every other file of the folder gives frames.
+UNREADABLE = {
+    "audio_only.mp4": "no video stream",
+    "audio_only.ts": "no video stream",
+    "encrypted_vp9.webm": "no frame decodes: Invalid data",
+    "git_lfs_pointer.mp4": "not a video: Invalid data",
+    "header_only.flv": "not a video: End of file",
+    "html_error_page.mp4": "not a video: Invalid data",
+    "invalid_bitstream_vp9.webm": "no frame decodes: Invalid data",
+    "junk_prefix.mp4": "not a video: Invalid data",
+    "metadata.csv": "not a video: Invalid data",
+    "smallest_valid.mp4": "no video stream",
+    "subtitles_only.mp4": "no video stream",
+    "zero_bytes.webm": "empty file",
+    "zero_frames_14B.gif": "no frame decodes: End of file",
+    "zero_size_atom.mp4": "no frame decodes: Invalid data",
+}
+
+
+def shared_files(folder):
+    files = sorted((SHARED / folder).glob("*")) if (SHARED / folder).is_dir() else []
+    if not files:
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f"no {SHARED / folder} on this machine"))]
+    return [pytest.param(file, id=file.name) for file in files]
+
+
+def shared_file(name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"no {SHARED / name} on this machine")
+    return SHARED / name
+
+
+def grey(level, height=16, width=16):
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def write_stamped(path, milliseconds, last, rotation=0, pictures=None, container=None, says=None):
+    """A video of which frame i, grey of level 12 i, appears at `milliseconds[i]`; the last stays for `last` ms.
+
+    `says` is what every frame is said to last instead of the truth.
+    """
+    if pictures is None:
+        pictures = [grey(12 * i) for i in range(len(milliseconds))]
+    with av.open(str(path), "w", format=container) as out:
+        stream = out.add_stream("libx264", rate=1000)
+        stream.height, stream.width, _ = pictures[0].shape
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        stream.options = {"bf": "0", "crf": "1"}
+        if rotation:
+            stream.set_display_rotation(rotation)
+        packets = []
+        for picture, pts in zip(pictures, milliseconds, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, 1000)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        for packet, end in zip(packets, [*milliseconds[1:], milliseconds[-1] + last], strict=True):
+            packet.duration = says or end - packet.pts
+            out.mux(packet)
+
+
+def silence():
+    sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+    sound.sample_rate = 8000
+    return sound
+
+
+def levels(clip):
+    """Which frame of `write_stamped` each frame of a clip is."""
+    return np.round(clip.mean((1, 2, 3)) / 12).astype(int).tolist()
+
+
+def oracle(milliseconds, end, fps):
+    """Frame k is the last one that has appeared k / fps seconds after the first."""
+    shown, k = [], 0
+    while Fraction(1000 * k) / fps < end - milliseconds[0]:
+        now = milliseconds[0] + Fraction(1000 * k) / fps
+        shown.append(max(i for i, appears in enumerate(milliseconds) if appears <= now))
+        k += 1
+    return shown
+
+
+@hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
+@hypothesis.given(
+    gaps=st.lists(st.integers(20, 400), min_size=1, max_size=15), start=st.integers(0, 500), fps=st.integers(1, 60)
+)
+def test_resampling_follows_the_time_stamps(gaps, start, fps):
+    stamps = (start + np.cumsum([0, *gaps[:-1]])).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "clip.mp4"
+        write_stamped(path, stamps, last=gaps[-1])
+        assert levels(read_clip(path)) == list(range(len(stamps)))
+        assert levels(read_clip(path, fps)) == oracle(stamps, stamps[-1] + gaps[-1], fps)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate"), [(".mkv", 30), (".mkv", 24), (".mkv", 59.94), (".gif", 30), (".gif", 15), (".gif", 8)]
+)
+def test_rounded_time_stamps_repeat_and_lose_nothing(tmp_path, suffix, rate):
+    # Matroska rounds to 1 ms and GIF to 10 ms: 30 fps is 0, 33, 67, 100, ... ms and 0, 30, 70, 100, ... ms.
+    path = tmp_path / f"clip{suffix}"
+    if suffix == ".gif":
+        write_video(path, np.stack([grey(12 * i) for i in range(20)]), rate)
+    else:
+        stamps = [round(1000 * i / rate) for i in range(20)]
+        write_stamped(path, stamps, last=round(1000 / rate))
+    assert levels(read_clip(path, rate)) == list(range(20))
+
+
+def test_durations_that_were_wrong_before_are_not_believed_at_the_end(tmp_path):
+    write_stamped(tmp_path / "clip.mkv", [0, 200, 400, 600], last=200, says=1)
+    with av.open(str(tmp_path / "clip.mkv")) as container:
+        assert {frame.duration for frame in container.decode(video=0)} == {1}
+    assert levels(read_clip(tmp_path / "clip.mkv", 10)) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_the_last_picture_stays_as_long_as_it_says(tmp_path):
+    write_stamped(tmp_path / "clip.mp4", [0, 100, 200], last=500)
+    assert levels(read_clip(tmp_path / "clip.mp4", 10)) == [0, 1, 2, 2, 2, 2, 2]
+
+
+def test_time_stamps_that_jump_an_hour_do_not_fill_memory(tmp_path):
+    hour = 3_600_000
+    write_stamped(tmp_path / "clip.mp4", [0, 100, 200, hour, hour + 100], last=100)
+    assert levels(read_clip(tmp_path / "clip.mp4", 10)) == [0, 1, 2, 3, 4]
+
+
+def test_a_file_without_time_stamps_runs_on(tmp_path):
+    write_stamped(tmp_path / "clip.h264", [0, 40, 80, 120], last=40, container="h264")
+    clip = read_clip(tmp_path / "clip.h264", 25)
+    assert sorted(set(levels(clip))) == [0, 1, 2, 3]
+
+
+def test_max_frames_gives_the_first_ones(tmp_path):
+    write_stamped(tmp_path / "clip.mp4", [0, 100, 350, 400], last=100)
+    for fps in (None, 8):
+        whole = read_clip(tmp_path / "clip.mp4", fps)
+        for count in (1, 2, 3, 100):
+            np.testing.assert_array_equal(read_clip(tmp_path / "clip.mp4", fps, max_frames=count), whole[:count])
+
+
+def test_decoding_stops_at_max_frames(tmp_path, monkeypatch):
+    write_stamped(tmp_path / "clip.mp4", [0, 100, 200, 300, 400, 500], last=100)
+    decode, decoded = video._decode, []
+
+    def counted(path):
+        for frame in decode(path):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(video, "_decode", counted)
+    read_clip(tmp_path / "clip.mp4", max_frames=2)
+    assert len(decoded) == 2
+    read_clip(tmp_path / "clip.mp4", fps=10, max_frames=2)
+    assert len(decoded) == 2 + 3  # the second ends when the third begins
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_frames_come_upright(tmp_path, rotation):
+    stored = grey(0, 32, 64)
+    stored[:16, :32] = 255  # a white quarter at the top left
+    write_stamped(tmp_path / "clip.mp4", [0], last=100, rotation=rotation, pictures=[stored])
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        says = next(container.decode(video=0)).rotation
+    assert says % 360 == rotation % 360
+    upright = np.rot90(stored, rotation // 90)  # both count counterclockwise
+    clip = read_clip(tmp_path / "clip.mp4")
+    assert clip.shape[1:] == upright.shape
+    assert np.abs(clip[0].astype(int) - upright).mean() < 4
+    assert read_clip(tmp_path / "clip.mp4", short_side=16).shape[1:3] == ((16, 32) if rotation % 180 == 0 else (32, 16))
+
+
+def test_a_phone_video_reads_the_right_way_up():
+    # Red fingers hold a sheet of paper at its top.
+    picture = read_clip(shared_file("bad/rot90_352x288.mp4"), max_frames=1)[0].astype(int)
+    assert picture.shape == (352, 288, 3)
+    redness = (picture[..., 0] - picture[..., 2])[:, 72:216].mean(1)
+    assert redness[:30].mean() > 20 + redness[30:].mean()
+
+
+@pytest.mark.parametrize(
+    ("stored", "cover", "size"),
+    [
+        ((64, 96), (32, 32), (32, 48)),
+        ((96, 64), (32, 32), (48, 32)),
+        ((64, 96), (32, 64), (43, 64)),
+        ((16, 128), (24, 24), (24, 192)),
+        ((50, 70), (50, 70), (50, 70)),
+    ],
+)
+def test_cover_is_the_smallest_size_that_does(tmp_path, stored, cover, size):
+    write_video(tmp_path / "clip.mp4", np.zeros((2, *stored, 3), np.uint8), 8)
+    assert read_clip(tmp_path / "clip.mp4", cover=cover).shape[1:3] == size
+    if cover[0] == cover[1]:
+        assert read_clip(tmp_path / "clip.mp4", short_side=cover[0]).shape[1:3] == size
+
+
+def test_shrinking_is_antialiased(tmp_path):
+    lines = grey(0, 128, 128)
+    lines[:, ::2] = 255
+    write_stamped(tmp_path / "clip.mp4", [0], last=100, pictures=[lines])
+    shrunk = read_clip(tmp_path / "clip.mp4", short_side=32).astype(int)
+    assert np.abs(shrunk[:, :, 2:-2] - 127).max() < 12
+
+
+def test_colours_survive(tmp_path):
+    for colour in [(255, 255, 255), (0, 0, 0), (250, 20, 30), (20, 200, 40), (30, 40, 220)]:
+        write_video(tmp_path / "clip.mp4", np.broadcast_to(np.uint8(colour), (1, 32, 32, 3)), 8)
+        limit = 1 if len(set(colour)) == 1 else 3  # grey has no rounding of chroma
+        assert np.abs(read_clip(tmp_path / "clip.mp4").astype(int) - colour).max() <= limit, colour
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>404</html>" * 20, "not a video: Invalid data"),
+        (None, "it can't be opened: No such"),
+    ],
+)
+def test_what_is_not_a_video_says_so(tmp_path, content, reason):
+    path = tmp_path / "clip.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ClipError, match=reason) as error:
+        read_clip(path)
+    assert str(path) not in str(error.value)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "clip.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=8000)
+        out.mux(stream.encode(silence()))
+        out.mux(stream.encode())
+    with pytest.raises(ClipError, match=r"^no video stream$"):
+        read_clip(tmp_path / "clip.mp4")
+
+
+def test_the_cover_of_a_sound_file_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "clip.mp4"), "w") as out:
+        stream = out.add_stream("mjpeg", rate=1)
+        stream.height = stream.width = 16
+        stream.pix_fmt = "yuvj420p"
+        stream.disposition = Disposition.attached_pic
+        sound = out.add_stream("aac", rate=8000)
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(grey(100))))
+        out.mux(stream.encode())
+        out.mux(sound.encode(silence()))
+        out.mux(sound.encode())
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(ClipError, match=r"^no video stream$"):
+        read_clip(tmp_path / "clip.mp4")
+
+
+def test_names_in_another_encoding_do_no_harm(tmp_path):
+    with av.open(str(tmp_path / "clip.mkv"), "w") as out:
+        out.metadata["title"] = "Muenchen"
+        stream = out.add_stream("libx264", rate=25)
+        stream.height = stream.width = 16
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(grey(100))))
+        out.mux(stream.encode())
+    data = (tmp_path / "clip.mkv").read_bytes()
+    (tmp_path / "clip.mkv").write_bytes(data.replace(b"Muenchen", b"M\xfcnchen."))
+    assert len(read_clip(tmp_path / "clip.mkv")) == 1
+
+
+def test_a_cut_off_file_gives_what_is_there(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (12, 32, 32, 3), np.uint8)
+    with av.open(str(tmp_path / "clip.ts"), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height = stream.width = 32
+        stream.pix_fmt = "yuv420p"
+        for picture in noise:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        out.mux(stream.encode())
+    data = (tmp_path / "clip.ts").read_bytes()
+    (tmp_path / "clip.ts").write_bytes(data[: len(data) // 2])
+    assert 3 <= len(read_clip(tmp_path / "clip.ts")) < 12
+
+
+@pytest.mark.parametrize("file", shared_files("bad"))
+def test_every_file_gives_frames_or_a_reason(file):
+    reason = UNREADABLE.get(file.name)
+    if reason:
+        with pytest.raises(ClipError, match=f"^{reason}"):
+            read_clip(file, fps=8, short_side=32)
+    else:
+        clip = read_clip(file, fps=8, short_side=32, max_frames=400)
+        assert clip.dtype == np.uint8 and clip.ndim == 4 and min(clip.shape[1:3]) == 32 and clip.shape[3] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "at_8_fps"),
+    [
+        ("zeroed_50KB.mp4", 220, 104),  # 13 s, of which 105 frames are lost and one comes back out of turn
+        ("fps_reported_1000.flv", 30, 8),
+        ("fps_reported_1000.mkv", 30, 8),
+        ("rot180_vfr.mp4", 25, 20),
+        ("resolution_change.ts", 48, 16),
+        ("vfr_slow_motion.mp4", 7, 5),
+        ("rate_23976.mp4", 48, 17),
+    ],
+)
+def test_frames_and_seconds_of_odd_files(name, frames, at_8_fps):
+    path = shared_file(f"bad/{name}")
+    assert len(read_clip(path, short_side=16)) == frames
+    assert len(read_clip(path, fps=8, short_side=16)) == at_8_fps

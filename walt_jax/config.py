@@ -1,0 +1,76 @@
+"""From a config file's knobs to the frozen dataclasses that the code reads. A knob that nothing reads is an error."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+from walt_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], knobs: Any, where: str) -> T:
+    """Makes the dataclass `cls` from `knobs`.
+
+    Args:
+        cls: a dataclass; its fields may be dataclasses, or `dict[str, SomeDataclass]`.
+        knobs: a mapping from field names to values.
+        where: the config path of `knobs`, for messages, such as "config.tokenizer".
+
+    Raises:
+        UserError: if a knob is read by nothing, one is missing, a value's type is wrong, or the dataclass refuses the
+            values.
+    """
+    if not hasattr(knobs, "items"):
+        raise UserError(f"{where} is {knobs!r}; it should be a group of knobs ({', '.join(_names(cls))}).")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in knobs.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(_names(cls))}."
+            raise UserError(f"{where}.{name} is read by nothing; {hint}")
+        values[name] = _convert(hints[name], value, f"{where}.{name}")
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            raise UserError(f"{where}.{field.name} is missing; add it to the config file.")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from error
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is dict:
+        if not hasattr(value, "items"):
+            raise UserError(f"{where} is {value!r}; it should be a group of named entries.")
+        return {key: _convert(typing.get_args(hint)[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise UserError(f"{where} is {value!r}; it should be a list.")
+        inner = typing.get_args(hint)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            inner = (inner[0],) * len(value)
+        if len(inner) != len(value):
+            raise UserError(f"{where} has {len(value)} entries; it should have {len(inner)}.")
+        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} is {value!r}; it should be of type {hint.__name__}.")
+    return value

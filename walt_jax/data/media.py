@@ -1,0 +1,208 @@
+"""Writes what people look at: videos, and sheets of stills with their captions."""
+
+import functools
+import io
+import tempfile
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from walt_jax.errors import UserError
+
+# The sheets' measures, in pixels. Frames smaller than READABLE are enlarged by a whole factor.
+READABLE = 96
+MARGIN = 8
+GAP = 2
+FONT_SIZE = 15
+LINE_HEIGHT = 19
+CAPTION_LINES = 3
+
+PALETTE_PIXELS = 2**22
+
+BACKGROUND = (255, 255, 255)
+INK = (20, 20, 20)
+
+
+def write_video(path: epath.PathLike, frames: np.ndarray, fps: float) -> None:
+    """Writes a clip as H.264 (`.mp4`) or as an endless animated picture (`.gif`); equal frames give equal bytes.
+
+    H.264 holds even sizes only, so an odd side grows by one repeated line of pixels. GIF holds 256 colours, shared by
+    the whole clip, and times in hundredths of a second, at least two; equal frames in a row become one that stays.
+
+    Args:
+      path: where to, local or remote; the suffix chooses the format.
+      frames: uint8 [t, h, w, 3], RGB.
+      fps: frames per second.
+
+    Raises:
+      UserError: another suffix.
+    """
+    path = epath.Path(path)
+    write = {".mp4": _mp4, ".gif": _gif}.get(path.suffix.lower())
+    if write is None:
+        raise UserError(f"{path} can't be written as video: give it a name that ends in .mp4 or .gif.")
+    path.write_bytes(write(frames, fps))
+
+
+def contact_sheet(
+    clips: Sequence[np.ndarray],
+    captions: Sequence[str],
+    frames_per_clip: int = 5,
+    columns: int = 2,
+    scale: int | None = None,
+) -> Image.Image:
+    """One cell a clip: frames spread evenly over its time side by side, and the caption under them.
+
+    Args:
+      clips: uint8 [t, h, w, 3] each; sizes and lengths may differ.
+      captions: one a clip; what does not fit in three lines is cut off with an ellipsis.
+      frames_per_clip: at most so many stills of each; a shorter clip shows all that it has.
+      columns: cells side by side.
+      scale: the whole factor by which pixels are enlarged; None enlarges small clips until they can be made out.
+    """
+    strips = [_strip(clip, frames_per_clip, scale) for clip in clips]
+    width = max(strip.width for strip in strips)
+    cells = [_stack([strip, _text(caption, width)]) for strip, caption in zip(strips, captions, strict=True)]
+    rows = [_beside(cells[i : i + columns], width) for i in range(0, len(cells), columns)]
+    return _frame(_stack(rows, MARGIN))
+
+
+def compare_sheet(
+    rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]],
+    frames_per_clip: int = 5,
+    scale: int | None = None,
+) -> Image.Image:
+    """For each (title, [(label, clip), ...]) the title, then its clips one under another, aligned in time.
+
+    Args:
+      rows: clips are uint8 [t, h, w, 3], such as an original, its reconstruction and their difference.
+      frames_per_clip: at most so many stills of each.
+      scale: as in `contact_sheet`.
+    """
+    rows = [(title, [(label, _strip(clip, frames_per_clip, scale)) for label, clip in clips]) for title, clips in rows]
+    strips = [strip for _, labelled in rows for _, strip in labelled]
+    labels = [label for _, labelled in rows for label, _ in labelled]
+    label_width = round(max(map(_font().getlength, labels))) + MARGIN
+    width = label_width + max(strip.width for strip in strips)
+    blocks = []
+    for title, labelled in rows:
+        lines = [_beside([_text(label, label_width), strip], label_width, 0) for label, strip in labelled]
+        blocks.append(_stack([_text(title, width), *lines], GAP))
+    return _frame(_stack(blocks, MARGIN))
+
+
+def _mp4(frames: np.ndarray, fps: float) -> bytes:
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    # Moving the index to the front ("faststart") makes FFmpeg read its own output again, which takes a real file.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        options = {"movflags": "faststart", "fflags": "bitexact"}
+        with av.open(str(file), "w", options=options) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            # Players guess the matrix of an untagged file from its size.
+            stream.codec_context.colorspace = Colorspace.SMPTE170M
+            stream.codec_context.color_range = ColorRange.MPEG
+            # x264's bytes depend on its threads, and at some widths, such as 112, its macroblock tree reads memory that
+            # it never wrote.
+            stream.options = {"crf": "12", "threads": "1", "mbtree": "0"}
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
+                )
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+        return file.read_bytes()
+
+
+def _gif(frames: np.ndarray, fps: float) -> bytes:
+    # One palette for all, since one a frame would make still colours flicker; made from as many frames as is quick.
+    chosen = frames[_evenly(len(frames), max(16, PALETTE_PIXELS // frames[0, ..., 0].size))]
+    palette = Image.fromarray(np.concatenate(list(chosen))).quantize(256, dither=Image.Dither.NONE)
+    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    # Differences of rounded times, so that rounding errors do not add up; viewers slow down what is under 20 ms.
+    times = np.round(100 / fps * np.arange(len(frames) + 1))
+    milliseconds = [int(10 * max(2, ticks)) for ticks in np.diff(times)]
+    out = io.BytesIO()
+    pictures[0].save(
+        out, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=False
+    )
+    return out.getvalue()
+
+
+def _evenly(length: int, count: int) -> np.ndarray:
+    """At most `count` indices below `length`, from the first to the last, in equal steps."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int)
+
+
+def _strip(clip: np.ndarray, count: int, scale: int | None) -> Image.Image:
+    """Up to `count` stills of a clip in a row, enlarged without smoothing."""
+    stills = clip[_evenly(len(clip), count)]
+    _, height, width, _ = stills.shape
+    scale = scale or max(1, -(-READABLE // min(height, width)))
+    stills = stills.repeat(scale, axis=1).repeat(scale, axis=2)
+    return _beside([Image.fromarray(still) for still in stills], width * scale, GAP)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", FONT_SIZE)
+    except OSError:  # not installed; Pillow's own font has few letters beyond ASCII
+        return ImageFont.load_default(FONT_SIZE)
+
+
+def _text(text: str, width: int) -> Image.Image:
+    """The text in lines of at most `width` pixels; the last ends in an ellipsis where it does not all fit."""
+    fits = _font().getlength
+    lines, words = [], text.split()
+    while words and len(lines) < CAPTION_LINES:
+        count = 1
+        while count < len(words) and fits(" ".join(words[: count + 1])) <= width:
+            count += 1
+        lines.append(" ".join(words[:count]))
+        words = words[count:]
+    if words:
+        lines[-1] += " …"
+    for i, line in enumerate(lines):
+        while fits(line) > width and len(line) > 1:
+            line = line.removesuffix("…").rstrip()[:-1] + "…"
+        lines[i] = line
+    image = Image.new("RGB", (width, LINE_HEIGHT * max(1, len(lines)) + GAP), BACKGROUND)
+    ImageDraw.Draw(image).multiline_text((0, GAP), "\n".join(lines), INK, _font(), spacing=LINE_HEIGHT - FONT_SIZE)
+    return image
+
+
+def _stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """The images one under another, on the left."""
+    height = sum(image.height for image in images) + gap * (len(images) - 1)
+    sheet = Image.new("RGB", (max(image.width for image in images), height), BACKGROUND)
+    y = 0
+    for image in images:
+        sheet.paste(image, (0, y))
+        y += image.height + gap
+    return sheet
+
+
+def _beside(images: Sequence[Image.Image], step: int, gap: int = MARGIN) -> Image.Image:
+    """The images side by side, starting every `step` + `gap` pixels."""
+    width = (step + gap) * (len(images) - 1) + images[-1].width
+    sheet = Image.new("RGB", (width, max(image.height for image in images)), BACKGROUND)
+    for i, image in enumerate(images):
+        sheet.paste(image, (i * (step + gap), 0))
+    return sheet
+
+
+def _frame(image: Image.Image) -> Image.Image:
+    """The image with a margin all around."""
+    sheet = Image.new("RGB", (image.width + 2 * MARGIN, image.height + 2 * MARGIN), BACKGROUND)
+    sheet.paste(image, (MARGIN, MARGIN))
+    return sheet

@@ -1,0 +1,117 @@
+"""The Grain pipeline: a source's clips, shuffled, repeated, batched; its position is a small JSON that checkpoints keep."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from walt_jax.data.drawn import DrawnClips
+from walt_jax.data.folder import FolderClips
+from walt_jax.errors import UserError
+
+
+class Source(Protocol):
+    """Captioned clips by index. What is random about one comes from the generator alone."""
+
+    captions: list[str]
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict | None:
+        """{"video": uint8 [t, h, w, 3], "caption": str}, or None where the clip can't be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from and what they are made into.
+
+    Attributes:
+        source: "drawn" for the built-in shapes, or a folder of videos with a `metadata.csv`.
+        frames: frames a clip.
+        height, width: in pixels.
+        fps: frames a second.
+        caption_dropout: probability that a clip is trained without its caption, for classifier-free guidance.
+        cache_bytes: decoded clips of a folder are kept in memory up to this.
+        max_bad_fraction: a folder with a greater share of unreadable files stops the run.
+    """
+
+    source: str
+    frames: int
+    height: int
+    width: int
+    fps: float = 8.0
+    caption_dropout: float = 0.1
+    cache_bytes: int = 2**30
+    max_bad_fraction: float = 0.0
+
+    def __post_init__(self):
+        if self.source == "drawn" and self.height != self.width:
+            raise ValueError(f"drawn clips are square; height={self.height} and width={self.width} differ")
+
+
+def open_source(config: DataConfig, split: str, frames: int | None = None) -> Source:
+    """Opens the config's clips.
+
+    Args:
+        config: see `DataConfig`.
+        split: "train" or "held_out"; drawn clips also have "all".
+        frames: of a clip, instead of the config's; 1 for images.
+
+    Raises:
+        UserError: if a folder, its captions or too many of its videos can't be read.
+    """
+    frames = frames or config.frames
+    if not config.source:
+        raise UserError("config.data.source is not set; give a folder of videos: --config.data.source=FOLDER.")
+    if config.source == "drawn":
+        return DrawnClips(split, frames, config.height)
+    return FolderClips(
+        config.source,
+        split,
+        frames,
+        config.fps,
+        config.height,
+        config.width,
+        cache_bytes=config.cache_bytes,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def batches(
+    source: Source,
+    encode: Callable[[list[str]], np.ndarray],
+    batch_size: int,
+    seed: int,
+    caption_dropout: float,
+) -> grain.IterDataset:
+    """Endless batches {"video": uint8 [b, t, h, w, 3], "text": int32 [b, n]}.
+
+    Every epoch has each clip once, in an order of its own. Order and randomness are functions of the seed and the
+    position alone: an iterator that is restored with `set_state` goes on with the same bytes.
+
+    Args:
+        source: the clips.
+        encode: captions to ids, as `text.Vocabulary.encode`.
+        batch_size: clips a batch.
+        seed: of the order, of each clip's generator and of the dropped captions.
+        caption_dropout: probability of an empty caption.
+    """
+
+    def sample(index: int, rng: np.random.Generator) -> dict | None:
+        clip = source.sample(index, rng)
+        if clip is None:
+            return None
+        caption = "" if rng.random() < caption_dropout else clip["caption"]
+        return {"video": clip["video"], "text": encode([caption])[0]}
+
+    return (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(sample)
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size))
+        .batch(batch_size)
+    )

@@ -1,0 +1,1 @@
+"""Gaussian diffusion as pure functions of arrays: schedules, parameterisations, objectives, guidance, samplers."""

@@ -1,0 +1,1 @@
+"""Captions to token embeddings: a sentencepiece vocabulary and T5's encoder."""

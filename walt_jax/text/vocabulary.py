@@ -1,0 +1,69 @@
+"""Captions to token ids and back, with sentencepiece."""
+
+import io
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int
+
+PAD, EOS = 0, 1  # T5's ids; every caption ends with EOS, so the empty one, used for guidance, is EOS alone
+
+
+def train(captions: Sequence[str], size: int) -> bytes:
+    """Trains a vocabulary of at most `size` pieces on captions. The same captions give the same bytes.
+
+    Case is folded; characters that the captions lack are spelled in bytes, so that every prompt can be read.
+
+    Returns:
+        A serialized sentencepiece model.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sorted({c for c in captions if c.strip()}) or ["a clip"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=PAD,
+        eos_id=EOS,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+class Vocabulary:
+    """Encodes captions with a sentencepiece model whose ids are T5's: 0 pads, 1 ends.
+
+    Args:
+        model: a serialized sentencepiece model, as `train` returns it or a `.model` file holds it.
+        length: tokens of an encoded caption, EOS included; what is longer is cut.
+    """
+
+    def __init__(self, model: bytes, length: int):
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.length = length
+
+    @classmethod
+    def load(cls, path: pathlib.Path, length: int) -> "Vocabulary":
+        return cls(path.read_bytes(), length)
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self._processor.vocab_size()
+
+    def encode(self, captions: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        """int32 ids, padded with `PAD` to `length`; a position is text where the id is not `PAD`."""
+        ids = np.full((len(captions), self.length), PAD, np.int32)
+        for row, pieces in zip(ids, self._processor.encode(list(captions)), strict=True):
+            pieces = [*pieces[: self.length - 1], EOS]
+            row[: len(pieces)] = pieces
+        return ids
