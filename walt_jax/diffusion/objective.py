@@ -10,7 +10,9 @@ from walt_jax.diffusion.parameterization import clean_from_velocity, velocity
 from walt_jax.diffusion.schedule import Schedule
 
 # (noisy latents, time, estimate of the clean latents) -> v
-Denoise = Callable[[Float[Array, "b t h w c"], Float[Array, " b"], Float[Array, "b t h w c"]], Float[Array, "b t h w c"]]
+Denoise = Callable[
+    [Float[Array, "b t h w c"], Float[Array, " b"], Float[Array, "b t h w c"]], Float[Array, "b t h w c"]
+]
 
 
 def per_clip(x: Float[Array, " b"]) -> Float[Array, "b 1 1 1 1"]:

@@ -25,7 +25,9 @@ def guided(denoise: Callable[..., Array], scale: float) -> Denoise:
     return apply
 
 
-def ddim(denoise: Denoise, noise: Float[Array, "b t h w c"], schedule: Schedule, steps: int) -> Float[Array, "b t h w c"]:
+def ddim(
+    denoise: Denoise, noise: Float[Array, "b t h w c"], schedule: Schedule, steps: int
+) -> Float[Array, "b t h w c"]:
     """Integrates from `noise` at t = 1 to clean latents at t = 0 in `steps` evaluations, deterministically."""
     times = jnp.linspace(1.0, 0.0, steps + 1)
 

@@ -25,9 +25,7 @@ def causal_convolution(
     taps, batch = kernel.shape[0], x.shape[0]
     frames = -(-x.shape[1] // stride_t)
     padded = _pad_in_front(x, taps - 1)
-    folded = jnp.concatenate(
-        [padded[:, k : k + (frames - 1) * stride_t + 1 : stride_t] for k in range(taps)], axis=-1
-    )
+    folded = jnp.concatenate([padded[:, k : k + (frames - 1) * stride_t + 1 : stride_t] for k in range(taps)], axis=-1)
     y = jax.lax.conv_general_dilated(
         rearrange(folded, "b t h w i -> (b t) h w i"),
         rearrange(kernel, "kt kh kw i o -> kh kw (kt i) o"),

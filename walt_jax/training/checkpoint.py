@@ -3,16 +3,16 @@
 import pathlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from walt_jax.errors import UserError
+from walt_jax.training.state import TrainState
 
 
 class Checkpoints:
     """A stage's checkpoints in `directory`, the newest two kept.
 
-    Saving is asynchronous; Orbax writes to a temporary folder and renames it when all is there, so that a process that
+    Saving is asynchronous. Orbax writes to a temporary folder and renames it when all is there, so that a process that
     is killed meanwhile leaves the checkpoint before.
     """
 
@@ -21,36 +21,66 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
-    def save(self, state: Any, position: dict) -> None:
-        """Saves `state` (a `TrainState`) under its step, and `position`, the data iterator's state."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)),
-        )
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
 
-    def restore(self, like: Any) -> tuple[Any, dict] | None:
-        """The newest state and data position, or None where there is no checkpoint.
+    def save(self, state: TrainState, position: dict, outcome: dict) -> None:
+        """Saves under the state's step.
 
         Args:
-            like: a state of the same structure, shapes and types.
+            state: parameters, their average, the optimizer's state and the step.
+            position: the data iterator's state.
+            outcome: what the finished stage has measured, empty before; see `loop.run_stage`.
+        """
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                # Apart from the rest, so that sampling reads a quarter of the bytes.
+                ema=ocp.args.StandardSave(state.ema),
+                state=ocp.args.StandardSave(state.replace(ema=None)),
+                data=ocp.args.JsonSave(position),
+                outcome=ocp.args.JsonSave(outcome),
+            ),
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict, dict]:
+        """The newest (state, position, outcome).
+
+        Args:
+            like: a state, or its shapes and types, that the checkpoint has to fit.
 
         Raises:
-            UserError: if the checkpoint holds something else.
+            UserError: if there is none, it does not fit or is damaged.
         """
+        restored = self._restore(
+            ema=ocp.args.StandardRestore(like.ema),
+            state=ocp.args.StandardRestore(like.replace(ema=None)),
+            data=ocp.args.JsonRestore(),
+            outcome=ocp.args.JsonRestore(),
+        )
+        return restored["state"].replace(ema=restored["ema"]), restored["data"], restored["outcome"]
+
+    def restore_ema(self, like: Any) -> tuple[Any, dict]:
+        """The newest (averaged parameters, outcome).
+
+        Raises:
+            UserError: as `restore`.
+        """
+        restored = self._restore(ema=ocp.args.StandardRestore(like), outcome=ocp.args.JsonRestore())
+        return restored["ema"], restored["outcome"]
+
+    def _restore(self, **items: Any) -> Any:
         step = self._manager.latest_step()
         if step is None:
-            return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+            raise UserError(f"{self.directory} holds no checkpoint; train first, with --mode=train.")
         try:
-            restored = self._manager.restore(step, args=arguments)
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"The checkpoint {self.directory / str(step)} does not fit this config or is damaged ({reason}); "
-                "use the config it was trained with, or remove it to go on from the one before."
+                f"The checkpoint {self.directory / str(step)} is damaged or of another config ({reason}); remove that "
+                "folder to go on from the one before it."
             ) from error
-        return restored["state"], restored["data"]
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""

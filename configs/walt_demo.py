@@ -1,0 +1,74 @@
+"""The demo: captioned drawn shapes in, video from prompts out, both models trained from scratch.
+
+python -m walt_jax.main --config=configs/walt_demo.py --workdir=runs/demo
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {"source": "drawn", "frames": 17, "height": 32, "width": 32, "fps": 8.0, "caption_dropout": 0.1},
+            "text": {
+                "vocab_size": 512,
+                "length": 16,
+                "encoder": {"dim": 64, "layers": 1, "heads": 4, "head_dim": 16, "mlp_dim": 128},
+            },
+            "tokenizer": {
+                "latent_channels": 8,
+                "base_channels": 32,
+                "channel_multipliers": (1, 2, 2),
+                "downsample": ((2, 2, 2), (2, 1, 1)),
+                "residual_blocks": 1,
+                "norm_groups": 8,
+                "patch_size": 2,
+            },
+            "denoiser": {
+                "dim": 192,
+                "heads": 3,
+                "layers": 6,
+                "windows": ((1, None, None), (None, 2, 2)),
+                "patch_size": (1, 2, 2),
+                "adaln_rank": 2,
+                "self_conditioning": True,
+            },
+            "diffusion": {"schedule": "linear", "self_conditioning": 0.9},
+            "stages": ConfigDict(
+                {
+                    "tokenizer": {
+                        "task": "tokenizer",
+                        "steps": 1200,
+                        "batch_size": 4,
+                        "ema_decay": 0.98,
+                        "optimizer": {
+                            "name": "muon",
+                            "learning_rate": 2e-3,
+                            "muon_learning_rate": 0.02,
+                            "warmup_steps": 50,
+                            "final_fraction": 0.02,
+                        },
+                    },
+                    "denoiser": {
+                        "task": "denoiser",
+                        "steps": 1000,
+                        "batch_size": 32,
+                        "ema_decay": 0.99,
+                        "cached_clips": 8192,
+                        "optimizer": {
+                            "name": "muon",
+                            "learning_rate": 2e-3,
+                            "muon_learning_rate": 0.02,
+                            "warmup_steps": 100,
+                            "final_fraction": 0.02,
+                        },
+                    },
+                },
+                sort_keys=False,
+            ),
+            "sampling": {"steps": 25, "guidance": 1.25, "batch_size": 8},
+            "evaluation": {"clips": 72, "samples_per_prompt": 1},
+        },
+        sort_keys=False,
+    )

@@ -1,0 +1,40 @@
+"""Packaging of walt_jax."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="walt_jax",
+    version="0.1.0",
+    description="MAGVIT-v2's causal video tokenizer and W.A.L.T's windowed latent video diffusion in JAX/Flax",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["walt_jax", "walt_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "av>=14",
+        "einops",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "jax>=0.10",
+        "jaxtyping",
+        "matplotlib",
+        "ml-collections>=1.1",
+        "numpy",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow",
+        "sentencepiece",
+        "tensorboardX",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["hypothesis", "pytest", "ruff"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Metrics with their protocols, the judge of drawn clips, and the report."""

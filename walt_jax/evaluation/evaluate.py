@@ -1,0 +1,92 @@
+"""Every metric of a run, each with its protocol, in `evaluate.json`; and what people look at beside it."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from walt_jax.data.drawn import COMBINATIONS
+from walt_jax.data.pipeline import DataConfig, Source, open_source
+from walt_jax.evaluation import drawn_score
+from walt_jax.evaluation.reconstruction import psnr_db, reconstruct_all, reconstruction_sheet
+from walt_jax.generation.sample import Generator, write_samples
+from walt_jax.workdir import write_atomically
+
+SHEET_CLIPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on.
+
+    Attributes:
+        clips: unseen clips that are reconstructed.
+        samples_per_prompt: of the drawn grammar's 72 prompts, or of a folder's held-out captions.
+        prompts: of a folder, at most this many captions are sampled.
+        seed: of the unseen clips; samples have seeds 0, 1, ….
+    """
+
+    clips: int
+    samples_per_prompt: int
+    prompts: int = 16
+    seed: int = 1234
+
+
+def evaluate(workdir: pathlib.Path, generator: Generator, data: DataConfig, config: EvaluationConfig) -> list[dict]:
+    """Measures reconstruction and, on drawn clips, the score of samples.
+
+    Leaves `evaluate.json`, `reconstructions.png` and `samples/` in the workdir.
+
+    Returns:
+        The metrics: {"name", "value", "unit", "protocol"} each, with "target" where there is one.
+    """
+    # Of drawn clips every combination; what is unseen of the trained ones is place, size and speed.
+    source = open_source(data, "all" if data.source == "drawn" else "held_out")
+    metrics = [_reconstruction(workdir, generator, source, data, config)]
+    captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(source, config.prompts)
+    prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
+    seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
+    clips = generator.generate(prompts, seeds)
+    rows = write_samples(workdir / "samples", clips, prompts, seeds, data.fps)
+    report: dict = {"metrics": metrics}
+    if data.source == "drawn":
+        combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
+        files = [f"samples/{row['file']}" for row in rows]
+        scores, report["prompts"] = drawn_score.score(clips, combinations, seeds, files)
+        metrics += scores
+    write_atomically(workdir / "evaluate.json", json.dumps(report, indent=1) + "\n")
+    return metrics
+
+
+def _distinct(source: Source, count: int) -> list[str]:
+    return list(dict.fromkeys(source.captions))[:count]
+
+
+def _reconstruction(
+    workdir: pathlib.Path, generator: Generator, source: Source, data: DataConfig, config: EvaluationConfig
+) -> dict:
+    clips, titles = [], []
+    for index in range(config.clips):
+        clip = source.sample(index % len(source), np.random.default_rng([config.seed, index]))
+        if clip is not None:
+            clips.append(clip["video"])
+            titles.append(clip["caption"])
+    reconstruct = jax.jit(lambda video: generator.model.reconstruct(generator.tokenizer, video))
+    reconstructions = reconstruct_all(clips, reconstruct)
+    shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)
+    sheet = reconstruction_sheet(*([values[i] for i in shown] for values in (clips, reconstructions, titles)))
+    sheet.save(workdir / "reconstructions.png")
+    values = [psnr_db(*pair) for pair in zip(clips, reconstructions, strict=True)]
+    metric = {
+        "name": "reconstruction_psnr_db",
+        "value": float(np.mean(values)),
+        "unit": "dB",
+        "protocol": (
+            f"mean over {len(clips)} unseen clips of {data.frames} × {data.height} × {data.width} pixels from "
+            f"{data.source}, of each clip's PSNR (8-bit RGB, peak 255, one mean squared error a clip); "
+            f"lowest {min(values):.1f}, highest {max(values):.1f}"
+        ),
+    }
+    return {**metric, "target": 30.0} if data.source == "drawn" else metric

@@ -1,0 +1,368 @@
+"""A run on one page: `report.html`, from what the modes have left in the workdir so far."""
+
+import base64
+import html
+import json
+import math
+import operator
+import os
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from walt_jax.data.video import ClipError, read_clip
+from walt_jax.evaluation.report_curves import curve
+from walt_jax.evaluation.report_page import PAGE
+
+# A page beyond this is slow to open and hard to mail; what does not fit is linked.
+EMBEDDED_BYTES = 30 * 2**20
+
+MEDIA_TYPES = {
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".gif": "image/gif",
+    ".png": "image/png",
+}
+
+# (least, most) in CSS pixels: clips whose shorter side is below the first are enlarged by a whole factor, those wider
+# than the second are shrunk.
+GALLERY = (128, 320)
+COMPACT = (96, 160)
+
+FINAL = 0.05
+
+COMPARISONS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge}
+
+Stages = dict[str, dict[int, dict[str, float]]]
+
+
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
+
+    It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `reconstructions.png`, and of
+    `samples.json` and `contact_sheet.png` in `samples/` and `evaluation/`, and says what isn't there yet. A metric's
+    `target` is a number, which is the least that will do, or a text such as "<= 12.5".
+
+    Args:
+        workdir: the run's folder.
+
+    Returns:
+        The path of the report.
+    """
+    media = _Media(workdir)
+    evaluate, evaluate_note = _read_json(workdir / "evaluate.json", dict)
+    stages, metrics_note = _read_stages(workdir / "metrics.jsonl")
+    sections = {
+        "Evaluation": evaluate_note + _evaluation(evaluate, workdir, media),
+        "Samples": _gallery(workdir / "samples", media),
+        "Reconstructions": media.sheet(workdir / "reconstructions.png"),
+        "Training": metrics_note + _training(stages),
+        "Configuration": _configuration(workdir / "config.json"),
+    }
+    page = PAGE.substitute(
+        title=html.escape(workdir.resolve().name),
+        links="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
+        facts=_facts(evaluate, stages),
+        sections="\n".join(f'<h2 id="{name.lower()}">{name}</h2>\n{body}' for name, body in sections.items()),
+        footer=media.account(),
+    )
+    path = workdir / "report.html"
+    temporary = workdir / "report.html.tmp"
+    temporary.write_text(page, "utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+class _Media:
+    """Shows files of the workdir: embedded as long as they fit, then linked."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self._embedded_bytes = 0
+        self._linked = 0
+
+    def clip(self, path: pathlib.Path, sizes: tuple[int, int]) -> tuple[str, int]:
+        """A clip that plays by itself, or why there is none; and its width in CSS pixels."""
+        least, most = sizes
+        try:
+            _, height, width, _ = read_clip(path, max_frames=1).shape
+        except ClipError as error:
+            reason = html.escape(f"{path.name} can't be shown: {error}.")
+            return f'<div class="missing">{reason}</div>', least
+        factor = max(1, -(-least // min(height, width)))
+        shown_width = width * factor if factor > 1 else min(width, most)
+        shown_height = round(height * shown_width / width)
+        attributes = f'src="{self._source(path)}" width="{shown_width}" height="{shown_height}"'
+        attributes += ' class="tiny"' if factor > 1 else ""
+        if path.suffix.lower() == ".gif":
+            return f'<img {attributes} alt="">', shown_width
+        return f"<video {attributes} autoplay loop muted playsinline></video>", shown_width
+
+    def sheet(self, path: pathlib.Path, folded: bool = False) -> str:
+        """A picture in its own size or as wide as the page, or that there is none."""
+        name = path.relative_to(self._workdir).as_posix()
+        if not path.is_file() or not path.stat().st_size:
+            return _absent(name)
+        image = f'<img class="sheet" src="{self._source(path)}" alt="{name}">'
+        return f"<details><summary>Contact sheet</summary>{image}</details>" if folded else image
+
+    def account(self) -> str:
+        """Whether the page can be moved."""
+        if self._linked:
+            return f"{self._linked} files did not fit into this page and are linked: it needs its folder beside it."
+        return "This page is complete in itself: it can be moved or mailed."
+
+    def _source(self, path: pathlib.Path) -> str:
+        size = path.stat().st_size
+        if self._embedded_bytes + size > EMBEDDED_BYTES:
+            self._linked += 1
+            relative = pathlib.Path(os.path.relpath(path, self._workdir)).as_posix()
+            return html.escape(urllib.parse.quote(relative))
+        self._embedded_bytes += size
+        kind = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _facts(evaluate: dict, stages: Stages) -> str:
+    """The few numbers to see first."""
+    facts = {}
+    prompts = evaluate.get("prompts") or []
+    if prompts:
+        facts["Prompts right"] = f"{sum(map(_is_right, prompts))} of {len(prompts)}"
+    verdicts = [_verdict(metric) for metric in evaluate.get("metrics") or []]
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
+    if verdicts:
+        facts["Targets met"] = f"{sum(verdicts)} of {len(verdicts)}"
+    if stages:
+        facts["Stages"] = str(len(stages))
+        facts["Steps"] = f"{sum(max(rows) for rows in stages.values()):,}"
+    seconds = [second for second in _stage_seconds(stages).values() if second]
+    if seconds:
+        facts["Training time"] = _duration(sum(seconds))
+    if not facts:
+        return ""
+    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in facts.items()) + "</dl>"
+
+
+def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
+    """The metrics, the judged prompts, and the samples that no prompt has shown already."""
+    metrics, prompts = evaluate.get("metrics") or [], evaluate.get("prompts") or []
+    parts = []
+    if metrics:
+        head = ("metric", "#value", "#target", "", "protocol")
+        parts.append(_table(head, [_metric_row(metric) for metric in metrics]))
+    if prompts:
+        groups = {
+            "Held-out combinations": [prompt for prompt in prompts if prompt.get("held_out")],
+            "Trained combinations": [prompt for prompt in prompts if not prompt.get("held_out")],
+        }
+        groups = {name: group for name, group in groups.items() if group}
+        parts.append("<h3>Prompts, by what a judge saw</h3>" + _score_table(groups))
+        for name, group in groups.items():
+            right = f"{sum(map(_is_right, group))} of {len(group)} right"
+            cards = "".join(_prompt_card(prompt, workdir, media) for prompt in group)
+            parts.append(f'<h3>{name}<small>{right}</small></h3><div class="clips">{cards}</div>')
+    shown = {os.path.normpath(prompt.get("file") or "") for prompt in prompts}
+    parts.append(_gallery(workdir / "evaluation", media, shown))
+    return "\n".join(parts)
+
+
+def _metric_row(metric: dict) -> list[str]:
+    value = html.escape(f"{_number(metric.get('value'))} {metric.get('unit') or ''}".strip())
+    target = "" if metric.get("target") is None else html.escape(_target(metric["target"]))
+    marks = {True: '<span class="good">✓ met</span>', False: '<span class="bad">✗ missed</span>', None: ""}
+    name, protocol = (html.escape(str(metric.get(key) or "")) for key in ("name", "protocol"))
+    return [name, value, target, marks[_verdict(metric)], protocol]
+
+
+def _target(target: float | str) -> str:
+    if isinstance(target, str):
+        return target.replace("<=", "≤").replace(">=", "≥").strip()
+    return f"≥ {target:,}"
+
+
+def _verdict(metric: dict) -> bool | None:
+    """Whether the target is met; None where there is none, or none that can be compared."""
+    value, target = metric.get("value"), metric.get("target")
+    if target is None or not isinstance(value, int | float):
+        return None
+    match = re.fullmatch(r"([<≤>≥])\s*(-?[\d,]*\.?\d+(?:e[-+]?\d+)?)", _target(target))
+    return COMPARISONS[match[1]](value, float(match[2].replace(",", ""))) if match else None
+
+
+def _is_right(prompt: dict) -> bool:
+    return all((prompt.get("right") or {}).values())
+
+
+def _score_table(groups: dict[str, list[dict]]) -> str:
+    """How many of each group are right, in each attribute and in all."""
+    attributes = list(dict.fromkeys(name for group in groups.values() for p in group for name in p.get("right") or {}))
+    rows = []
+    for name, group in groups.items():
+        verdicts = [[(p.get("right") or {}).get(attribute, True) for p in group] for attribute in attributes]
+        counts = [sum(verdict) for verdict in [*verdicts, map(_is_right, group)]]
+        rows.append([name, *(f"{count} of {len(group)}" for count in counts)])
+    return _table(("", *(f"#{html.escape(attribute)}" for attribute in attributes), "#all"), rows)
+
+
+def _prompt_card(prompt: dict, workdir: pathlib.Path, media: _Media) -> str:
+    if _is_right(prompt):
+        return _card(prompt, workdir, media, COMPACT)
+    seen = []
+    for attribute, right in prompt["right"].items():
+        value = html.escape(str(prompt.get(attribute) or f"no {attribute}"))
+        seen.append(value if right else f'<span class="bad">{value}</span>')
+    if not any(map(prompt.get, prompt["right"])):
+        seen = ['<span class="bad">nothing clear</span>']
+    return _card(prompt, workdir, media, COMPACT, f'<span class="bad">✗</span> saw {", ".join(seen)}')
+
+
+def _card(entry: dict, folder: pathlib.Path, media: _Media, sizes: tuple[int, int], wrong: str = "") -> str:
+    """A clip and its prompt, and what is wrong with it."""
+    clip, width = media.clip(folder / str(entry.get("file") or "no file"), sizes)
+    prompt, seed = html.escape(str(entry.get("prompt") or "no prompt")), html.escape(str(entry.get("seed", "–")))
+    asides = "".join(f'<span class="aside">{aside}</span>' for aside in (wrong, f"seed {seed}") if aside)
+    kind = ' class="wrong"' if wrong else ""
+    # So wide that a long prompt wraps under the clip; 8 pixels are the card's padding.
+    return (
+        f'<figure{kind} style="width: {width + 8}px">{clip}'
+        f'<figcaption><span class="prompt" title="{prompt}">{prompt}</span>{asides}</figcaption></figure>\n'
+    )
+
+
+def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str] = ()) -> str:
+    """The clips that a folder's samples.json lists, but for those shown already, and the contact sheet."""
+    samples, note = _read_json(folder / "samples.json", list, f"{folder.name}/samples.json")
+    samples = [s for s in samples if os.path.normpath(f"{folder.name}/{s.get('file')}") not in shown]
+    cards = "".join(_card(sample, folder, media, GALLERY) for sample in samples)
+    sheet = media.sheet(folder / "contact_sheet.png", folded=True)
+    return note + (f'<div class="clips">{cards}</div>' if cards else "") + sheet
+
+
+def _training(stages: Stages) -> str:
+    """A row for each stage, then each one's curves."""
+    if not stages:
+        return ""
+    seconds = _stage_seconds(stages)
+    rows, curves = [], []
+    for stage, steps in stages.items():
+        name = html.escape(stage)
+        final = _number(_final(_series(steps, "loss")[1]))
+        rows.append([name, f"{max(steps):,}", final, _duration(seconds[stage])])
+        keys = [key for key in dict.fromkeys(key for row in steps.values() for key in row) if key != "elapsed_seconds"]
+        keys.sort(key=lambda key: key != "loss")
+        figures = "\n".join(_figure(key, *_series(steps, key)) for key in keys)
+        curves.append(f'<h3>{name}</h3>\n<div class="curves">{figures}</div>')
+    note = f'<p class="note">Final values are means over the last {FINAL:.0%} of what was logged.</p>'
+    return "\n".join([_table(("stage", "#steps", "#final loss", "#time"), rows), note, *curves])
+
+
+def _figure(key: str, steps: np.ndarray, values: np.ndarray) -> str:
+    """A captioned curve; the loss is the large one."""
+    if not len(values):
+        return ""
+    large = key == "loss"
+    kind = ' class="large"' if large else ""
+    caption = f"<b>{html.escape(key.replace('_', ' '))}</b><span>{_number(_final(values))}</span>"
+    return f"<figure{kind}><figcaption>{caption}</figcaption>{curve(key, steps, values, large)}</figure>"
+
+
+def _series(steps: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at which `key` was logged, and its values; those that aren't finite are left out."""
+    points = [(step, row[key]) for step, row in sorted(steps.items()) if math.isfinite(row.get(key, math.nan))]
+    return np.array([step for step, _ in points]), np.array([value for _, value in points])
+
+
+def _final(values: np.ndarray) -> float | None:
+    return float(values[-max(1, round(FINAL * len(values))) :].mean()) if len(values) else None
+
+
+def _stage_seconds(stages: Stages) -> dict[str, float | None]:
+    """Each stage's time; right whether the clock runs through the stages or starts anew at each, or at each resume."""
+    seconds, clock = {}, 0.0
+    for stage, steps in stages.items():
+        _, elapsed = _series(steps, "elapsed_seconds")
+        seconds[stage] = 0.0 if len(elapsed) else None
+        for now in elapsed:
+            seconds[stage] += now - clock if now >= clock else now
+            clock = now
+    return seconds
+
+
+def _configuration(path: pathlib.Path) -> str:
+    config, note = _read_json(path, dict)
+    if note:
+        return note
+    knobs = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
+    return f"<details><summary>Every knob of this run</summary><pre>{knobs}</pre></details>"
+
+
+def _read_json(path: pathlib.Path, kind: type, name: str = "") -> tuple[Any, str]:
+    """What the file holds, and ""; or an empty `kind`, and a note on why."""
+    name = name or path.name
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return kind(), _absent(name)
+    except ValueError:  # not JSON, or not UTF-8
+        value = None
+    if not isinstance(value, kind):
+        return kind(), _absent(name, "isn't complete yet")
+    return value, ""
+
+
+def _read_stages(path: pathlib.Path) -> tuple[Stages, str]:
+    """The numbers of each logged step of each stage, and a note on what can't be read."""
+    if not path.is_file():
+        return {}, _absent(path.name)
+    stages, unreadable = {}, 0
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            stage, step = str(row["stage"]), int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+            continue
+        numbers = {key: value for key, value in row.items() if type(value) in (int, float) and key != "step"}
+        stages.setdefault(stage, {}).setdefault(step, {}).update(numbers)
+    note = "" if stages else _absent(path.name, "holds no step yet")
+    if unreadable:
+        note += _absent(path.name, f"has {unreadable} line{'s' * (unreadable > 1)} that can't be read")
+    return stages, note
+
+
+def _absent(name: str, what: str = "isn't there yet") -> str:
+    return f'<p class="absent"><code>{html.escape(name)}</code> {what}.</p>\n'
+
+
+def _table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
+    """A table of HTML cells; the columns whose head starts with # are numbers. Columns without content are left out."""
+    head, rows = list(head), list(rows)
+    columns = [i for i, name in enumerate(head) if any(row[i] for row in rows)]
+    kinds = [' class="number"' if name.startswith("#") else f' class="{name}"' if name else "" for name in head]
+    cells = "".join(f"<th{kinds[i]}>{head[i].removeprefix('#')}</th>" for i in columns)
+    lines = ["".join(f"<td{kinds[i]}>{row[i]}</td>" for i in columns) for row in rows]
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

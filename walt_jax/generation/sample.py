@@ -1,0 +1,80 @@
+"""Videos from prompts, and the files they are written to."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from jaxtyping import UInt8
+
+from walt_jax.data.media import contact_sheet, write_video
+from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo, TrainedTokenizer
+from walt_jax.text.vocabulary import Vocabulary
+from walt_jax.workdir import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A trained model, ready to sample."""
+
+    model: TextToVideo
+    params: Any
+    tokenizer: TrainedTokenizer
+    vocabulary: Vocabulary
+    config: SamplingConfig
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n t h w 3"]:
+        """One video for each prompt and seed. The same pair gives the same video, whatever stands beside it."""
+        ids, seeds = self.vocabulary.encode(prompts), np.asarray(seeds, np.uint32)
+        empty = self.vocabulary.encode([""])[0]
+        # Few shapes, so that few are compiled: batches of a power of two, the last one filled up.
+        size = min(self.config.batch_size, 1 << (len(prompts) - 1).bit_length())
+        clips = []
+        with tqdm.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=len(prompts) <= size) as progress:
+            for first in range(0, len(prompts), size):
+                rows = np.minimum(np.arange(first, first + size), len(prompts) - 1)
+                batch = self.model.sample(self.params, self.tokenizer, ids[rows], empty, seeds[rows], self.config)
+                clips.append(np.asarray(batch)[: len(prompts) - first])
+                progress.update(len(clips[-1]))
+        return np.concatenate(clips)
+
+
+def write_samples(
+    out: pathlib.Path,
+    clips: Sequence[UInt8[np.ndarray, "t h w 3"]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    fps: float,
+    suffixes: Sequence[str] = (".mp4",),
+) -> list[dict]:
+    """Writes a video a clip, `samples.json` and `contact_sheet.png`.
+
+    Args:
+        out: the folder; it is made where it isn't there, and what it holds of other samples stays.
+        clips: the videos.
+        prompts, seeds: what they were made from.
+        fps: frames a second.
+        suffixes: of the files, ".mp4" or ".gif"; the first is the one that `samples.json` names.
+
+    Returns:
+        What `samples.json` holds: {"file", "prompt", "seed"} for each clip, files relative to `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, (clip, prompt, seed) in enumerate(zip(clips, prompts, seeds, strict=True)):
+        name = f"{index:03d}_{slug(prompt)}_seed{seed}"
+        for suffix in suffixes:
+            write_video(out / f"{name}{suffix}", clip, fps)
+        rows.append({"file": f"{name}{suffixes[0]}", "prompt": prompt, "seed": int(seed)})
+    write_atomically(out / "samples.json", json.dumps(rows, indent=1) + "\n")
+    contact_sheet(list(clips), list(prompts)).save(out / "contact_sheet.png")
+    return rows
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60] or "unconditional"

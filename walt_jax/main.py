@@ -1,0 +1,184 @@
+"""The command line: flags and modes.
+
+python -m walt_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train] [--config.some.knob=value]
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from walt_jax.errors import UserError
+
+MODES = ("train", "sample", "evaluate")
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Reads the flags.
+
+    Raises:
+        UserError: if one is unknown or its value is wrong.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "sample: a caption; repeatable", flag_values=values)
+    flags.DEFINE_string("prompts", None, "sample: a file with a caption a line", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "sample: of the first video of each prompt", flag_values=values, lower_bound=0)
+    flags.DEFINE_integer("num_samples", 1, "sample: videos a prompt", flag_values=values, lower_bound=1)
+    flags.DEFINE_string("out", None, "sample: folder for the videos", flag_values=values)
+    flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
+    try:
+        rest = values([sys.argv[0], *argv])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        raise UserError(_flag_sentence(error)) from error
+    except config_flags.UnsupportedOperationError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value.")
+    return values
+
+
+def _flag_sentence(error: Exception) -> str:
+    """One line of what absl and ml_collections have to say."""
+    text = str(error)
+    if isinstance(error, AttributeError):  # '\'sed\'\nDid you mean "seed" instead of "sed"?'
+        text = "The config has no knob " + text.strip("'\"").replace("\\n", " ").replace("\\'", "'")
+    if "Failed loading config file" in text or isinstance(error, OSError):
+        text = f"The config file can't be loaded: {text.splitlines()[-1].strip()}"
+    return " ".join(text.split())
+
+
+def knobs_of(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
+    """The config's knobs as JSON has them; without --config, those that the workdir's run was started with.
+
+    Raises:
+        UserError: if there are neither.
+    """
+    from walt_jax.workdir import read_config
+
+    if values.config is not None:
+        return json.loads(json.dumps(values.config.to_dict()))
+    knobs = read_config(workdir)
+    if knobs is None:
+        raise UserError(f"--config is missing, and {workdir} holds no run; name one: --config=configs/walt_demo.py.")
+    return knobs
+
+
+def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
+    """The run of the flags, and its knobs.
+
+    Raises:
+        UserError: if a knob is wrong.
+    """
+    workdir = pathlib.Path(values.workdir)
+    knobs = knobs_of(values, workdir)
+
+    import jax
+
+    # Compiled programs are kept between calls; the variable is JAX's own.
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "walt_jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+    from walt_jax.config import build
+    from walt_jax.training.run import Run, RunConfig
+
+    return Run(build(RunConfig, knobs, "config"), workdir), knobs
+
+
+def open_trained_run(values: flags.FlagValues) -> Any:
+    """The run of the flags, checked to be the one that the workdir holds.
+
+    Raises:
+        UserError: if it is another, or none is there.
+    """
+    from walt_jax.workdir import check_same, read_config
+
+    run, knobs = open_run(values)
+    before = read_config(run.workdir)
+    if before is None:
+        raise UserError(f"{run.workdir} holds no run; train one first, with --mode=train.")
+    check_same(run.workdir, before, knobs)
+    return run
+
+
+def train(values: flags.FlagValues) -> None:
+    """Runs the stages, then evaluates."""
+    from walt_jax.workdir import claim, locked
+
+    run, knobs = open_run(values)
+    start = time.monotonic()
+    with locked(run.workdir):
+        claim(run.workdir, knobs)
+        print(run.summary(), flush=True)
+        run.train()
+        report = _evaluate(run)
+    print(f"Done in {time.monotonic() - start:.0f} s; wrote {run.workdir}, look at {report} first.")
+
+
+def evaluate(values: flags.FlagValues) -> None:
+    """Measures what has been trained."""
+    run = open_trained_run(values)
+    report = _evaluate(run)
+    print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
+
+
+def _evaluate(run: Any) -> pathlib.Path:
+    from walt_jax.evaluation.evaluate import evaluate
+    from walt_jax.evaluation.report import write_report
+
+    for metric in evaluate(run.workdir, run.generator(), run.config.data, run.config.evaluation):
+        target = f" (target {metric['target']:g})" if "target" in metric else ""
+        print(f"{metric['name']}: {metric['value']:.4g} {metric['unit']}{target}: {metric['protocol']}")
+    return write_report(run.workdir)
+
+
+def sample(values: flags.FlagValues) -> None:
+    """Writes videos of prompts."""
+    prompts = list(values.prompt)
+    if values.prompts is not None:
+        try:
+            lines = pathlib.Path(values.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts={values.prompts} can't be read ({error}); give a UTF-8 text file.") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError('There is nothing to sample; give --prompt="..." or --prompts=FILE with a prompt a line.')
+    run = open_trained_run(values)
+    out = pathlib.Path(values.out) if values.out else run.workdir / "samples"
+
+    from walt_jax.generation.sample import write_samples
+
+    generator = run.generator()
+    seeds = [values.seed + index for _ in prompts for index in range(values.num_samples)]
+    prompts = [prompt for prompt in prompts for _ in range(values.num_samples)]
+    clips = generator.generate(prompts, seeds)
+    rows = write_samples(out, clips, prompts, seeds, run.config.data.fps, (".mp4", ".gif") if values.gif else (".mp4",))
+    print(f"wrote {len(rows)} videos, samples.json and contact_sheet.png to {out}")
+
+
+def main(argv: list[str]) -> int:
+    """Runs a mode; returns the exit code."""
+    try:
+        values = parse(argv)
+        if values.workdir is None:
+            raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
+        {"train": train, "sample": sample, "evaluate": evaluate}[values.mode](values)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""The folder of a run: whose it is, and who may write to it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from walt_jax.errors import UserError
+
+CONFIG = "config.json"
+# What may differ between the training of a model and its use.
+FREE_GROUPS = ("sampling", "evaluation")
+
+
+def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
+    """The file is there with all of its content, or as it was before; its folder is made where it isn't there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Refuses a second writer. The lock goes with its process, however that ends.
+
+    Raises:
+        UserError: if another process trains in the workdir, or it can't be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} can't be written to ({error.strerror}); choose another folder."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is training in {workdir}; wait for it or stop it, or choose another --workdir."
+            ) from error
+        yield
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The knobs that the workdir's run was started with, or None where there is none."""
+    path = workdir / CONFIG
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def claim(workdir: pathlib.Path, knobs: dict[str, Any]) -> None:
+    """Writes the run's knobs, or checks that they are those of the run that is there.
+
+    Raises:
+        UserError: if the workdir holds a run of other knobs, or files that are no run.
+    """
+    before = read_config(workdir)
+    if before is None:
+        strangers = sorted(path.name for path in workdir.iterdir() if path.name not in ("lock", CONFIG + ".tmp"))
+        if strangers:
+            raise UserError(
+                f"--workdir={workdir} holds {strangers[0]} but no {CONFIG}, so it is not a run; choose an empty folder."
+            )
+    else:
+        check_same(workdir, before, knobs)
+    write_atomically(workdir / CONFIG, json.dumps(knobs, indent=1) + "\n")
+
+
+def check_same(workdir: pathlib.Path, before: dict[str, Any], knobs: dict[str, Any]) -> None:
+    """Checks the knobs of a run against those that its models were trained with; sampling and evaluation are free.
+
+    Raises:
+        UserError: if they differ.
+    """
+    old, new = (flatten({k: v for k, v in group.items() if k not in FREE_GROUPS}) for group in (before, knobs))
+    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if different:
+        name, others = different[0], len(different) - 1
+        also = f" (and {others} more)" if others else ""
+        raise UserError(
+            f"{workdir} holds a run of another config: config.{name} is {old.get(name)!r} there and {new.get(name)!r} "
+            f"here{also}; choose another --workdir, or the config it was started with."
+        )
+
+
+def flatten(knobs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"fps": 8}} to {"data.fps": 8}."""
+    flat = {}
+    for name, value in knobs.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
