@@ -36,23 +36,24 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
     try:
         rest = values([sys.argv[0], *argv])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        if values.config is not None:
+            values.config.to_dict()  # a file that could not be loaded says so when it is first read
+    except Exception as error:  # whatever may go wrong in a config file, which is a program
         raise UserError(_flag_sentence(error)) from error
-    except config_flags.UnsupportedOperationError as error:
-        raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value.")
     return values
 
 
 def _flag_sentence(error: Exception) -> str:
-    """One line of what absl and ml_collections have to say."""
-    text = str(error)
-    if isinstance(error, AttributeError):  # '\'sed\'\nDid you mean "seed" instead of "sed"?'
-        text = "The config has no knob " + text.strip("'\"").replace("\\n", " ").replace("\\'", "'")
-    if "Failed loading config file" in text or isinstance(error, OSError):
-        text = f"The config file can't be loaded: {text.splitlines()[-1].strip()}"
-    return " ".join(text.split())
+    """One line of what absl, ml_collections or a config file have to say."""
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error):
+        return text
+    if isinstance(error, AttributeError) and "Did you mean" in text:  # a knob that the file lacks
+        return f"The config has no knob {text}"
+    reason = text.rsplit("Failed loading config file", 1)[-1].rsplit("]:", 1)[-1].strip()
+    return f"The config can't be loaded: {type(error).__name__}: {reason}"
 
 
 def knobs_of(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
@@ -111,11 +112,13 @@ def open_trained_run(values: flags.FlagValues) -> Any:
 
 def train(values: flags.FlagValues) -> None:
     """Runs the stages, then evaluates."""
-    from walt_jax.workdir import claim, locked
+    from walt_jax.workdir import check_free, claim, locked
 
     run, knobs = open_run(values)
     start = time.monotonic()
     with locked(run.workdir):
+        check_free(run.workdir, knobs)
+        run.check_data()  # before the workdir is claimed: a wrong folder can be put right in the same workdir
         claim(run.workdir, knobs)
         print(run.summary(), flush=True)
         run.train()
@@ -134,9 +137,9 @@ def _evaluate(run: Any) -> pathlib.Path:
     from walt_jax.evaluation.evaluate import evaluate
     from walt_jax.evaluation.report import write_report
 
-    for metric in evaluate(run.workdir, run.generator(), run.config.data, run.config.evaluation):
+    for metric in evaluate(run.workdir, run.generator(), run.unseen(), run.config.data, run.config.evaluation):
         target = f" (target {metric['target']:g})" if "target" in metric else ""
-        print(f"{metric['name']}: {metric['value']:.4g} {metric['unit']}{target}: {metric['protocol']}")
+        print(f"{metric['name']:26} {metric['value']:8.4g} {metric['unit']}{target}")
     return write_report(run.workdir)
 
 

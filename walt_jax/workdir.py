@@ -11,8 +11,9 @@ from typing import Any
 from walt_jax.errors import UserError
 
 CONFIG = "config.json"
-# What may differ between the training of a model and its use.
+# What may differ between two commands on one run: none of it changes what is trained.
 FREE_GROUPS = ("sampling", "evaluation")
+FREE_KNOBS = ("log_every", "checkpoint_every", "cache_bytes")
 
 
 def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
@@ -53,21 +54,24 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def claim(workdir: pathlib.Path, knobs: dict[str, Any]) -> None:
-    """Writes the run's knobs, or checks that they are those of the run that is there.
+def check_free(workdir: pathlib.Path, knobs: dict[str, Any]) -> None:
+    """Checks that the workdir is empty, or holds a run of these knobs.
 
     Raises:
-        UserError: if the workdir holds a run of other knobs, or files that are no run.
+        UserError: if it holds a run of other knobs, or files that are no run.
     """
     before = read_config(workdir)
-    if before is None:
-        strangers = sorted(path.name for path in workdir.iterdir() if path.name not in ("lock", CONFIG + ".tmp"))
-        if strangers:
-            raise UserError(
-                f"--workdir={workdir} holds {strangers[0]} but no {CONFIG}, so it is not a run; choose an empty folder."
-            )
-    else:
-        check_same(workdir, before, knobs)
+    if before is not None:
+        return check_same(workdir, before, knobs)
+    strangers = sorted(path.name for path in workdir.iterdir() if path.name not in ("lock", f"{CONFIG}.tmp"))
+    if strangers:
+        raise UserError(
+            f"--workdir={workdir} holds {strangers[0]} but no {CONFIG}, so it is not a run; choose an empty folder."
+        )
+
+
+def claim(workdir: pathlib.Path, knobs: dict[str, Any]) -> None:
+    """Writes the run's knobs into its workdir."""
     write_atomically(workdir / CONFIG, json.dumps(knobs, indent=1) + "\n")
 
 
@@ -78,7 +82,9 @@ def check_same(workdir: pathlib.Path, before: dict[str, Any], knobs: dict[str, A
         UserError: if they differ.
     """
     old, new = (flatten({k: v for k, v in group.items() if k not in FREE_GROUPS}) for group in (before, knobs))
-    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    different = [
+        name for name in {**old, **new} if old.get(name) != new.get(name) and name.rsplit(".", 1)[-1] not in FREE_KNOBS
+    ]
     if different:
         name, others = different[0], len(different) - 1
         also = f" (and {others} more)" if others else ""

@@ -1,7 +1,7 @@
 """Drawn clips: one coloured shape moving over black, with its caption. Deterministic, endless, built in.
 
-The grammar is `a {colour} {shape} moving {direction}`. One in eight of its 72 sentences is held out of training, so that
-composition can be measured: every colour, shape and direction is trained, these combinations of them are not.
+The grammar is `a {colour} {shape} moving {direction}`. One in eight of its 72 sentences is held out of training, so
+that composition can be measured: every colour, shape and direction is trained, but not these combinations of them.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ COMBINATIONS = tuple(itertools.starmap(Combination, itertools.product(COLOURS, S
 
 
 def is_held_out(combination: Combination) -> bool:
-    """True for the 9 of 72 combinations that are never trained on; they are spread over all colours, shapes, directions."""
+    """True for the 9 of 72 combinations that are never trained on; every colour, shape and direction is among them."""
     colour = tuple(COLOURS).index(combination.colour)
     shape = SHAPES.index(combination.shape)
     direction = tuple(DIRECTIONS).index(combination.direction)

@@ -1,4 +1,4 @@
-"""The Grain pipeline: a source's clips, shuffled, repeated, batched; its position is a small JSON that checkpoints keep."""
+"""The Grain pipeline: a source's clips, shuffled, repeated, batched; its position is a JSON that checkpoints keep."""
 
 import dataclasses
 from collections.abc import Callable

@@ -38,9 +38,6 @@ def merge(
     x: Float[Array, "bn l d"], sizes: tuple[int, int, int], grid: tuple[int, int, int]
 ) -> Float[Array, "b t h w d"]:
     """The inverse of `partition`."""
-    (lt, lh, lw), (t, h, w) = sizes, grid
-    return rearrange(
-        x,
-        "(b t h w) (lt lh lw) d -> b (t lt) (h lh) (w lw) d",
-        **dict(t=t // lt, h=h // lh, w=w // lw, lt=lt, lh=lh, lw=lw),
-    )
+    lt, lh, lw = sizes
+    t, h, w = (length // size for length, size in zip(grid, sizes, strict=True))
+    return rearrange(x, "(b t h w) (lt lh lw) d -> b (t lt) (h lh) (w lw) d", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)

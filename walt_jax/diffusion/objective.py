@@ -33,7 +33,8 @@ def velocity_loss(
         latents: clean, normalised to unit variance.
         key: draws times, noise and which clips are self-conditioned.
         schedule: see `diffusion.schedule`.
-        self_conditioning: probability that a clip sees its own first estimate; no gradient flows through that. W.A.L.T: 0.9.
+        self_conditioning: probability that a clip sees its own first estimate, through which no gradient flows;
+            0.9 in W.A.L.T.
     """
     key_time, key_noise, key_estimate = jax.random.split(key, 3)
     batch = latents.shape[0]

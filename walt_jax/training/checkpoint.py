@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from walt_jax.errors import UserError
@@ -32,6 +34,8 @@ class Checkpoints:
             position: the data iterator's state.
             outcome: what the finished stage has measured, empty before; see `loop.run_stage`.
         """
+        # A copy: the next step donates the state's buffers, and Orbax may still be writing from them.
+        state = jax.tree.map(jnp.copy, state)
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(

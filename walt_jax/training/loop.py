@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 
 from walt_jax.errors import UserError
 from walt_jax.generation.text_to_video import unboxed
@@ -94,12 +95,14 @@ def run_stage(
     checkpoints = Checkpoints(workdir / "checkpoints" / name)
 
     def fresh() -> TrainState:
-        return TrainState.create(unboxed(task.init(key_init)) if initial is None else initial, optimizer)
+        return TrainState.create(unboxed(task.init(key_init)), optimizer)
 
-    if checkpoints.latest_step() is None:
-        state, position, outcome = jax.jit(fresh)(), None, {}
-    else:
+    if checkpoints.latest_step() is not None:
         state, position, outcome = checkpoints.restore(jax.eval_shape(fresh))
+    else:
+        state, position, outcome = jax.jit(fresh)(), None, {}
+        if initial is not None:
+            state = TrainState.create(jax.tree.map(jnp.copy, initial), optimizer)
     start = int(state.step)
     if start >= stage.steps:
         checkpoints.close()
@@ -112,7 +115,7 @@ def run_stage(
     train_step = make_train_step(task.loss, optimizer, stage.ema_decay)
     progress = Progress(name, start, stage.steps)
     pending = None  # the last step's metrics: fetched one step late, so that the device never waits for the host
-    clock = time.perf_counter()
+    began = clock = time.perf_counter()
 
     def report(step: int, metrics: Any) -> None:
         nonlocal clock
@@ -120,7 +123,8 @@ def run_stage(
         now = time.perf_counter()
         progress.update(values["loss"])
         if step % stage.log_every == 0 or step == stage.steps:
-            log.write(step, {**values, "clips_per_second": stage.batch_size / (now - clock)})
+            rate = {"clips_per_second": stage.batch_size / (now - clock), "elapsed_seconds": now - began}
+            log.write(step, {**values, **rate})
         clock = now
 
     try:

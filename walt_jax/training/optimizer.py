@@ -8,7 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-# Kernels whose axes have one of these names are embeddings or read-outs, which Muon leaves to Adam (Jordan et al. 2024).
+# Kernels whose axes have one of these names are embeddings or read-outs; Muon leaves them to Adam (Jordan et al. 2024).
 NOT_HIDDEN = {"vocab", "latent", "position", "rank"}
 SMALLEST_SIDE = 16  # of a matrix that is worth orthogonalising
 

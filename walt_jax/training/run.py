@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -105,6 +104,22 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.tokenizer = Tokenizer(config.tokenizer)
+        # Opening a folder reads every file's head, and what it decodes is kept.
+        self._source = functools.cache(functools.partial(open_source, config.data))
+
+    def unseen(self) -> Source:
+        """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
+        return self._source("all" if self.config.data.source == "drawn" else "held_out")
+
+    def check_data(self) -> None:
+        """Opens all that will be read.
+
+        Raises:
+            UserError: if it can't be.
+        """
+        self.unseen()
+        for stage in self.config.stages.values():
+            self._source("train", stage.frames)
 
     def summary(self) -> str:
         """What will be run, how large it is, on what, and where it goes."""
@@ -118,8 +133,8 @@ class Run:
         devices = jax.devices()
         lines = [
             f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, {len(devices)} × {devices[0].device_kind}",
-            f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames a "
-            f"second from {config.data.source}; latents {' × '.join(map(str, model.latent_shape))}",
+            f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames"
+            f" a second from {config.data.source}; latents {' × '.join(map(str, model.latent_shape))}",
         ]
         lines += [
             f"stage     {name}: {stage.task}, {sizes[stage.task]:,} parameters, {stage.steps:,} steps of "
@@ -135,7 +150,7 @@ class Run:
         initial: dict[str, Any] = {}  # of each task, what its last stage has trained
         tokenizer = None
         for index, (name, stage) in enumerate(self.config.stages.items()):
-            source = functools.cache(functools.partial(open_source, self.config.data, "train", stage.frames))
+            source = self._source("train", stage.frames)
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self._batches, source, stage, index)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
@@ -183,7 +198,7 @@ class Run:
         if not path.exists():
             if not train:
                 raise UserError(f"{self.workdir} has no vocabulary.model; train first, with --mode=train.")
-            captions = open_source(self.config.data, "train").captions
+            captions = self._source("train", None).captions
             write_atomically(path, vocabulary.train(captions, self.config.text.vocab_size))
         return vocabulary.Vocabulary.load(path, self.config.text.length)
 
@@ -198,24 +213,24 @@ class Run:
             shape,
         )
 
-    def _batches(self, source: Callable[[], Source], stage: StageConfig, index: int) -> grain.IterDataset:
+    def _batches(self, source: Source, stage: StageConfig, index: int) -> grain.IterDataset:
         vocab = self._vocabulary(train=False)
         dropout = self.config.data.caption_dropout
-        return batches(source(), vocab.encode, stage.batch_size, self.config.seed + index, dropout)
+        return batches(source, vocab.encode, stage.batch_size, self.config.seed + index, dropout)
 
-    def _statistics(self, source: Callable[[], Source], state: TrainState) -> dict:
+    def _statistics(self, source: Source, state: TrainState) -> dict:
         @jax.jit
         def encode(params, video):
             return self.tokenizer.apply({"params": params}, to_float(video), method="encode")
 
         seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
-        some = batches(source(), self._vocabulary(train=False).encode, STATISTICS_BATCH, seed, 0.0)
+        some = batches(source, self._vocabulary(train=False).encode, STATISTICS_BATCH, seed, 0.0)
         return latent_statistics(functools.partial(encode, state.ema), some, STATISTICS_CLIPS)
 
     def _cached(
         self,
         name: str,
-        source: Callable[[], Source],
+        source: Source,
         stage: StageConfig,
         index: int,
         model: TextToVideo,

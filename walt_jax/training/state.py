@@ -51,7 +51,7 @@ def make_train_step(loss_function: LossFunction, optimizer: optax.GradientTransf
         # Early on the average follows closely, or it would remember the initialisation for as long as it lasts.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **metrics}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **metrics}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,23 @@
+"""W.A.L.T on your own folder of captioned clips, both models trained from scratch.
+
+    python -m walt_jax.main --config=configs/walt_clips.py --config.data.source=FOLDER --workdir=runs/clips
+
+The folder holds videos (mp4, webm, mov, avi, gif) and, for captions, a `metadata.csv` with the columns `file_name` and
+`caption`; without one the model is unconditional.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_demo.py")))["get_config"]()
+    config.data.update(source="", frames=17, height=48, width=80)
+    config.text.update(vocab_size=1024, length=32)
+    config.denoiser.update(windows=((1, None, None), (None, 3, 5)))
+    config.stages.tokenizer.update(steps=900, batch_size=2)
+    config.stages.denoiser.update(steps=600, batch_size=8, cached_clips=512)
+    config.evaluation.update(clips=16, samples_per_prompt=1, prompts=8)
+    return config

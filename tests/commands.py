@@ -1,0 +1,32 @@
+"""Running the command line as users do: in a process of its own, from the repository's root."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = "--config=configs/walt_tiny.py"
+
+
+def start(*flags: str, cache: pathlib.Path) -> subprocess.Popen:
+    """Starts `python -m walt_jax.main`; compiled programs are kept in `cache`, as users keep them in their home."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "walt_jax.main", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*flags: str, cache: pathlib.Path) -> tuple[int, str, str]:
+    """Runs it to its end; returns (exit code, standard output, standard error)."""
+    process = start(*flags, cache=cache)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[str, int, str]]:
+    """(stage, step, loss) of each line of `metrics.jsonl`; the loss as its digits: equal to the last bit."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["stage"], row["step"], repr(row["loss"])) for row in rows]

@@ -1,0 +1,115 @@
+"""A mistake is one clear sentence, exit code 1, no traceback, and nothing is overwritten."""
+
+import pathlib
+
+import commands
+import numpy as np
+import pytest
+
+from walt_jax import main
+from walt_jax.data.media import write_video
+from walt_jax.workdir import locked
+
+TINY = f"--config={commands.ROOT / 'configs' / 'walt_tiny.py'}"
+CLIPS = f"--config={commands.ROOT / 'configs' / 'walt_clips.py'}"
+
+
+def sentence(capsys, *flags) -> str:
+    """Runs a command that fails; returns what it says."""
+    assert main.main(list(flags)) == 1
+    captured = capsys.readouterr()
+    message = captured.err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and "Traceback" not in captured.err
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--confg=x"], ["confg", "config"]),
+        ([TINY], ["--workdir"]),
+        ([TINY, "--workdir=W", "--mode=trian"], ["mode", "train"]),
+        ([TINY, "--workdir=W", "train"], ["'train'"]),
+        (["--config=configs/none.py", "--workdir=W"], ["none.py"]),
+        (["--workdir=W"], ["--config"]),
+        (["--config.seed=1", "--workdir=W"], ["config.seed"]),
+        ([TINY, "--workdir=W", "--config.data.widht=3"], ["widht", "width"]),
+        ([TINY, "--workdir=W", "--config.data.width=wide"], ["config.data.width", "wide"]),
+        ([TINY, "--workdir=W", "--config.data.width=24"], ["config.data", "width=24"]),
+        ([TINY, "--workdir=W", "--config.data.frames=6"], ["frames", "1 + 4n"]),
+        ([TINY, "--workdir=W", "--config.stages.denoiser.optimizer.name=adan"], ["adan", "adamw"]),
+        ([TINY, "--workdir=W", "--config.diffusion.schedule=lineal"], ["lineal", "linear"]),
+        ([TINY, "--workdir=W", "--config.denoiser.windows=((None, 3, 3),)"], ["window", "(None, 3, 3)"]),
+        ([TINY, "--workdir=W", "--config.tokenizer.norm_groups=3"], ["norm_groups=3"]),
+        ([CLIPS, "--workdir=W"], ["config.data.source"]),
+        ([CLIPS, "--workdir=W", "--config.data.source=nowhere"], ["nowhere"]),
+        ([TINY, "--workdir=W", "--mode=sample", "--prompt=a"], ["W", "--mode=train"]),
+        ([TINY, "--workdir=W", "--mode=sample"], ["--prompt"]),
+        ([TINY, "--workdir=W", "--mode=sample", "--prompts=none.txt"], ["none.txt"]),
+        ([TINY, "--workdir=W", "--mode=sample", "--prompt=a", "--num_samples=0"], ["num_samples"]),
+        ([TINY, "--workdir=W", "--mode=evaluate"], ["W", "--mode=train"]),
+    ],
+)
+def test_one_sentence(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    message = sentence(capsys, *flags)
+    for word in words:
+        assert word in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+def test_a_knob_that_nothing_reads(tmp_path, capsys):
+    config = tmp_path / "odd.py"
+    config.write_text(
+        "import runpy\n"
+        "def get_config():\n"
+        f"    config = runpy.run_path({str(commands.ROOT / 'configs' / 'walt_tiny.py')!r})['get_config']()\n"
+        "    config.denoiser.mlp_ration = 4\n"
+        "    return config\n"
+    )
+    message = sentence(capsys, f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert "config.denoiser.mlp_ration" in message and "mlp_ratio" in message
+
+
+def test_an_unreadable_video(tmp_path, capsys):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write_video(folder / "good.mp4", np.zeros((20, 48, 80, 3), np.uint8), 8)
+    (folder / "bad.mp4").write_text("<html>404</html>")
+    message = sentence(capsys, CLIPS, f"--config.data.source={folder}", f"--workdir={tmp_path / 'run'}")
+    assert "bad.mp4" in message and "max_bad_fraction" in message
+
+
+def snapshot(folder: pathlib.Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("content", [{"notes.txt": b"mine"}, {"metrics.jsonl": b"{}\n"}])
+def test_a_folder_that_is_no_run_is_left_alone(content, tmp_path, capsys):
+    for name, text in content.items():
+        (tmp_path / name).write_bytes(text)
+    message = sentence(capsys, TINY, f"--workdir={tmp_path}")
+    assert str(tmp_path) in message
+    assert {path.name: text for path, text in snapshot(tmp_path).items() if path.name != "lock"} == content
+
+
+def test_a_second_process_is_refused(tmp_path, capsys):
+    with locked(tmp_path):
+        assert "Another process" in sentence(capsys, TINY, f"--workdir={tmp_path}")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    """And so does a workdir that is used with another config."""
+    explode = "--config.stages.tokenizer.optimizer.learning_rate=1e30"
+    flags = [TINY, f"--workdir={tmp_path}", explode, "--config.stages.tokenizer.optimizer.warmup_steps=20"]
+    flags += ["--config.stages.tokenizer.checkpoint_every=1"]
+    message = sentence(capsys, *flags)
+    assert "tokenizer" in message and "checkpoint" in message
+    kept = [int(path.name) for path in (tmp_path / "checkpoints" / "tokenizer").iterdir() if path.name.isdigit()]
+    stopped = int(message.split("at step ")[1].split(",")[0])
+    assert kept and max(kept) == stopped - 1
+
+    before = snapshot(tmp_path)
+    message = sentence(capsys, TINY, f"--workdir={tmp_path}")
+    assert "warmup_steps is 20 there and 50 here" in message or "1e+30" in message
+    assert snapshot(tmp_path) == before
