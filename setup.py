@@ -20,6 +20,7 @@ setup(
         "etils[epath]",
         "flax>=0.12",
         "grain>=0.2.12",
+        "importlib_resources",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
         "jaxtyping",
         "matplotlib",
@@ -30,10 +31,12 @@ setup(
         "pillow",
         "sentencepiece",
         "tensorboardX",
+        "tensorflow-datasets",  # reads ArrayRecord data sets without TensorFlow
         "tqdm",
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
+        "prepare": ["apache-beam", "scenedetect"],
         "tpu": ["jax[tpu]"],
         "test": ["hypothesis", "pytest", "ruff"],
     },

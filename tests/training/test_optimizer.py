@@ -1,0 +1,186 @@
+"""Muon gets the hidden matrices and nothing else, and both optimizers take the steps that their papers write down."""
+
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.text.t5 import T5Config, T5Encoder
+from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
+from walt_jax.training.optimizer import OptimizerConfig, make_optimizer, muon_dimensions
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def denoiser(heads, layers=4):
+    config = DenoiserConfig(16 * heads, heads, layers, ((1, None, None), (None, 4, 4)), patch_size=(1, 2, 2))
+    inputs = shape(1, 5, 16, 16, 8), shape(1), shape(1, 3, 32), shape(1, 3, dtype=bool)
+    return jax.eval_shape(Denoiser(config).init, jax.random.key(0), *inputs)["params"]
+
+
+def text(heads):
+    encoder = T5Encoder(T5Config(32, 1, heads, 16, 64), vocab_size=100)
+    return jax.eval_shape(encoder.init, jax.random.key(0), shape(1, 3, dtype=int), shape(1, 3, dtype=bool))["params"]
+
+
+def tokenizer():
+    config = TokenizerConfig(8, 32, (1, 2), ((2, 2, 2),), 1, 8, 2)
+    return jax.eval_shape(Tokenizer(config).init, jax.random.key(0), shape(1, 3, 8, 8, 3))["params"]
+
+
+def names(tree):
+    """Paths like "cycles/block0/mlp_in/kernel" to leaves; a leaf is what stands for one parameter."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or isinstance(x, nn.Partitioned | optax.contrib.MuonDimensionNumbers)
+    )
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def of_muon(boxed):
+    return {name for name, dimensions in names(muon_dimensions(boxed)).items() if dimensions is not None}
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_muon_takes_the_denoisers_hidden_matrices(heads):
+    """Not the patches in and out, positions, the relative bias (a table that is looked up), AdaLN-LoRA, norms, biases."""
+    blocks = [
+        f"cycles/block{block}/{layer}/kernel"
+        for block in (0, 1)
+        for layer in (
+            *(f"{attention}_attention/{name}" for attention in ("self", "cross") for name in "query key value out".split()),
+            "mlp_in",
+            "mlp_out",
+        )
+    ]
+    whole = [f"{name}/kernel" for name in "text_in text_pooled time_in time_out adaln adaln_out".split()]
+    assert of_muon(denoiser(heads)) == {*blocks, *whole}
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_muon_takes_the_text_encoders_hidden_matrices(heads):
+    layers = "query_0 key_0 value_0 attention_out_0 mlp_gate_0 mlp_in_0 mlp_out_0".split()
+    assert of_muon(text(heads)) == {f"{name}/kernel" for name in layers}
+
+
+def test_muon_takes_the_tokenizers_convolutions_between_wide_layers():
+    taken, every = of_muon(tokenizer()), names(tokenizer())
+    narrow = {"encoder/conv_in/kernel", "encoder/conv_out/kernel", "decoder/conv_in/kernel", "decoder/conv_out/kernel"}
+    assert taken == {name for name in every if name.endswith("kernel") and "affine" not in name} - narrow
+    assert len(taken) > 15
+
+
+def test_a_matrix_is_from_all_that_is_summed_over_to_the_channels_out():
+    dimensions = names(muon_dimensions({"a": denoiser(2), "b": tokenizer()}))
+    assert dimensions["a/cycles/block0/mlp_in/kernel"] == ((1,), (2,))  # axis 0 is the scan's
+    assert dimensions["a/adaln/kernel"] == ((0,), (1,))
+    convolution = next(value for name, value in dimensions.items() if re.search("encoder/scale0_block0/conv_in", name))
+    assert convolution == ((0, 1, 2, 3), (4,))
+
+
+def learning_rate(config, peak, steps, step):
+    """Linear from 0 to the peak in `warmup_steps`, then a half cosine to the fraction of it at `steps`."""
+    warmup = min(config.warmup_steps, steps - 1)
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (steps - warmup)
+    return peak * (config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def updates_of(optimizer, params, gradients):
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        yield updates, params
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 12), st.sampled_from([0.0, 0.1, 1.0]))
+def test_the_learning_rate_warms_up_and_decays(steps, warmup, final):
+    """Adam's update of a gradient that never changes is the learning rate."""
+    config = OptimizerConfig("adamw", 0.5, warmup_steps=warmup, final_fraction=final)
+    params = {"w": jnp.ones(3)}
+    seen = [
+        -float(updates["w"][0])
+        for updates, _ in updates_of(make_optimizer(config, steps, params), params, [{"w": 0.1 * jnp.ones(3)}] * steps)
+    ]
+    expected = [learning_rate(config, 0.5, steps, step) for step in range(steps)]
+    np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ends_of_the_schedule():
+    config = OptimizerConfig("adamw", 0.5, warmup_steps=2, final_fraction=0.1)
+    assert [round(learning_rate(config, 0.5, 10, step), 6) for step in (0, 1, 2, 10)] == [0, 0.25, 0.5, 0.05]
+    one = OptimizerConfig("adamw", 0.5, warmup_steps=100)
+    assert learning_rate(one, 0.5, 1, 0) == 0.5  # a stage of one step trains all the same
+
+
+def test_adamw_by_hand():
+    """With the gradient's global norm clipped, bias-corrected moments and decoupled decay."""
+    config = OptimizerConfig("adamw", 0.1, b1=0.8, b2=0.95, weight_decay=0.3, clip_norm=0.7)
+    params = {"a": normal(0, 3), "b": normal(1, 2, 2)}
+    gradients = [{"a": s * normal(10 * i, 3), "b": s * normal(10 * i + 1, 2, 2)} for i, s in enumerate((9.0, 0.1, 1.0))]
+    w = np.concatenate([params["a"], params["b"].ravel()]).astype(np.float64)
+    m, v = np.zeros(7), np.zeros(7)
+    ours = updates_of(make_optimizer(config, 3, params), jax.tree.map(jnp.asarray, params), gradients)
+    for step, (gradient, (_, after)) in enumerate(zip(gradients, ours, strict=True)):
+        g = np.concatenate([gradient["a"], gradient["b"].ravel()]).astype(np.float64)
+        g *= min(1, 0.7 / np.linalg.norm(g))
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        direction = m / (1 - 0.8 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
+        w = w - learning_rate(config, 0.1, 3, step) * (direction + 0.3 * w)
+        np.testing.assert_allclose(np.concatenate([after["a"], after["b"].ravel()]), w, rtol=1e-4, atol=1e-6)
+
+
+def newton_schulz(g):
+    """Five steps of Jordan's quintic towards U Vᵀ, and the scale that he gives to tall matrices."""
+    x = g.astype(np.float64) / np.linalg.norm(g)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return x * math.sqrt(max(1, g.shape[1] / g.shape[0]))
+
+
+def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adam():
+    shapes = {
+        "matrix": ((20, 16), ("embed", "mlp")),
+        "stack": ((2, 16, 24), ("layers", "embed", "mlp")),
+        "convolution": ((2, 1, 3, 16, 17), (None, None, None, "channels_in", "channels_out")),
+        "embedding": ((30, 20), ("vocab", "embed")),
+        "bias": ((20,), ("embed",)),
+    }
+    boxed = {name: nn.LogicallyPartitioned(jnp.asarray(normal(0, *size)), axes) for name, (size, axes) in shapes.items()}
+    params = nn.meta.unbox(boxed)
+    gradient = {name: 5 * normal(i, *leaf.shape) for i, (name, leaf) in enumerate(params.items())}
+    config = OptimizerConfig("muon", 0.01, muon_learning_rate=0.3, warmup_steps=2, final_fraction=0.1)
+    optimizer = make_optimizer(config, 5, boxed)
+    for step, (updates, _) in enumerate(updates_of(optimizer, params, [gradient] * 5)):
+        adam, muon = (learning_rate(config, peak, 5, step) for peak in (0.01, 0.3))
+        for name in ("embedding", "bias"):
+            np.testing.assert_allclose(updates[name], -adam * np.sign(gradient[name]), rtol=1e-3, atol=1e-7)
+        expected = {
+            "matrix": newton_schulz(gradient["matrix"]),
+            "stack": np.stack([newton_schulz(g) for g in gradient["stack"]]),
+            "convolution": newton_schulz(gradient["convolution"].reshape(-1, 17)).reshape(2, 1, 3, 16, 17),
+        }
+        for name, direction in expected.items():
+            np.testing.assert_allclose(updates[name], -muon * direction, rtol=1e-2, atol=1e-4)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="'sgd'; choose adamw or muon"):
+        OptimizerConfig("sgd", 0.1)
