@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
                 "encoder": {"dim": 64, "layers": 1, "heads": 4, "head_dim": 16, "mlp_dim": 128},
             },
             "tokenizer": {
-                "latent_channels": 8,
+                "latent_channels": 12,
                 "base_channels": 32,
                 "channel_multipliers": (1, 2, 2),
                 "downsample": ((2, 2, 2), (2, 1, 1)),
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
                 {
                     "tokenizer": {
                         "task": "tokenizer",
-                        "steps": 1200,
+                        "steps": 1500,
                         "batch_size": 4,
                         "ema_decay": 0.98,
                         "optimizer": {
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
                 sort_keys=False,
             ),
             "sampling": {"steps": 25, "guidance": 1.25, "batch_size": 8},
-            "evaluation": {"clips": 72, "samples_per_prompt": 1},
+            "evaluation": {"clips": 72, "samples_per_prompt": 2},
         },
         sort_keys=False,
     )

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from walt_jax.errors import UserError
 
+MAX_SEED = 2**31 - 1
 MODES = ("train", "sample", "evaluate")
 
 
@@ -30,7 +31,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "sample: a caption; repeatable", flag_values=values)
     flags.DEFINE_string("prompts", None, "sample: a file with a caption a line", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "sample: of the first video of each prompt", flag_values=values, lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", 0, "sample: of the first video of each prompt", flag_values=values, lower_bound=0, upper_bound=MAX_SEED
+    )
     flags.DEFINE_integer("num_samples", 1, "sample: videos a prompt", flag_values=values, lower_bound=1)
     flags.DEFINE_string("out", None, "sample: folder for the videos", flag_values=values)
     flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
@@ -156,6 +159,10 @@ def sample(values: flags.FlagValues) -> None:
         raise UserError('There is nothing to sample; give --prompt="..." or --prompts=FILE with a prompt a line.')
     run = open_trained_run(values)
     out = pathlib.Path(values.out) if values.out else run.workdir / "samples"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} can't be made ({error.strerror}); name a folder.") from error
 
     from walt_jax.generation.sample import write_samples
 

@@ -49,9 +49,21 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The knobs that the workdir's run was started with, or None where there is none."""
+    """The knobs that the workdir's run was started with, or None where there is none.
+
+    Raises:
+        UserError: if the file that holds them is damaged.
+    """
     path = workdir / CONFIG
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        knobs = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}); restore it, or start in another --workdir.") from error
+    if not isinstance(knobs, dict):
+        raise UserError(f"{path} holds no knobs; restore it, or start in another --workdir.")
+    return knobs
 
 
 def check_free(workdir: pathlib.Path, knobs: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def test_equals_the_papers_equations(changed):
     variables = filled(Denoiser(config), *arguments)
     ours = jax.jit(Denoiser(config).apply)(variables, *arguments)
     assert ours.shape == arguments[0].shape
-    np.testing.assert_allclose(ours, twin(variables["params"], config, *arguments), rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(ours, twin(variables["params"], config, *arguments), rtol=1e-4, atol=1e-4)
 
 
 def test_scanned_and_unrolled_blocks_give_the_same(variables, denoise):

@@ -84,16 +84,6 @@ def test_without_self_conditioning_the_model_is_asked_once():
     np.testing.assert_array_equal(estimate, np.zeros(SHAPE))
 
 
-def test_as_many_clips_see_their_estimate_as_asked_for_and_they_are_drawn_apart():
-    latents = jnp.ones((1000, 1, 1, 1, 1))
-    model = Recorder()
-    velocity_loss(model, latents, jax.random.key(1), linear, 0.9)
-    estimate, time = model.calls[1][2].ravel(), model.calls[1][1]
-    chosen = estimate != 0
-    assert 0.86 < chosen.mean() < 0.94
-    assert abs(np.corrcoef(chosen, time)[0, 1]) < 0.1
-
-
 def test_no_gradient_flows_through_the_estimate():
     """Of the model w₁ z + w₂ estimate; by hand, with the estimate taken as a constant."""
     model = Recorder()
@@ -126,19 +116,33 @@ def test_times_are_stratified_over_the_batch(seed, batch):
     np.testing.assert_allclose(np.diff(np.sort(time)), 1 / batch, atol=1e-6)
 
 
-def test_each_clips_time_is_uniform_over_steps():
-    def times(key):
+def drawn(clips, probability, count=2000):
+    """For `count` keys: the times, and which clips saw an estimate."""
+
+    def one(key):
         seen = []
 
         def denoise(noisy, time, estimate):
-            seen.append(time)
+            seen.append((time, jnp.any(estimate != 0, axis=(1, 2, 3, 4))))
             return noisy
 
-        velocity_loss(denoise, jnp.zeros((3, 1, 1, 1, 1)), key, linear, 0.0)
-        return seen[0]
+        velocity_loss(denoise, jnp.ones((clips, 1, 1, 1, 1)), key, linear, probability)
+        return seen[-1]
 
-    drawn = np.asarray(jax.vmap(times)(jax.random.split(jax.random.key(0), 2000)))
-    for clip in drawn.T:
+    return map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), count)))
+
+
+def test_as_many_clips_see_their_estimate_as_asked_for_whatever_their_time():
+    time, chosen = drawn(2, 0.5)
+    assert (abs(chosen.mean(0) - 0.5) < 0.05).all()
+    both = np.concatenate([time, chosen], axis=1)
+    assert (abs(np.corrcoef(both.T)[:2, 2:]) < 0.1).all()
+    assert abs(np.corrcoef(chosen.T)[0, 1]) < 0.1  # each clip is drawn for itself
+
+
+def test_each_clips_time_is_uniform_over_steps():
+    time, _ = drawn(3, 0.9)
+    for clip in time.T:
         counts, _ = np.histogram(clip, 10, (0, 1))
         assert (abs(counts - 200) < 60).all()
 

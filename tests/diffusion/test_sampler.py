@@ -33,7 +33,7 @@ def exact(schedule):
 
 @each
 def test_converges_at_first_order_to_the_exact_answer(schedule):
-    """The flow takes N(0, 1) to N(MEAN, DEVIATION²) and keeps each place in the distribution: x = MEAN + DEVIATION ε."""
+    """The flow takes N(0, 1) to N(MEAN, DEVIATION²) and keeps the place in the distribution: x = MEAN + DEVIATION ε."""
     errors = []
     for steps in (25, 50, 100, 200):
         x = jax.jit(lambda noise, steps=steps: ddim(exact(schedule), noise, schedule, steps))(NOISE)
@@ -50,7 +50,9 @@ def spelled_out(denoise, noise, schedule, steps):
     for step in range(steps):
         now, after = (float(x[0]) for x in schedule(jnp.array([1 - step / steps]))), 1 - (step + 1) / steps
         alpha, sigma = now
-        v = np.asarray(denoise(*(jnp.asarray(a, jnp.float32) for a in (z, np.full(len(z), 1 - step / steps), estimate))))
+        v = np.asarray(
+            denoise(*(jnp.asarray(a, jnp.float32) for a in (z, np.full(len(z), 1 - step / steps), estimate)))
+        )
         estimate, epsilon = alpha * z - sigma * v, sigma * z + alpha * v
         alpha, sigma = (float(x[0]) for x in schedule(jnp.array([after])))
         z = alpha * estimate + sigma * epsilon
@@ -101,9 +103,12 @@ def halves(conditional, unconditional):
     return denoise
 
 
-def sample_guided(conditional, unconditional, scale, steps, schedule=linear):
-    denoise = guided(halves(conditional, unconditional), scale)
-    return ddim(denoise, jnp.concatenate([NOISE, NOISE]), schedule, steps)[: len(NOISE)]
+def run_guided(denoise, scale, schedule, steps):
+    return ddim(guided(denoise, scale), jnp.concatenate([NOISE, NOISE]), schedule, steps)[: len(NOISE)]
+
+
+def sample_guided(conditional, unconditional, scale, steps):
+    return run_guided(halves(conditional, unconditional), scale, linear, steps)
 
 
 @settings(max_examples=5, deadline=None)
@@ -157,7 +162,7 @@ def test_each_half_is_given_its_own_estimate():
         jax.debug.callback(lambda *arrays: seen.append([np.asarray(a) for a in arrays]), time[0], estimate)
         return halves(conditional, unconditional)(z, time, estimate)
 
-    ddim(guided(denoise, scale), jnp.concatenate([NOISE, NOISE]), cosine, steps)
+    run_guided(denoise, scale, cosine, steps)
     jax.effects_barrier()
     z, estimates = np.asarray(NOISE), [np.zeros(SHAPE, np.float32)] * 2
     for step, (_, estimate) in enumerate(sorted(seen, key=lambda call: -call[0])):

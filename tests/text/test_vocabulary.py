@@ -19,7 +19,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)  # lone su
 
 def test_the_same_captions_give_the_same_bytes_in_any_order_and_number():
     assert train(CAPTIONS, 400) == MODEL
-    assert train([*reversed(CAPTIONS), *CAPTIONS, "", "  "], 400) == MODEL
+    assert train([*reversed(CAPTIONS), *[CAPTIONS[-1]] * 99, "", "  "], 400) == MODEL
     assert train(CAPTIONS[:5], 400) != MODEL
 
 

@@ -130,6 +130,8 @@ def test_the_bias_is_optional_and_the_computation_is_in_the_given_type():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     y = module.apply(variables, x)
     assert y.dtype == jnp.bfloat16
-    twin = np.asarray(convolution_3d(x, variables["params"]["kernel"], (1, 1, 1))) + np.asarray(variables["params"]["bias"])
+    twin = np.asarray(convolution_3d(x, variables["params"]["kernel"], (1, 1, 1))) + np.asarray(
+        variables["params"]["bias"]
+    )
     np.testing.assert_allclose(y.astype(jnp.float32), twin, atol=0.1)
     assert set(filled(CausalConv(3, use_bias=False), x)["params"]) == {"kernel"}

@@ -54,7 +54,7 @@ def write_samples(
     """Writes a video a clip, `samples.json` and `contact_sheet.png`.
 
     Args:
-        out: the folder; it is made where it isn't there, and what it holds of other samples stays.
+        out: the folder; it is made where it isn't there, and other files in it stay.
         clips: the videos.
         prompts, seeds: what they were made from.
         fps: frames a second.

@@ -81,6 +81,8 @@ class RunConfig:
     evaluation: EvaluationConfig
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; choose one from 0 to {2**31 - 1}")
         tasks = [stage.task for stage in self.stages.values()]
         if sorted(tasks, reverse=True) != tasks or len(set(tasks)) != 2:
             raise ValueError("stages are at least one for the tokenizer and then at least one for the denoiser")
