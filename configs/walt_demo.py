@@ -10,7 +10,16 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "data": {"source": "drawn", "frames": 17, "height": 32, "width": 32, "fps": 8.0, "caption_dropout": 0.1},
+            "data": {
+                "source": "drawn",
+                "frames": 17,
+                "height": 32,
+                "width": 32,
+                "fps": 8.0,
+                "cache_bytes": 2**30,
+                "max_bad_fraction": 0.0,
+                "caption_dropout": 0.1,
+            },
             "text": {
                 "vocab_size": 512,
                 "length": 16,
@@ -24,6 +33,7 @@ def get_config() -> ConfigDict:
                 "residual_blocks": 1,
                 "norm_groups": 8,
                 "patch_size": 2,
+                "dtype": "float32",
             },
             "denoiser": {
                 "dim": 192,
@@ -33,15 +43,19 @@ def get_config() -> ConfigDict:
                 "patch_size": (1, 2, 2),
                 "adaln_rank": 2,
                 "self_conditioning": True,
+                "scan": False,
+                "dtype": "float32",
             },
             "diffusion": {"schedule": "linear", "self_conditioning": 0.9},
             "stages": ConfigDict(
                 {
                     "tokenizer": {
                         "task": "tokenizer",
-                        "steps": 1500,
+                        "steps": 1200,
                         "batch_size": 4,
                         "ema_decay": 0.98,
+                        "log_every": 10,
+                        "checkpoint_every": 300,
                         "optimizer": {
                             "name": "muon",
                             "learning_rate": 2e-3,
@@ -52,9 +66,11 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 1000,
+                        "steps": 900,
                         "batch_size": 32,
                         "ema_decay": 0.99,
+                        "log_every": 10,
+                        "checkpoint_every": 300,
                         "cached_clips": 8192,
                         "optimizer": {
                             "name": "muon",
@@ -67,7 +83,7 @@ def get_config() -> ConfigDict:
                 },
                 sort_keys=False,
             ),
-            "sampling": {"steps": 25, "guidance": 1.25, "batch_size": 8},
+            "sampling": {"steps": 25, "guidance": 1.5, "batch_size": 8},
             "evaluation": {"clips": 72, "samples_per_prompt": 2},
         },
         sort_keys=False,

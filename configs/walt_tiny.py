@@ -1,6 +1,6 @@
 """`walt_demo.py` shrunk to under a minute on two CPU cores, for tests: every step is logged, nothing is learned.
 
-    python -m walt_jax.main --config=configs/walt_tiny.py --workdir=runs/tiny
+python -m walt_jax.main --config=configs/walt_tiny.py --workdir=runs/tiny
 """
 
 import pathlib

@@ -51,9 +51,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def _flag_sentence(error: Exception) -> str:
     """One line of what absl, ml_collections or a config file have to say."""
     text = " ".join(str(error).split())
+    if "Traceback" in text:  # of a config file, which absl has put into its message
+        return f"The config can't be loaded: {str(error).strip().splitlines()[-1].strip()}"
     if isinstance(error, flags.Error):
         return text
-    if isinstance(error, AttributeError) and "Did you mean" in text:  # a knob that the file lacks
+    if isinstance(error, AttributeError | KeyError):  # a knob that the file lacks
         return f"The config has no knob {text}"
     reason = text.rsplit("Failed loading config file", 1)[-1].rsplit("]:", 1)[-1].strip()
     return f"The config can't be loaded: {type(error).__name__}: {reason}"
@@ -121,8 +123,11 @@ def train(values: flags.FlagValues) -> None:
     start = time.monotonic()
     with locked(run.workdir):
         check_free(run.workdir, knobs)
-        run.check_data()  # before the workdir is claimed: a wrong folder can be put right in the same workdir
+        # Before the workdir is claimed: what fails here can be put right and tried again in the same one.
+        run.check_data()
+        vocab = run.make_vocabulary()
         claim(run.workdir, knobs)
+        run.keep_vocabulary(vocab)
         print(run.summary(), flush=True)
         run.train()
         report = _evaluate(run)
@@ -131,8 +136,11 @@ def train(values: flags.FlagValues) -> None:
 
 def evaluate(values: flags.FlagValues) -> None:
     """Measures what has been trained."""
+    from walt_jax.workdir import locked
+
     run = open_trained_run(values)
-    report = _evaluate(run)
+    with locked(run.workdir):
+        report = _evaluate(run)
     print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
 
 
@@ -151,14 +159,17 @@ def sample(values: flags.FlagValues) -> None:
     prompts = list(values.prompt)
     if values.prompts is not None:
         try:
-            lines = pathlib.Path(values.prompts).read_text(encoding="utf-8").splitlines()
+            lines = pathlib.Path(values.prompts).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts={values.prompts} can't be read ({error}); give a UTF-8 text file.") from error
         prompts += [line.strip() for line in lines if line.strip()]
+    for prompt in prompts:
+        if not prompt.isprintable():
+            raise UserError(f"The prompt {prompt!r} has unprintable characters; write it as UTF-8 text in one line.")
     if not prompts:
         raise UserError('There is nothing to sample; give --prompt="..." or --prompts=FILE with a prompt a line.')
     run = open_trained_run(values)
-    out = pathlib.Path(values.out) if values.out else run.workdir / "samples"
+    out = pathlib.Path(values.out) if values.out else run.workdir / "generated"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -178,11 +189,16 @@ def main(argv: list[str]) -> int:
     """Runs a mode; returns the exit code."""
     try:
         values = parse(argv)
-        if values.workdir is None:
+        if not values.workdir:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
         {"train": train, "sample": sample, "evaluate": evaluate}[values.mode](values)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder without rights
+        print(
+            f"error: {error.filename or values.workdir}: {error.strerror}; check path and free space.", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)

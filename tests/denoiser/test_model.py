@@ -63,9 +63,18 @@ def linear(params, x):
     return x @ params["kernel"] + params.get("bias", 0)
 
 
-def attention(config, window, params, x, *text):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attention(heads, window, params, x, *text):
     """Proved in test_windows.py."""
-    return np.asarray(WindowAttention(config.heads, Window(*window), jnp.float32).apply({"params": params}, x, *text))
+    return WindowAttention(heads, Window(*window), jnp.float32).apply({"params": params}, x, *text)
+
+
+def cycles(params, config):
+    """The parameters of each cycle of windows; those of a scan are stacked."""
+    count = config.layers // len(config.windows)
+    if config.scan:
+        return [jax.tree.map(lambda leaf, cycle=cycle: leaf[cycle], params["cycles"]) for cycle in range(count)]
+    return [params[f"cycle{cycle}"] for cycle in range(count)]
 
 
 def twin(params, config, noisy, time, text, text_mask, estimate):
@@ -92,14 +101,14 @@ def twin(params, config, noisy, time, text, text_mask, estimate):
 
         for layer in range(config.layers):
             cycle, index = divmod(layer, len(config.windows))
-            block = jax.tree.map(lambda leaf, cycle=cycle: leaf[cycle], params["cycles"][f"block{index}"])
+            block = cycles(params, config)[cycle][f"block{index}"]
             # A_i = A_1 + W_b W_a (c + t)
             modulation = first + linear(block["adaln_b"], linear(block["adaln_a"], condition))
             scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = np.split(modulation, 6)
             h = (plain_norm(x) * (1 + scale_1) + shift_1)[None].astype(np.float32)
-            x = x + gate_1 * attention(config, config.windows[index], block["self_attention"], h)[0]
+            x = x + gate_1 * attention(config.heads, config.windows[index], block["self_attention"], h)[0]
             h = plain_norm(x)[None].astype(np.float32)
-            x = x + attention(config, (1, None, None), block["cross_attention"], h, *text_of)[0]
+            x = x + attention(config.heads, (1, None, None), block["cross_attention"], h, *text_of)[0]
             h = plain_norm(x) * (1 + scale_2) + shift_2
             x = x + gate_2 * linear(block["mlp_out"], gelu(linear(block["mlp_in"], h)))
 
@@ -117,6 +126,7 @@ def twin(params, config, noisy, time, text, text_mask, estimate):
     "changed",
     [
         {},
+        {"scan": True},
         {"patch_size": (2, 1, 1), "windows": ((None, None, None),), "layers": 2, "mlp_ratio": 2, "adaln_rank": 3},
         {"self_conditioning": False, "patch_size": (1, 2, 2), "layers": 2},
     ],
@@ -131,14 +141,16 @@ def test_equals_the_papers_equations(changed):
 
 
 def test_scanned_and_unrolled_blocks_give_the_same(variables, denoise):
-    unrolled = Denoiser(dataclasses.replace(CONFIG, unroll=2))
-    np.testing.assert_allclose(jax.jit(unrolled.apply)(variables, *inputs()), denoise(*inputs()), rtol=1e-5, atol=1e-5)
-    more = Denoiser(dataclasses.replace(CONFIG, unroll=100))
-    assert jax.eval_shape(more.apply, variables, *inputs()).shape == inputs()[0].shape
+    params = variables["params"]
+    stacked = {name: leaf for name, leaf in params.items() if not name.startswith("cycle")}
+    stacked["cycles"] = jax.tree.map(lambda *leaves: np.stack(leaves), *cycles(params, CONFIG))
+    scanned = jax.jit(Denoiser(dataclasses.replace(CONFIG, scan=True)).apply)
+    np.testing.assert_allclose(scanned({"params": stacked}, *inputs()), denoise(*inputs()), rtol=1e-5, atol=1e-5)
 
 
 def test_at_initialisation_the_output_is_zero():
-    output, _ = jax.jit(Denoiser(CONFIG).init_with_output)(jax.random.key(0), *inputs())
+    model = Denoiser(dataclasses.replace(CONFIG, layers=2))
+    output, _ = jax.jit(model.init_with_output)(jax.random.key(0), *inputs())
     assert output.dtype == jnp.float32
     np.testing.assert_array_equal(output, np.zeros_like(inputs()[0]))
 
@@ -194,10 +206,10 @@ def counts(config, grid=(5, 16, 16), text=2048):
 
 
 @settings(max_examples=5, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 3))
-def test_adaln_lora_has_as_many_parameters_as_the_paper_says(dim, rank, cycles):
-    dim, layers = 4 * dim, 2 * cycles
-    config = DenoiserConfig(dim, 2, layers, ((1, None, None), (None, 8, 8)), adaln_rank=rank)
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 3), st.booleans())
+def test_adaln_lora_has_as_many_parameters_as_the_paper_says(dim, rank, count, scan):
+    dim, layers = 4 * dim, 2 * count
+    config = DenoiserConfig(dim, 2, layers, ((1, None, None), (None, 8, 8)), adaln_rank=rank, scan=scan)
     modulation, _ = counts(config)
     assert modulation == 6 * dim**2 + layers * (dim * rank + rank * 6 * dim)
 
@@ -205,9 +217,9 @@ def test_adaln_lora_has_as_many_parameters_as_the_paper_says(dim, rank, cycles):
 def test_the_papers_sizes():
     """Table 8 and the ablations: ViT-g's modulation is 12M, with 475M if separate; W.A.L.T-L with text has 419M."""
     windows = ((1, None, None), (None, 8, 8))
-    modulation, _ = counts(DenoiserConfig(1408, 16, 40, windows, self_conditioning=True))
+    modulation, _ = counts(DenoiserConfig(1408, 16, 40, windows, scan=True))
     assert round(modulation / 1e6, 1) == 12.7
-    _, everything = counts(DenoiserConfig(1024, 16, 24, windows))
+    _, everything = counts(DenoiserConfig(1024, 16, 24, windows, scan=True))
     assert abs(everything / 419e6 - 1) < 0.02
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from walt_jax.diffusion.objective import per_clip
-from walt_jax.diffusion.sampler import ddim, guided
-from walt_jax.diffusion.schedule import SCHEDULES, cosine, linear
+from walt_jax.diffusion.sampler import ddim
+from walt_jax.diffusion.schedule import SCHEDULES, linear
 
 SHAPE = (2, 1, 2, 2, 3)
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
@@ -93,85 +93,55 @@ def test_a_clip_is_its_own_noise_alone():
     np.testing.assert_allclose(ddim(denoise, NOISE, linear, 4)[:1], alone, atol=1e-5)
 
 
-def halves(conditional, unconditional):
-    """A model that gets a batch with the condition and then one without, as `guided` promises it."""
-
-    def denoise(z, time, estimate):
-        parts = zip(*(jnp.split(x, 2) for x in (z, time, estimate)), strict=True)
-        return jnp.concatenate([model(*part) for model, part in zip((conditional, unconditional), parts, strict=True)])
-
-    return denoise
-
-
-def run_guided(denoise, scale, schedule, steps):
-    return ddim(guided(denoise, scale), jnp.concatenate([NOISE, NOISE]), schedule, steps)[: len(NOISE)]
-
-
-def sample_guided(conditional, unconditional, scale, steps):
-    return run_guided(halves(conditional, unconditional), scale, linear, steps)
+def guided(conditional, unconditional, scale, steps, schedule=linear):
+    return ddim(conditional, NOISE, schedule, steps, unconditional, scale)
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(1, 6))
 def test_at_scale_1_it_is_the_conditional_model(steps):
     with_condition, without = depends_on_everything(0.5), depends_on_everything(-1.0)
-    sampled = sample_guided(with_condition, without, 1.0, steps)
+    sampled = guided(with_condition, without, 1.0, steps)
     np.testing.assert_allclose(sampled, ddim(with_condition, NOISE, linear, steps), atol=1e-4)
 
 
 def test_at_scale_0_it_is_the_unconditional_model():
-    def without(z, time, estimate):
-        return jnp.cos(z)
-
-    def with_condition(z, time, estimate):
-        return jnp.sin(3 * z)
-
-    np.testing.assert_allclose(
-        sample_guided(with_condition, without, 0.0, 5), ddim(without, NOISE, linear, 5), atol=1e-4
-    )
+    with_condition, without = depends_on_everything(0.5), depends_on_everything(-1.0)
+    sampled = guided(with_condition, without, 0.0, 5)
+    np.testing.assert_allclose(sampled, ddim(without, NOISE, linear, 5), atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1.25, 3.0])
-def test_both_predictions_are_of_the_same_noisy_latents(scale):
-    """Ho and Salimans: v(z) = v(z, ∅) + scale · (v(z, c) − v(z, ∅)), all at one z, the one that is being sampled."""
-
-    def with_condition(z, time, estimate):
-        return jnp.sin(2 * z) - per_clip(time)
-
-    def without(z, time, estimate):
-        return jnp.cos(z)
-
-    def combined(z, time, estimate):
-        return without(z, time, 0) + scale * (with_condition(z, time, 0) - without(z, time, 0))
-
-    expected = spelled_out(combined, NOISE, linear, 6)
-    np.testing.assert_allclose(sample_guided(with_condition, without, scale, 6), expected, atol=2e-3)
-
-
-def test_each_half_is_given_its_own_estimate():
-    """The first half's is of the guided prediction, the second's of the unconditional one, both at the sampled z."""
-    seen, scale, steps = [], 2.0, 4
-
-    def conditional(z, time, estimate):
-        return jnp.sin(2 * z) + 0.3 * estimate
-
-    def unconditional(z, time, estimate):
-        return jnp.cos(z) - 0.2 * estimate
-
-    def denoise(z, time, estimate):
-        jax.debug.callback(lambda *arrays: seen.append([np.asarray(a) for a in arrays]), time[0], estimate)
-        return halves(conditional, unconditional)(z, time, estimate)
-
-    run_guided(denoise, scale, cosine, steps)
-    jax.effects_barrier()
+@each
+@pytest.mark.parametrize("scale", [0.5, 1.25, 3.0])
+def test_both_predictions_are_of_the_same_latents_and_each_has_its_own_estimate(schedule, scale):
+    """Ho and Salimans: v(z) = v(z, ∅) + scale · (v(z, c) − v(z, ∅)), all at the one z that is being sampled."""
+    with_condition, without, steps = depends_on_everything(0.5), depends_on_everything(-1.0), 6
     z, estimates = np.asarray(NOISE), [np.zeros(SHAPE, np.float32)] * 2
-    for step, (_, estimate) in enumerate(sorted(seen, key=lambda call: -call[0])):
-        np.testing.assert_allclose(estimate, np.concatenate(estimates), atol=1e-3)
+    for step in range(steps):
         time, after = (jnp.full((2,), 1 - (step + k) / steps) for k in (0, 1))
-        alpha, sigma = (np.asarray(per_clip(x)) for x in cosine(time))
-        plain = np.asarray(unconditional(z, time, estimates[1]))
-        v = plain + scale * (np.asarray(conditional(z, time, estimates[0])) - plain)
-        estimates = [alpha * z - sigma * v, alpha * z - sigma * plain]
-        epsilon = sigma * z + alpha * v
-        alpha, sigma = (np.asarray(per_clip(x)) for x in cosine(after))
-        z = alpha * estimates[0] + sigma * epsilon
+        (alpha, sigma), (next_alpha, next_sigma) = (
+            [np.asarray(per_clip(x)) for x in schedule(t)] for t in (time, after)
+        )
+        v_c, v_u = (
+            np.asarray(model(z, time, estimate))
+            for model, estimate in zip((with_condition, without), estimates, strict=True)
+        )
+        estimates = [alpha * z - sigma * v for v in (v_c, v_u)]
+        v = v_u + scale * (v_c - v_u)
+        z = next_alpha * (alpha * z - sigma * v) + next_sigma * (sigma * z + alpha * v)
+    np.testing.assert_allclose(guided(with_condition, without, scale, steps, schedule), z, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_guidance_sharpens_a_gaussian_as_much_as_it_should(scale):
+    """Two Gaussians of one width: guided, it is a third one, whose mean is further along from the free to the other."""
+
+    def about(mean):
+        return lambda z, time, estimate: (
+            exact(linear)(z - per_clip(linear(time)[0]) * (mean - MEAN), time, estimate)
+            - (per_clip(linear(time)[1]) * (mean - MEAN))
+        )
+
+    sampled = guided(about(1.0), about(-0.5), scale, 200)
+    expected = -0.5 + scale * 1.5 + DEVIATION * np.asarray(NOISE)
+    np.testing.assert_allclose(sampled, expected, atol=0.05)

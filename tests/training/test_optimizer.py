@@ -26,8 +26,8 @@ def shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def denoiser(heads, layers=4):
-    config = DenoiserConfig(16 * heads, heads, layers, ((1, None, None), (None, 4, 4)), adaln_rank=16)
+def denoiser(heads, scan):
+    config = DenoiserConfig(16 * heads, heads, 4, ((1, None, None), (None, 4, 4)), adaln_rank=16, scan=scan)
     inputs = shape(1, 5, 16, 16, 8), shape(1), shape(1, 3, 32), shape(1, 3, dtype=bool)
     return jax.eval_shape(Denoiser(config).init, jax.random.key(0), *inputs)["params"]
 
@@ -54,11 +54,13 @@ def of_muon(boxed):
     return {name for name, dimensions in names(muon_dimensions(boxed)).items() if dimensions is not None}
 
 
+@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("heads", [2, 16])
-def test_muon_takes_the_denoisers_hidden_matrices(heads):
+def test_muon_takes_the_denoisers_hidden_matrices(heads, scan):
     """Not the patches in and out, positions, the relative bias (it is looked up), AdaLN-LoRA, norms, biases."""
     blocks = [
-        f"cycles/block{block}/{layer}/kernel"
+        f"{cycle}/block{block}/{layer}/kernel"
+        for cycle in (["cycles"] if scan else ["cycle0", "cycle1"])
         for block in (0, 1)
         for layer in (
             *(
@@ -71,7 +73,7 @@ def test_muon_takes_the_denoisers_hidden_matrices(heads):
         )
     ]
     whole = [f"{name}/kernel" for name in ("text_in", "text_pooled", "time_in", "time_out", "adaln", "adaln_out")]
-    assert of_muon(denoiser(heads)) == {*blocks, *whole}
+    assert of_muon(denoiser(heads, scan)) == {*blocks, *whole}
 
 
 @pytest.mark.parametrize("heads", [2, 16])
@@ -88,9 +90,9 @@ def test_muon_takes_the_tokenizers_convolutions_between_wide_layers():
 
 
 def test_a_matrix_is_from_all_that_is_summed_over_to_the_channels_out():
-    dimensions = names(muon_dimensions({"a": denoiser(2), "b": tokenizer()}))
+    dimensions = names(muon_dimensions({"a": denoiser(2, scan=True), "b": tokenizer(), "c": denoiser(2, scan=False)}))
     assert dimensions["a/cycles/block0/mlp_in/kernel"] == ((1,), (2,))  # axis 0 is the scan's
-    assert dimensions["a/adaln/kernel"] == ((0,), (1,))
+    assert dimensions["a/adaln/kernel"] == dimensions["c/cycle1/block0/mlp_in/kernel"] == ((0,), (1,))
     convolution = next(value for name, value in dimensions.items() if re.search("encoder/scale0_block0/conv_in", name))
     assert convolution == ((0, 1, 2, 3), (4,))
 

@@ -47,8 +47,9 @@ class WindowAttention(nn.Module):
             return Linear(dim, ("embed", "heads"), use_bias=False, dtype=self.dtype, name=name)
 
         # Norms over a head's features, learned scale (ViT-22B): logits stay bounded whatever the weights do.
-        query_norm = nn.LayerNorm(use_bias=False, dtype=self.dtype, name="query_norm")
-        key_norm = nn.LayerNorm(use_bias=False, dtype=self.dtype, name="key_norm")
+        scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
+        query_norm = nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=self.dtype, name="query_norm")
+        key_norm = nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=self.dtype, name="key_norm")
         to_key, to_value = project("key"), project("value")
 
         def heads(y):
@@ -59,7 +60,7 @@ class WindowAttention(nn.Module):
         query = query_norm(heads(project("query")(tokens)))
         key, value = key_norm(heads(to_key(tokens))), heads(to_value(tokens))
 
-        table_init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "heads"))
+        table_init = nn.with_logical_partitioning(nn.initializers.zeros, ("relative", "heads"))
         table = self.param("relative_bias", table_init, (int(np.prod([2 * s - 1 for s in sizes])), self.heads))
         bias = rearrange(table[relative_index(sizes)], "q k heads -> 1 heads q k")
         mask = None

@@ -11,7 +11,7 @@ from walt_jax.evaluation.judge import judge
 PROTOCOL = (
     "{count} samples, {each} for each of the {combinations} {split} combinations of colour, shape and direction, with "
     "seeds {first} to {last}; the share in which the judge of walt_jax/evaluation/judge.py, which is not told the "
-    "prompt, sees {what}"
+    "prompt, sees {what} in the video file"
 )
 
 

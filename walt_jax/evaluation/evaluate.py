@@ -1,6 +1,7 @@
 """Every metric of a run, each with its protocol, in `evaluate.json`; and what people look at beside it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.pipeline import DataConfig, Source
+from walt_jax.data.video import read_clip
 from walt_jax.evaluation import drawn_score
 from walt_jax.evaluation.reconstruction import psnr_db, reconstruct_all, reconstruction_sheet
 from walt_jax.generation.sample import Generator, write_samples
@@ -22,7 +24,7 @@ class EvaluationConfig:
     """What is measured on.
 
     Attributes:
-        clips: unseen clips that are reconstructed.
+        clips: at most this many unseen clips are reconstructed, a random window and crop of each.
         samples_per_prompt: of the drawn grammar's 72 prompts, or of a folder's held-out captions.
         prompts: of a folder, at most this many captions are sampled.
         seed: of the unseen clips; samples have seeds 0, 1, ….
@@ -61,7 +63,9 @@ def evaluate(
     if data.source == "drawn":
         combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
         files = [f"samples/{row['file']}" for row in rows]
-        scores, report["prompts"] = drawn_score.score(clips, combinations, seeds, files)
+        # The files, not the arrays: what others see is what is judged.
+        seen = [read_clip(workdir / file) for file in files]
+        scores, report["prompts"] = drawn_score.score(seen, combinations, seeds, files)
         metrics += scores
     write_atomically(workdir / "evaluate.json", json.dumps(report, indent=1) + "\n")
     return metrics
@@ -75,12 +79,12 @@ def _reconstruction(
     workdir: pathlib.Path, generator: Generator, source: Source, data: DataConfig, config: EvaluationConfig
 ) -> dict:
     clips, titles = [], []
-    for index in range(config.clips):
-        clip = source.sample(index % len(source), np.random.default_rng([config.seed, index]))
+    for index in range(min(config.clips, len(source))):
+        clip = source.sample(index, np.random.default_rng([config.seed, index]))
         if clip is not None:
             clips.append(clip["video"])
             titles.append(clip["caption"])
-    reconstruct = jax.jit(lambda video: generator.model.reconstruct(generator.tokenizer, video))
+    reconstruct = functools.partial(jax.jit(generator.model.reconstruct), generator.tokenizer)
     reconstructions = reconstruct_all(clips, reconstruct)
     shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)
     sheet = reconstruction_sheet(*([values[i] for i in shown] for values in (clips, reconstructions, titles)))

@@ -44,8 +44,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
     It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `reconstructions.png`, and of
-    `samples.json` and `contact_sheet.png` in `samples/` and `evaluation/`, and says what isn't there yet. A metric's
-    `target` is a number, which is the least that will do, or a text such as "<= 12.5".
+    `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet. A metric's `target` is a number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
         workdir: the run's folder.
@@ -58,7 +57,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     stages, metrics_note = _read_stages(workdir / "metrics.jsonl")
     sections = {
         "Evaluation": evaluate_note + _evaluation(evaluate, workdir, media),
-        "Samples": _gallery(workdir / "samples", media),
+        "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
         "Reconstructions": media.sheet(workdir / "reconstructions.png"),
         "Training": metrics_note + _training(stages),
         "Configuration": _configuration(workdir / "config.json"),
@@ -149,7 +148,7 @@ def _facts(evaluate: dict, stages: Stages) -> str:
 
 
 def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
-    """The metrics, the judged prompts, and the samples that no prompt has shown already."""
+    """The metrics and the judged prompts."""
     metrics, prompts = evaluate.get("metrics") or [], evaluate.get("prompts") or []
     parts = []
     if metrics:
@@ -166,9 +165,12 @@ def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
             right = f"{sum(map(_is_right, group))} of {len(group)} right"
             cards = "".join(_prompt_card(prompt, workdir, media) for prompt in group)
             parts.append(f'<h3>{name}<small>{right}</small></h3><div class="clips">{cards}</div>')
-    shown = {os.path.normpath(prompt.get("file") or "") for prompt in prompts}
-    parts.append(_gallery(workdir / "evaluation", media, shown))
     return "\n".join(parts)
+
+
+def _judged(evaluate: dict) -> set[str]:
+    """Files that are shown among the judged prompts, so that the gallery need not show them again."""
+    return {os.path.normpath(prompt.get("file") or "") for prompt in evaluate.get("prompts") or []}
 
 
 def _metric_row(metric: dict) -> list[str]:
@@ -234,7 +236,7 @@ def _card(entry: dict, folder: pathlib.Path, media: _Media, sizes: tuple[int, in
     )
 
 
-def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str] = ()) -> str:
+def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str]) -> str:
     """The clips that a folder's samples.json lists, but for those shown already, and the contact sheet."""
     samples, note = _read_json(folder / "samples.json", list, f"{folder.name}/samples.json")
     samples = [s for s in samples if os.path.normpath(f"{folder.name}/{s.get('file')}") not in shown]

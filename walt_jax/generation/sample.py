@@ -31,8 +31,8 @@ class Generator:
         """One video for each prompt and seed. The same pair gives the same video, whatever stands beside it."""
         ids, seeds = self.vocabulary.encode(prompts), np.asarray(seeds, np.uint32)
         empty = self.vocabulary.encode([""])[0]
-        # Few shapes, so that few are compiled: batches of a power of two, the last one filled up.
-        size = min(self.config.batch_size, 1 << (len(prompts) - 1).bit_length())
+        # One shape, so that one program is compiled, and a clip does not depend on how many there are.
+        size = self.config.batch_size
         clips = []
         with tqdm.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=len(prompts) <= size) as progress:
             for first in range(0, len(prompts), size):

@@ -8,11 +8,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt, UInt8
 
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.diffusion.objective import Denoise
-from walt_jax.diffusion.sampler import ddim, guided
+from walt_jax.diffusion.sampler import ddim
 from walt_jax.diffusion.schedule import schedule
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD
@@ -105,7 +105,7 @@ class TextToVideo:
         tokenizer: TrainedTokenizer,
         ids: Int[Array, "b n"],
         empty: Int[Array, " n"],
-        seeds: Int[Array, " b"],
+        seeds: UInt[Array, " b"],
         config: SamplingConfig,
     ) -> UInt8[Array, "b t h w 3"]:
         """Videos of captions.
@@ -118,11 +118,11 @@ class TextToVideo:
             seeds: one a clip; a clip's noise depends on its own seed alone.
             config: see `SamplingConfig`.
         """
-        batch = ids.shape[0]
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), self.latent_shape))(seeds)
-        ids = jnp.concatenate([ids, jnp.broadcast_to(empty[None], ids.shape)])
-        denoise = guided(self.denoise(params, ids), config.guidance)
-        latents = ddim(denoise, jnp.concatenate([noise, noise]), schedule(self.schedule), config.steps)[:batch]
+        conditional, unconditional = self.denoise(params, ids), None
+        if config.guidance != 1:
+            unconditional = self.denoise(params, jnp.broadcast_to(empty[None], ids.shape))
+        latents = ddim(conditional, noise, schedule(self.schedule), config.steps, unconditional, config.guidance)
         latents = latents * along_channels(tokenizer.std) + along_channels(tokenizer.mean)
         return to_uint8(self.tokenizer.apply({"params": tokenizer.params}, latents, method="decode"))
 

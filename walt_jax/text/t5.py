@@ -84,7 +84,7 @@ class T5Encoder(nn.Module):
         inner = cfg.heads * cfg.head_dim
         table_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         x = self.param("embedding", table_init, (self.vocab_size, cfg.dim))[ids].astype(dtype)
-        bias_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.dim**-0.5), (None, "heads"))
+        bias_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.dim**-0.5), ("relative", "heads"))
         bias_table = self.param("relative_bias", bias_init, (RELATIVE_BUCKETS, cfg.heads))
         bias = rearrange(bias_table[relative_buckets(ids.shape[1])], "q k h -> 1 h q k")
         bias = jnp.where(mask[:, None, None, :], bias, -1e9)

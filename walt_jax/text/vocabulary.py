@@ -1,5 +1,6 @@
 """Captions to token ids and back, with sentencepiece."""
 
+import functools
 import io
 import pathlib
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import sentencepiece
 from jaxtyping import Int
+
+from walt_jax.errors import UserError
 
 PAD, EOS = 0, 1  # T5's ids; every caption ends with EOS, so the empty one, used for guidance, is EOS alone
 
@@ -18,16 +21,21 @@ def train(captions: Sequence[str], size: int) -> bytes:
 
     Returns:
         A serialized sentencepiece model.
+
+    Raises:
+        UserError: if `size` is too small for the captions' characters and 256 bytes.
     """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    fit = functools.partial(
+        sentencepiece.SentencePieceTrainer.train,
         sentence_iterator=iter(sorted({c for c in captions if c.strip()}) or ["a clip"]),
         model_writer=model,
         model_type="bpe",
         vocab_size=size,
         hard_vocab_limit=False,
         byte_fallback=True,
-        character_coverage=1.0,
+        character_coverage=0.9995,  # the rarest characters of large alphabets are spelled in bytes
+        max_sentence_length=2**20,
         normalization_rule_name="nmt_nfkc_cf",
         pad_id=PAD,
         eos_id=EOS,
@@ -36,6 +44,11 @@ def train(captions: Sequence[str], size: int) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
+    try:
+        fit()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(f"config.text.vocab_size={size} does not suit the captions ({reason}); raise it.") from error
     return model.getvalue()
 
 
@@ -53,7 +66,15 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: pathlib.Path, length: int) -> "Vocabulary":
-        return cls(path.read_bytes(), length)
+        """Reads a `.model` file.
+
+        Raises:
+            UserError: if it isn't one.
+        """
+        try:
+            return cls(path.read_bytes(), length)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path} is no sentencepiece model; restore it, or start in another --workdir.") from error
 
     @property
     def size(self) -> int:

@@ -20,7 +20,8 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        # What a killed process left half written goes.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def latest_step(self) -> int | None:
@@ -57,8 +58,8 @@ class Checkpoints:
             UserError: if there is none, it does not fit or is damaged.
         """
         restored = self._restore(
-            ema=ocp.args.StandardRestore(like.ema),
-            state=ocp.args.StandardRestore(like.replace(ema=None)),
+            ema=ocp.args.StandardRestore(on_this_device(like.ema)),
+            state=ocp.args.StandardRestore(on_this_device(like.replace(ema=None))),
             data=ocp.args.JsonRestore(),
             outcome=ocp.args.JsonRestore(),
         )
@@ -70,7 +71,7 @@ class Checkpoints:
         Raises:
             UserError: as `restore`.
         """
-        restored = self._restore(ema=ocp.args.StandardRestore(like), outcome=ocp.args.JsonRestore())
+        restored = self._restore(ema=ocp.args.StandardRestore(on_this_device(like)), outcome=ocp.args.JsonRestore())
         return restored["ema"], restored["outcome"]
 
     def _restore(self, **items: Any) -> Any:
@@ -81,12 +82,19 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
+            before = [other for other in self._manager.all_steps() if other < step]
+            remedy = f"remove it to go on from step {max(before)}" if before else "start in another --workdir"
             raise UserError(
-                f"The checkpoint {self.directory / str(step)} is damaged or of another config ({reason}); remove that "
-                "folder to go on from the one before it."
+                f"The checkpoint {self.directory / str(step)} is damaged or of another config ({reason}); {remedy}."
             ) from error
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def on_this_device(like: Any) -> Any:
+    """The shapes and types of `like`, to be restored here: a checkpoint remembers the devices that it came from."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)

@@ -1,6 +1,6 @@
 """Clips encoded once: what the frozen tokenizer makes of them need not be computed again at every step."""
 
-import os
+import io
 import pathlib
 from collections.abc import Callable
 
@@ -8,6 +8,13 @@ import grain
 import numpy as np
 import tqdm
 from jaxtyping import Float, Int
+
+from walt_jax.workdir import write_atomically
+
+
+def latents_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """Where a stage's encoded clips are kept."""
+    return workdir / "latents" / f"{stage}.npz"
 
 
 def encode_clips(
@@ -42,11 +49,9 @@ def encode_clips(
             if done >= clips:
                 break
     arrays = {"latents": np.concatenate(latents)[:clips], "text": np.concatenate(text)[:clips]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_atomically(path, content.getvalue())
     return arrays
 
 

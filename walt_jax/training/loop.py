@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from walt_jax.errors import UserError
 from walt_jax.generation.text_to_video import unboxed
 from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.latent_cache import latents_path
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.progress import Progress
@@ -82,7 +84,7 @@ def run_stage(
         initial: parameters to start from instead of the task's.
         frozen: passed to the loss.
         finish: measures something (JSON) on the last state, to be kept in its checkpoint.
-        later_stages: names whose metrics are dropped, for they will be run again.
+        later_stages: names of those that start from this one; where it takes a step, what they left is removed.
 
     Returns:
         The parameters' moving average and what `finish` returned.
@@ -108,6 +110,10 @@ def run_stage(
         checkpoints.close()
         return state.ema, outcome
 
+    # What was made from this stage's earlier end is void: it will be made again.
+    for later in later_stages:
+        shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
+        latents_path(workdir, later).unlink(missing_ok=True)
     log = MetricsLog(workdir, name, start, later_stages)
     iterator = iter(dataset())
     if position is not None:

@@ -9,7 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 # Kernels whose axes have one of these names are embeddings or read-outs; Muon leaves them to Adam (Jordan et al. 2024).
-NOT_HIDDEN = {"vocab", "latent", "position", "rank"}
+NOT_HIDDEN = {"vocab", "latent", "position", "relative", "rank"}
 SMALLEST_SIDE = 16  # of a matrix that is worth orthogonalising
 
 
@@ -53,9 +53,7 @@ def muon_dimensions(boxed: Any) -> Any:
         boxed: parameters with their logical axis names, `nn.Partitioned`.
     """
 
-    def dimensions(parameter: nn.Partitioned | jax.Array) -> MuonDimensionNumbers | None:
-        if not isinstance(parameter, nn.Partitioned):  # Flax's own norms have no names
-            return None
+    def dimensions(parameter: nn.Partitioned) -> MuonDimensionNumbers | None:
         names, shape = parameter.names, parameter.value.shape
         first = 1 if names[0] == "layers" else 0
         if len(shape) - first < 2 or NOT_HIDDEN.intersection(names) or min(shape[-2:]) < SMALLEST_SIDE:
@@ -76,6 +74,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Any) -> optax.Gra
         return muon(
             schedule(config.muon_learning_rate),
             weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
             adam_learning_rate=schedule(config.learning_rate),

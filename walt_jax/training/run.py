@@ -22,7 +22,7 @@ from walt_jax.text import vocabulary
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.training.checkpoint import Checkpoints
-from walt_jax.training.latent_cache import cached_batches, encode_clips
+from walt_jax.training.latent_cache import cached_batches, encode_clips, latents_path
 from walt_jax.training.loop import StageConfig, run_stage
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
@@ -93,6 +93,16 @@ class RunConfig:
         grid = tuple(length // size for length, size in zip(shape, patch, strict=False))
         for window in self.denoiser.windows:
             Window(*window).sizes(grid)
+        for name, stage in self.stages.items():
+            if stage.frames is not None:
+                self.tokenizer.latent_shape(stage.frames, self.data.height, self.data.width)
+                if stage.task == "denoiser" and stage.frames != self.data.frames:
+                    raise ValueError(f"stages.{name}.frames is {stage.frames}; a denoiser takes data.frames")
+        if (self.diffusion.self_conditioning > 0) != self.denoiser.self_conditioning:
+            raise ValueError(
+                f"denoiser.self_conditioning is {self.denoiser.self_conditioning} and its probability, "
+                f"diffusion.self_conditioning, {self.diffusion.self_conditioning:g}; one asks for the other"
+            )
 
 
 class Run:
@@ -126,7 +136,7 @@ class Run:
     def summary(self) -> str:
         """What will be run, how large it is, on what, and where it goes."""
         config = self.config
-        model = self._model(self._vocabulary(train=True))
+        model = self._model(self._vocabulary())
         tasks = {"tokenizer": TokenizerTask(self.tokenizer), "denoiser": DenoiserTask(model, 0.0)}
         sizes = {
             name: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
@@ -134,7 +144,7 @@ class Run:
         }
         devices = jax.devices()
         lines = [
-            f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, {len(devices)} × {devices[0].device_kind}",
+            f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, on {devices[0].device_kind}, 1 of {len(devices)}",
             f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames"
             f" a second from {config.data.source}; latents {' × '.join(map(str, model.latent_shape))}",
         ]
@@ -147,7 +157,7 @@ class Run:
 
     def train(self) -> None:
         """Runs every stage to its end; stages that are done cost nothing."""
-        model = self._model(self._vocabulary(train=True))
+        model = self._model(self._vocabulary())
         names = list(self.config.stages)
         initial: dict[str, Any] = {}  # of each task, what its last stage has trained
         tokenizer = None
@@ -175,7 +185,7 @@ class Run:
         Raises:
             UserError: if a stage has not been trained, or the workdir's checkpoints are of another config.
         """
-        vocab = self._vocabulary(train=False)
+        vocab = self._vocabulary()
         model = self._model(vocab)
         ema, outcome = self._restore("tokenizer", TokenizerTask(self.tokenizer))
         params, _ = self._restore("denoiser", DenoiserTask(model, 0.0))
@@ -195,14 +205,25 @@ class Run:
                     return ema, outcome
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
 
-    def _vocabulary(self, train: bool) -> vocabulary.Vocabulary:
-        path = self.workdir / "vocabulary.model"
-        if not path.exists():
-            if not train:
-                raise UserError(f"{self.workdir} has no vocabulary.model; train first, with --mode=train.")
-            captions = self._source("train", None).captions
-            write_atomically(path, vocabulary.train(captions, self.config.text.vocab_size))
-        return vocabulary.Vocabulary.load(path, self.config.text.length)
+    def make_vocabulary(self) -> bytes:
+        """A vocabulary of the training clips' captions.
+
+        Raises:
+            UserError: if `text.vocab_size` does not suit them.
+        """
+        return vocabulary.train(self._source("train", None).captions, self.config.text.vocab_size)
+
+    def keep_vocabulary(self, model: bytes) -> None:
+        """Writes the run's vocabulary, where it has none yet."""
+        if not self._vocabulary_path.exists():
+            write_atomically(self._vocabulary_path, model)
+
+    @property
+    def _vocabulary_path(self) -> pathlib.Path:
+        return self.workdir / "vocabulary.model"
+
+    def _vocabulary(self) -> vocabulary.Vocabulary:
+        return vocabulary.Vocabulary.load(self._vocabulary_path, self.config.text.length)
 
     def _model(self, vocab: vocabulary.Vocabulary) -> TextToVideo:
         config = self.config
@@ -216,7 +237,7 @@ class Run:
         )
 
     def _batches(self, source: Source, stage: StageConfig, index: int) -> grain.IterDataset:
-        vocab = self._vocabulary(train=False)
+        vocab = self._vocabulary()
         dropout = self.config.data.caption_dropout
         return batches(source, vocab.encode, stage.batch_size, self.config.seed + index, dropout)
 
@@ -226,7 +247,7 @@ class Run:
             return self.tokenizer.apply({"params": params}, to_float(video), method="encode")
 
         seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
-        some = batches(source, self._vocabulary(train=False).encode, STATISTICS_BATCH, seed, 0.0)
+        some = batches(source, self._vocabulary().encode, STATISTICS_BATCH, seed, 0.0)
         return latent_statistics(functools.partial(encode, state.ema), some, STATISTICS_CLIPS)
 
     def _cached(
@@ -240,7 +261,7 @@ class Run:
     ) -> grain.IterDataset:
         encode = jax.jit(model.encode)
         arrays = encode_clips(
-            self.workdir / "latents" / f"{name}.npz",
+            latents_path(self.workdir, name),
             functools.partial(encode, tokenizer),
             functools.partial(self._batches, source, stage, index),
             stage.cached_clips,

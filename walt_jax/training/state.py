@@ -39,7 +39,8 @@ def make_train_step(loss_function: LossFunction, optimizer: optax.GradientTransf
     """Compiles `(state, frozen, batch, key) -> (state, metrics)`.
 
     The step's randomness is `fold_in(key, step)`: a resumed run draws what an uninterrupted one would have. `metrics`
-    has `loss`, `gradient_norm` and what the loss function adds. The state's buffers are donated.
+    has `loss`, `gradient_norm`, `parameter_norm` (after the update) and what the loss function adds. The state's
+    buffers are donated.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray):
@@ -51,7 +52,9 @@ def make_train_step(loss_function: LossFunction, optimizer: optax.GradientTransf
         # Early on the average follows closely, or it would remember the initialisation for as long as it lasts.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **metrics}
+        # The loss is that of the parameters before the update; the norm is of those that a checkpoint would keep.
+        norms = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
+        metrics = {"loss": loss, **norms, **metrics}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -44,7 +44,7 @@ class TokenizerTask:
 
 def psnr_db(error: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Peak signal-to-noise ratio of a mean squared error of values in -1..1, whose peak is 2."""
-    return 10 * jnp.log10(4 / error)
+    return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
 
 
 @dataclasses.dataclass(frozen=True)
