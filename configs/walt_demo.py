@@ -67,11 +67,11 @@ def get_config() -> ConfigDict:
                     "denoiser": {
                         "task": "denoiser",
                         "steps": 900,
-                        "batch_size": 32,
+                        "batch_size": 24,
                         "ema_decay": 0.99,
                         "log_every": 10,
                         "checkpoint_every": 300,
-                        "cached_clips": 8192,
+                        "cached_clips": 6144,
                         "optimizer": {
                             "name": "muon",
                             "learning_rate": 2e-3,

@@ -2,13 +2,27 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from walt_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number in a field's annotation: `Annotated[float, Range(0, 1)]`."""
+
+    low: float
+    high: float = math.inf
+
+
+Positive = Annotated[int, Range(1)]
+Fraction = Annotated[float, Range(0, 1)]
+NUMBER = Range(0)  # of knobs that have no other: nothing here is negative
 
 
 def build(cls: type[T], knobs: Any, where: str) -> T:
@@ -25,7 +39,7 @@ def build(cls: type[T], knobs: Any, where: str) -> T:
     """
     if not hasattr(knobs, "items"):
         raise UserError(f"{where} is {knobs!r}; it should be a group of knobs ({', '.join(_names(cls))}).")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for name, value in knobs.items():
         if name not in hints:
@@ -47,8 +61,15 @@ def _names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, bounds: Range = NUMBER) -> Any:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        inner, bounds = typing.get_args(hint)
+        return _convert(inner, value, where, bounds)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{where} is {value!r}; choose {' or '.join(map(str, typing.get_args(hint)))}.")
+        return value
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if origin is dict:
@@ -70,7 +91,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(option for option in options if option is not type(None)), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} is {value!r}; it should be of type {hint.__name__}.")
+    if hint in (int, float) and not bounds.low <= value <= bounds.high:
+        most = "" if bounds.high == math.inf else f" and at most {bounds.high:g}"
+        raise UserError(f"{where} is {value!r}; it should be at least {bounds.low:g}{most}.")
     return value

@@ -151,7 +151,7 @@ def test_two_shapes_are_not_accepted(colours, shapes):
 
 def test_a_shape_that_comes_and_goes_is_not_accepted():
     clip = paint("circle", "red", LEFT_TO_RIGHT)
-    clip[5:9] = 0
+    clip[5:8] = 0
     assert not accepted(clip)
 
 

@@ -79,9 +79,8 @@ def log(stage, steps, **values):
 def workdir(tmp_path):
     """A finished run, small."""
     folder = tmp_path / "a run"
-    for name in ("samples", "evaluation"):
-        (folder / name).mkdir(parents=True)
-        Image.new("RGB", (40, 20)).save(folder / name / "contact_sheet.png")
+    (folder / "samples").mkdir(parents=True)
+    Image.new("RGB", (40, 20)).save(folder / "samples" / "contact_sheet.png")
     Image.new("RGB", (40, 60)).save(folder / "reconstructions.png")
     (folder / "config.json").write_text(json.dumps({"seed": 7, "data": {"folder": HOSTILE}}))
     loss = {"loss": lambda step: 2.0 / step, "psnr_db": lambda step: 20 + step / 100}
@@ -95,25 +94,22 @@ def workdir(tmp_path):
     prompts = ["a red square moving right", HOSTILE, "large"]
     files = ["0.mp4", "1.gif", "2.mp4"]
     samples = [{"file": f, "prompt": p, "seed": i} for i, (f, p) in enumerate(zip(files, prompts, strict=True))]
-    (folder / "samples" / "samples.json").write_text(json.dumps(samples))
     judged = [
         judgement(folder, 0, "a red square moving right", False, ("red", "square", "right"), (True, True, True)),
         judgement(folder, 1, "a blue square moving up", False, ("blue", "circle", None), (True, False, False)),
         judgement(folder, 2, "a green circle moving up", True, (None, None, None), (False, False, False)),
     ]
     (folder / "evaluate.json").write_text(json.dumps({"metrics": METRICS, "prompts": judged}))
-    write_video(folder / "evaluation" / "other.mp4", clip(), 8)
-    listed = [{"file": f"{i}.mp4", "prompt": judged[i]["prompt"], "seed": i} for i in range(3)]
-    listed.append({"file": "other.mp4", "prompt": "an unjudged one", "seed": 3})
-    (folder / "evaluation" / "samples.json").write_text(json.dumps(listed))
+    samples += [{"file": f"judged{i}.mp4", "prompt": judged[i]["prompt"], "seed": i} for i in range(3)]
+    (folder / "samples" / "samples.json").write_text(json.dumps(samples))
     return folder
 
 
 def judgement(folder, i, prompt, held_out, seen, right):
-    write_video(folder / "evaluation" / f"{i}.mp4", clip(value=80 * i + 40), 8)
+    write_video(folder / "samples" / f"judged{i}.mp4", clip(value=80 * i + 40), 8)
     names = ("colour", "shape", "direction")
     seen, right = dict(zip(names, seen, strict=True)), dict(zip(names, right, strict=True))
-    return {"prompt": prompt, "held_out": held_out, "file": f"evaluation/{i}.mp4", "seed": i, **seen, "right": right}
+    return {"prompt": prompt, "held_out": held_out, "file": f"samples/judged{i}.mp4", "seed": i, **seen, "right": right}
 
 
 def test_every_part_is_on_the_page(workdir):
@@ -125,9 +121,9 @@ def test_every_part_is_on_the_page(workdir):
     ]
     assert not page.all("p", **{"class": "absent"}), "something is said to be missing"
     assert "a run" in page.text
-    assert len(page.all("video")) == 2 + 3 + 1 and len(page.all("img", alt="")) == 1
+    assert len(page.all("video")) == 2 + 3 and len(page.all("img", alt="")) == 1
     assert all({"autoplay", "loop", "muted", "playsinline"} <= video.keys() for video in page.all("video"))
-    assert len(page.all("img", **{"class": "sheet"})) == 3
+    assert len(page.all("img", **{"class": "sheet"})) == 2
     assert '"seed": 7' in page.text
 
 
@@ -167,9 +163,9 @@ def test_wrong_prompts_are_marked_and_held_out_ones_apart(workdir):
 
 
 def test_judged_clips_are_not_shown_again(workdir):
-    evaluation = Page(write_report(workdir)).section("Evaluation")
-    assert evaluation.count("a blue square moving up</span>") == 1
-    assert evaluation.count("an unjudged one</span>") == 1
+    page = Page(write_report(workdir))
+    assert page.section("Evaluation").count("a blue square moving up</span>") == 1
+    assert "a blue square moving up</span>" not in page.section("Samples")
 
 
 def test_tiny_clips_grow_by_a_whole_factor_and_large_ones_do_not(workdir):
@@ -214,7 +210,7 @@ def test_what_does_not_fit_is_linked(workdir, monkeypatch):
     (workdir / "samples" / "0.mp4").rename(workdir / "samples" / "a #1.mp4")
     (workdir / "samples" / "samples.json").write_text(json.dumps([{"file": "a #1.mp4", "prompt": "p", "seed": 0}]))
     page = Page(write_report(workdir))
-    assert "samples/a%20%231.mp4" in page.sources and "evaluation/other.mp4" in page.sources
+    assert "samples/a%20%231.mp4" in page.sources and "samples/judged1.mp4" in page.sources
     assert f"{len(page.sources)} files did not fit" in page.text
 
 
@@ -233,7 +229,7 @@ def test_an_empty_folder_has_a_report_that_says_so(tmp_path):
 
 NAMES = [
     "config.json", "metrics.jsonl", "evaluate.json", "reconstructions.png", "samples/samples.json", "samples/0.mp4",
-    "samples/contact_sheet.png", "evaluation/samples.json", "evaluation/1.mp4",
+    "samples/contact_sheet.png", "samples/judged1.mp4",
 ]  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import grain
 import numpy as np
 
+from walt_jax.config import Fraction, Positive, Range
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.folder import FolderClips
 from walt_jax.errors import UserError
@@ -38,13 +39,13 @@ class DataConfig:
     """
 
     source: str
-    frames: int
-    height: int
-    width: int
-    fps: float = 8.0
-    caption_dropout: float = 0.1
+    frames: Positive
+    height: Positive
+    width: Positive
+    fps: Annotated[float, Range(0.001, 1000)] = 8.0
+    caption_dropout: Fraction = 0.1
     cache_bytes: int = 2**30
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: Fraction = 0.0
 
     def __post_init__(self):
         if self.source == "drawn" and self.height != self.width:

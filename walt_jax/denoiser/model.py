@@ -1,12 +1,14 @@
 """The denoiser of W.A.L.T: blocks with a window each, AdaLN-LoRA, cross-attention to text, self-conditioning."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from walt_jax.config import Positive
 from walt_jax.denoiser.attention import WindowAttention
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import Linear
@@ -33,19 +35,19 @@ class DenoiserConfig:
         dtype: of the computation, "float32" or "bfloat16".
     """
 
-    dim: int
-    heads: int
-    layers: int
-    windows: tuple[tuple[int | None, int | None, int | None], ...]
-    mlp_ratio: int = 4
-    patch_size: tuple[int, int, int] = (1, 1, 1)
-    adaln_rank: int = 2
+    dim: Positive
+    heads: Positive
+    layers: Positive
+    windows: tuple[tuple[Positive | None, Positive | None, Positive | None], ...]
+    mlp_ratio: Positive = 4
+    patch_size: tuple[Positive, Positive, Positive] = (1, 1, 1)
+    adaln_rank: Positive = 2
     self_conditioning: bool = True
     scan: bool = False
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        if self.layers % len(self.windows):
+        if not self.windows or self.layers % len(self.windows):
             raise ValueError(f"layers={self.layers} is not a multiple of the {len(self.windows)} windows")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")

@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from walt_jax.errors import UserError
-
 Schedule = Callable[[Float[Array, "*n"]], tuple[Float[Array, "*n"], Float[Array, "*n"]]]
 
 STEPS = 1000
@@ -31,11 +29,5 @@ SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine}
 
 
 def schedule(name: str) -> Schedule:
-    """The schedule of that name.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if name not in SCHEDULES:
-        raise UserError(f"diffusion.schedule is {name!r}; choose one of {', '.join(SCHEDULES)}.")
+    """The schedule of that name, one of `SCHEDULES`."""
     return SCHEDULES[name]

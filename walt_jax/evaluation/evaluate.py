@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
+from walt_jax.config import Positive
 from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
@@ -30,9 +31,9 @@ class EvaluationConfig:
         seed: of the unseen clips; samples have seeds 0, 1, ….
     """
 
-    clips: int
-    samples_per_prompt: int
-    prompts: int = 16
+    clips: Positive
+    samples_per_prompt: Positive
+    prompts: Positive = 16
     seed: int = 1234
 
 

@@ -44,7 +44,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
     It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `reconstructions.png`, and of
-    `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet. A metric's `target` is a number, which is the least that will do, or a text such as "<= 12.5".
+    `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet. A metric's `target` is a
+    number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
         workdir: the run's folder.

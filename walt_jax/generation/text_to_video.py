@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt, UInt8
 
+from walt_jax.config import Positive
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.diffusion.objective import Denoise
 from walt_jax.diffusion.sampler import ddim
@@ -47,9 +48,9 @@ class SamplingConfig:
         batch_size: most clips sampled at once.
     """
 
-    steps: int
+    steps: Positive
     guidance: float
-    batch_size: int = 8
+    batch_size: Positive = 8
 
 
 @dataclasses.dataclass(frozen=True)

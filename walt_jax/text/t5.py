@@ -4,6 +4,7 @@ Small ones are trained with the denoiser from scratch; W.A.L.T reads captions wi
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from walt_jax.config import Positive
 from walt_jax.layers import Linear
 
 
@@ -28,12 +30,12 @@ class T5Config:
         dtype: of the computation, "float32" or "bfloat16".
     """
 
-    dim: int
-    layers: int
-    heads: int
-    head_dim: int
-    mlp_dim: int
-    dtype: str = "float32"
+    dim: Positive
+    layers: Positive
+    heads: Positive
+    head_dim: Positive
+    mlp_dim: Positive
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 RELATIVE_BUCKETS, RELATIVE_MAX_DISTANCE = 32, 128

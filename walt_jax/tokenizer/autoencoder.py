@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from walt_jax.config import Positive
 from walt_jax.layers import Linear
 from walt_jax.tokenizer.convolution import CausalConv, Downsample, Upsample
 
@@ -29,14 +31,14 @@ class TokenizerConfig:
         dtype: of the computation, "float32" or "bfloat16".
     """
 
-    latent_channels: int
-    base_channels: int
-    channel_multipliers: tuple[int, ...]
-    downsample: tuple[tuple[int, int, int], ...]
-    residual_blocks: int
-    norm_groups: int
-    patch_size: int = 1
-    dtype: str = "float32"
+    latent_channels: Positive
+    base_channels: Positive
+    channel_multipliers: tuple[Positive, ...]
+    downsample: tuple[tuple[Positive, Positive, Positive], ...]
+    residual_blocks: Positive
+    norm_groups: Positive
+    patch_size: Positive = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if len(self.downsample) != len(self.channel_multipliers) - 1:

@@ -6,12 +6,13 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
 import jax.numpy as jnp
 
+from walt_jax.config import Fraction, Positive
 from walt_jax.errors import UserError
 from walt_jax.generation.text_to_video import unboxed
 from walt_jax.training.checkpoint import Checkpoints
@@ -40,23 +41,19 @@ class StageConfig:
         checkpoint_every: steps between checkpoints; there is one at the end in any case.
     """
 
-    task: str
-    steps: int
-    batch_size: int
+    task: Literal["tokenizer", "denoiser"]
+    steps: Positive
+    batch_size: Positive
     optimizer: OptimizerConfig
-    frames: int | None = None
-    ema_decay: float = 0.999
+    frames: Positive | None = None
+    ema_decay: Fraction = 0.999
     cached_clips: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 500
+    log_every: Positive = 10
+    checkpoint_every: Positive = 500
 
     def __post_init__(self):
-        if self.task not in ("tokenizer", "denoiser"):
-            raise ValueError(f"task is {self.task!r}; choose tokenizer or denoiser")
         if self.task == "tokenizer" and self.cached_clips:
             raise ValueError("cached_clips is for denoiser stages")
-        if min(self.steps, self.batch_size, self.log_every, self.checkpoint_every) < 1:
-            raise ValueError("steps, batch_size, log_every and checkpoint_every are at least 1")
 
 
 def run_stage(

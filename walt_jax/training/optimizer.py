@@ -1,12 +1,14 @@
 """Optimizers by name, with warm-up and cosine decay."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
+
+from walt_jax.config import Fraction
 
 # Kernels whose axes have one of these names are embeddings or read-outs; Muon leaves them to Adam (Jordan et al. 2024).
 NOT_HIDDEN = {"vocab", "latent", "position", "relative", "rank"}
@@ -28,19 +30,15 @@ class OptimizerConfig:
         clip_norm: of the global gradient, for "adamw"; Muon's updates have a norm of their own.
     """
 
-    name: str
+    name: Literal["adamw", "muon"]
     learning_rate: float
     muon_learning_rate: float = 0.02
     warmup_steps: int = 0
-    final_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
+    final_fraction: Fraction = 0.0
+    b1: Fraction = 0.9
+    b2: Fraction = 0.99
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-
-    def __post_init__(self):
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"name is {self.name!r}; choose adamw or muon")
 
 
 def muon_dimensions(boxed: Any) -> Any:

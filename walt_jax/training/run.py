@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import grain
 import jax
 import jax.numpy as jnp
 
 import walt_jax
+from walt_jax.config import Fraction, Positive, Range
 from walt_jax.data.pipeline import DataConfig, Source, batches, open_source
 from walt_jax.denoiser.model import Denoiser, DenoiserConfig
 from walt_jax.denoiser.windows import Window
-from walt_jax.diffusion.schedule import SCHEDULES
 from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import EvaluationConfig
 from walt_jax.generation.sample import Generator
@@ -42,8 +42,8 @@ class TextConfig:
         encoder: of the token embeddings, trained with the denoiser.
     """
 
-    vocab_size: int
-    length: int
+    vocab_size: Positive
+    length: Positive
     encoder: T5Config
 
 
@@ -56,21 +56,15 @@ class DiffusionConfig:
         self_conditioning: probability that a training clip sees the model's own first estimate; W.A.L.T: 0.9.
     """
 
-    schedule: str
-    self_conditioning: float
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; choose {' or '.join(SCHEDULES)}")
-        if not 0 <= self.self_conditioning <= 1:
-            raise ValueError(f"self_conditioning is {self.self_conditioning}, not a probability")
+    schedule: Literal["linear", "cosine"]
+    self_conditioning: Fraction
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a run is made of; a config file's knobs are these fields."""
 
-    seed: int
+    seed: Annotated[int, Range(0, 2**31 - 1)]
     data: DataConfig
     text: TextConfig
     tokenizer: TokenizerConfig
@@ -81,8 +75,6 @@ class RunConfig:
     evaluation: EvaluationConfig
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed is {self.seed}; choose one from 0 to {2**31 - 1}")
         tasks = [stage.task for stage in self.stages.values()]
         if sorted(tasks, reverse=True) != tasks or len(set(tasks)) != 2:
             raise ValueError("stages are at least one for the tokenizer and then at least one for the denoiser")
