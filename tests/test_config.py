@@ -1,13 +1,14 @@
 """From a config file's knobs to dataclasses: what fits is converted, and every mistake is named with its remedy."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from walt_jax.config import build
+from walt_jax.config import Fraction, Positive, build
 from walt_jax.errors import UserError
 
 
@@ -17,8 +18,8 @@ class Part:
     rate: float = 0.5
 
     def __post_init__(self):
-        if self.width < 0:
-            raise ValueError(f"width={self.width} is negative")
+        if self.width == 13:
+            raise ValueError(f"width={self.width} brings bad luck")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def test_groups_may_be_any_mapping_and_keep_their_order(mapping):
     assert list(built.parts.items()) == [("second", Part(2)), ("third", Part(3))]
 
 
-@given(st.lists(st.lists(st.none() | st.integers(), min_size=2, max_size=2)))
+@given(st.lists(st.lists(st.none() | st.integers(0), min_size=2, max_size=2)))
 def test_lists_become_tuples_of_any_length(windows):
     """JSON has no tuples."""
     expected = tuple(tuple(window) for window in windows)
@@ -133,8 +134,31 @@ def test_a_missing_knob_is_named():
 
 
 def test_what_a_dataclass_refuses_is_said_with_its_place():
-    assert sentence(part={"width": -1}) == "config.part: width=-1 is negative."
-    assert sentence(parts={"second": {"width": -2}}) == "config.parts.second: width=-2 is negative."
+    assert sentence(part={"width": 13}) == "config.part: width=13 brings bad luck."
+    assert sentence(parts={"second": {"width": 13}}) == "config.parts.second: width=13 brings bad luck."
+
+
+def test_numbers_out_of_their_range_are_named_with_it():
+    @dataclasses.dataclass(frozen=True)
+    class Bounded:
+        count: Positive = 1
+        share: Fraction = 0.5
+        sizes: tuple[Positive | None, ...] = ()
+        kind: Literal["a", "b"] = "a"
+        rest: float = 0.0
+
+    def said(**knobs):
+        with pytest.raises(UserError) as caught:
+            build(Bounded, knobs, "config")
+        return str(caught.value)
+
+    assert build(Bounded, {"count": 1, "share": 1, "sizes": [None, 2], "kind": "b"}, "config").share == 1.0
+    assert said(count=0) == "config.count is 0; it should be at least 1."
+    assert said(share=1.5) == "config.share is 1.5; it should be at least 0 and at most 1."
+    assert said(sizes=[1, 0]) == "config.sizes[1] is 0; it should be at least 1."
+    assert said(kind="c") == "config.kind is 'c'; choose a or b."
+    assert said(rest=-0.1) == "config.rest is -0.1; it should be at least 0."
+    assert "config.rest is nan" in said(rest=float("nan"))
 
 
 def test_the_demos_config_fits():

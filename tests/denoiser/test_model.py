@@ -64,9 +64,13 @@ def linear(params, x):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def attention(heads, window, params, x, *text):
-    """Proved in test_windows.py."""
+def compiled_attention(heads, window, params, x, *text):
     return WindowAttention(heads, Window(*window), jnp.float32).apply({"params": params}, x, *text)
+
+
+def attention(*arguments):
+    """Proved in test_windows.py."""
+    return np.asarray(compiled_attention(*arguments))
 
 
 def cycles(params, config):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from walt_jax.diffusion.schedule import SCHEDULES, schedule
-from walt_jax.errors import UserError
 
 each = pytest.mark.parametrize("name", SCHEDULES)
 UNIT = st.floats(0, 1, width=32)
@@ -75,8 +74,3 @@ def test_the_shape_is_the_times(name, shape):
     alpha, sigma = schedule(name)(jnp.full(shape, 0.5))
     assert alpha.shape == sigma.shape == shape
     assert alpha.dtype == sigma.dtype == jnp.float32
-
-
-def test_an_unknown_schedule_is_named_with_those_that_there_are():
-    with pytest.raises(UserError, match="'cosin'; choose one of linear, cosine"):
-        schedule("cosin")

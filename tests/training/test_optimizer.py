@@ -189,8 +189,3 @@ def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adam():
         }
         for name, direction in expected.items():
             np.testing.assert_allclose(updates[name], -muon * direction, rtol=1e-2, atol=1e-4)
-
-
-def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="'sgd'; choose adamw or muon"):
-        OptimizerConfig("sgd", 0.1)

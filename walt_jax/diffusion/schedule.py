@@ -22,7 +22,8 @@ def linear(time: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "
 
 def cosine(time: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """α = cos(πt/2) (Nichol and Dhariwal 2021, without offset): terminal SNR is zero as it is."""
-    return jnp.cos(0.5 * jnp.pi * time), jnp.sin(0.5 * jnp.pi * time)
+    # The sine of the complement, for in float32 the cosine of π/2 is not zero.
+    return jnp.sin(0.5 * jnp.pi * (1 - time)), jnp.sin(0.5 * jnp.pi * time)
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine}

@@ -4,6 +4,7 @@ Colour comes from the bright pixels, shape from redrawing each frame's silhouett
 place, direction from the path of the centroid. What is no clear instance is None: a wrong answer to any caption.
 """
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -11,11 +12,13 @@ from jaxtyping import Float, UInt8
 
 from walt_jax.data.drawn import COLOURS, DIRECTIONS, SHAPES, Combination, coverage
 
-BRIGHT = 0.5  # of a pixel's largest channel: the inside of a shape, whatever its colour
-COLOUR_DISTANCE = 0.35  # between the mean bright pixel and the palette's nearest entry, in RGB of 0..1
+BRIGHT = 0.5  # of a pixel's largest channel over the clip's: the inside of a shape, whatever its colour
+COLOUR_DISTANCE = 0.35  # between a frame's mean bright pixel and the palette's nearest entry, both scaled to peak 1
 SMALLEST, LARGEST = 0.10, 0.32  # of a shape's half extent in frame sides; drawn ones are in 0.14..0.24
 OVERLAP = 0.80  # intersection over union with the redrawn shape, mean over frames
+BLURS = (0, 1, 2)  # times that the redrawn shape is smoothed: video compression halves the resolution of colour
 FRAMES_WITH_SHAPE = 0.9
+FRAMES_THAT_AGREE = 0.8  # on its colour, on which it is
 SHORTEST_TRAVEL = 0.10  # in frame sides; drawn ones are at least 0.25
 SIDEWAYS = 0.35  # at most, as a fraction of the travel
 STEADINESS = 0.9  # correlation of the position with time
@@ -43,6 +46,8 @@ def judge(clip: UInt8[np.ndarray, "t h w 3"]) -> Verdict:
     rgb = np.array(COLOURS[colour], np.float32) / 255
     silhouettes = np.clip(pixels @ rgb / (rgb @ rgb), 0, 1)
     silhouettes[silhouettes < 0.1] = 0  # compression noise, which far from the shape would pull the centroid
+    silhouettes /= max(np.percentile(silhouettes, 99), 1e-6)  # a dim shape covers its pixels all the same
+    silhouettes = np.clip(silhouettes, 0, 1)
     areas = silhouettes.sum(axis=(1, 2))
     size = clip.shape[1]
     visible = areas > (SMALLEST * size) ** 2
@@ -56,34 +61,53 @@ def judge(clip: UInt8[np.ndarray, "t h w 3"]) -> Verdict:
 
 
 def _colour(pixels: Float[np.ndarray, "t h w 3"]) -> str | None:
-    bright = pixels[pixels.max(-1) > BRIGHT]
-    if not len(bright):
-        return None
-    mean = bright.mean(0)
-    # Palette entries as bright as the clip: a shape that is a little dark has the hue of its colour all the same.
-    distances = {}
-    for name, rgb in COLOURS.items():
-        entry = np.array(rgb, np.float32) / 255
-        distances[name] = float(np.linalg.norm(mean / mean.max() - entry / entry.max()))
-    nearest = min(distances, key=distances.get)
-    return nearest if distances[nearest] < COLOUR_DISTANCE else None
+    """The palette's entry that is nearest in most frames; brightness does not count, so that a dim red is red."""
+    brightness = pixels.max(-1)
+    bright = brightness > BRIGHT * max(np.percentile(brightness, 99), BRIGHT)
+    entries = np.array(list(COLOURS.values()), np.float32)
+    entries /= entries.max(-1, keepdims=True)
+    votes = collections.Counter()
+    for frame, mask in zip(pixels, bright, strict=True):
+        if mask.any():
+            mean = frame[mask].mean(0)
+            distances = np.linalg.norm(entries - mean / mean.max(), axis=-1)
+            if distances.min() < COLOUR_DISTANCE:
+                votes[list(COLOURS)[distances.argmin()]] += 1
+    return _majority(votes, len(pixels))
+
+
+def _majority(votes: collections.Counter, frames: int) -> str | None:
+    """What most frames say, if nearly all of them do."""
+    ((winner, count),) = votes.most_common(1) or [(None, 0)]
+    return winner if count >= FRAMES_THAT_AGREE * frames else None
 
 
 def _shape(silhouettes: Float[np.ndarray, "t h w"], areas, x, y) -> str | None:
     size = silhouettes.shape[1]
-    overlaps = {}
-    for shape in SHAPES:
+    overlaps = np.zeros((len(SHAPES), len(silhouettes)))
+    for row, shape in enumerate(SHAPES):
         # Half extents from areas: a circle's is πr², a square's 4r², a triangle's 2r² with its centroid r/3 below the
         # centre of its bounding box.
         radii = np.sqrt(areas / {"circle": np.pi, "square": 4, "triangle": 2}[shape])
+        if not SMALLEST <= np.median(radii) / size <= LARGEST:
+            continue
         lower = radii / 3 if shape == "triangle" else 0 * radii
         redrawn = np.stack([coverage(shape, cx, cy, r, size) for cx, cy, r in zip(x, y - lower, radii, strict=True)])
-        union = np.maximum(silhouettes, redrawn).sum(axis=(1, 2))
-        overlaps[shape] = float((np.minimum(silhouettes, redrawn).sum(axis=(1, 2)) / union).mean())
-        if not SMALLEST <= np.median(radii) / size <= LARGEST:
-            overlaps[shape] = 0.0
-    best = max(overlaps, key=overlaps.get)
-    return best if overlaps[best] >= OVERLAP else None
+        for times in BLURS:
+            smooth = _smooth(redrawn, times)
+            union = np.maximum(silhouettes, smooth).sum(axis=(1, 2))
+            overlap = np.minimum(silhouettes, smooth).sum(axis=(1, 2)) / union
+            overlaps[row] = np.maximum(overlaps[row], overlap)
+    best = _majority(collections.Counter(SHAPES[row] for row in overlaps.argmax(0)), len(silhouettes))
+    return best if best and overlaps[SHAPES.index(best)].mean() >= OVERLAP else None
+
+
+def _smooth(images: Float[np.ndarray, "t h w"], times: int) -> Float[np.ndarray, "t h w"]:
+    """Each pixel and its neighbours weighted 1, 2, 1 along both axes, so many times."""
+    for _ in range(times):
+        for axis in (1, 2):
+            images = (np.roll(images, 1, axis) + 2 * images + np.roll(images, -1, axis)) / 4
+    return images
 
 
 def _direction(frames, x, y) -> str | None:
