@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config.stages.tokenizer.update(steps=30, batch_size=2, log_every=1, checkpoint_every=8)
     config.stages.denoiser.update(steps=30, batch_size=4, cached_clips=32, log_every=1, checkpoint_every=8)
     config.sampling.update(steps=2)
-    config.evaluation.update(clips=8)
+    config.evaluation.update(clips=8, samples_per_prompt=1)
     return config

@@ -134,7 +134,7 @@ def test_a_reconstructed_frame_depends_on_no_pixel_after_its_latent(variables):
 def test_the_latents_of_a_prefix_are_the_prefix_of_the_latents_and_so_for_pixels(encode, decode, latents):
     """With one frame: the first latent is the image's."""
     frames = 1 + STRIDE * (latents - 1)
-    video = normal(2, 2, FRAMES, 8, 8, 3)
+    video = normal(2, 1, FRAMES, 4, 8, 3)  # as in the tests above: compiled already
     whole = encode(video)
     np.testing.assert_allclose(encode(video[:, :frames]), whole[:, :latents], atol=1e-5)
     np.testing.assert_allclose(decode(whole[:, :latents]), decode(whole)[:, :frames], atol=1e-5)
@@ -151,18 +151,15 @@ def normalised(x, groups):
     return out
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 def test_the_norm_has_statistics_of_a_frame_and_group(frames, groups, width, seed):
     x = 3 + 2 * normal(seed, 2, frames, 3, 2, groups * width)
     module = FrameNorm(groups, jnp.float32)
     variables = filled(module, x)
     scale, shift = (np.asarray(variables["params"][name]) for name in ("scale", "shift"))
-    np.testing.assert_allclose(module.apply(variables, x), normalised(x, groups) * scale + shift, atol=1e-4)
-    plain = module.apply({"params": {"scale": jnp.ones_like(scale), "shift": jnp.zeros_like(shift)}}, x)
-    if width > 1:
-        np.testing.assert_allclose(plain.reshape(2, frames, 6, groups, width).mean((2, 4)), 0, atol=1e-4)
-        np.testing.assert_allclose(plain.reshape(2, frames, 6, groups, width).var((2, 4)), 1, atol=1e-2)
+    ours = jax.jit(module.apply)(variables, x)
+    np.testing.assert_allclose(ours, normalised(x, groups) * scale + shift, atol=1e-4)
 
 
 @pytest.mark.parametrize(("latents", "factor"), [(1, 1), (3, 1), (3, 2), (2, 4)])
@@ -178,7 +175,7 @@ def test_the_adaptive_norm_scales_a_frame_by_the_latent_frame_that_it_is_decoded
         pooled = np.asarray(condition)[clip, latent].reshape(-1, 3).mean(0)
         scale, shift = np.split(pooled @ affine["kernel"] + affine["bias"], 2)
         expected[clip, frame] = expected[clip, frame] * (1 + scale) + shift
-    np.testing.assert_allclose(module.apply(variables, x, condition), expected, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x, condition), expected, atol=1e-4)
 
 
 def test_at_initialisation_the_adaptive_norm_is_plain():
@@ -194,7 +191,6 @@ def test_every_parameter_has_a_name_for_each_axis():
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     assert len(named) > 30
     for path, leaf in named.items():
-        assert isinstance(leaf, nn.Partitioned) or "norm" in path, path
-        if isinstance(leaf, nn.Partitioned):
-            assert len(leaf.names) == leaf.value.ndim, path
-            assert leaf.names[-1] is not None, path
+        assert isinstance(leaf, nn.Partitioned), path
+        assert len(leaf.names) == leaf.value.ndim, path
+        assert leaf.names[-1] is not None, path

@@ -174,18 +174,21 @@ def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adam():
     }
     params = nn.meta.unbox(boxed)
     gradient = {name: 5 * normal(i, *leaf.shape) for i, (name, leaf) in enumerate(params.items())}
-    config = OptimizerConfig("muon", 0.01, muon_learning_rate=0.3, warmup_steps=2, final_fraction=0.1)
-    optimizer = make_optimizer(config, 5, boxed)
-    for step, (updates, _) in enumerate(updates_of(optimizer, params, [gradient] * 5)):
+    config = OptimizerConfig("muon", 0.01, 0.3, warmup_steps=2, final_fraction=0.1, weight_decay=0.2)
+    optimizer, before = make_optimizer(config, 5, boxed), params
+    for step, (updates, after) in enumerate(updates_of(optimizer, params, [gradient] * 5)):
         adam, muon = (learning_rate(config, peak, 5, step) for peak in (0.01, 0.3))
         # Optax's Adam beside Muon looks ahead, as Nesterov's momentum does (Dozat 2016).
         adam *= 0.9 * (1 - 0.9 ** (step + 1)) / (1 - 0.9 ** (step + 2)) + 0.1 / (1 - 0.9 ** (step + 1))
         for name in ("embedding", "bias"):
-            np.testing.assert_allclose(updates[name], -adam * np.sign(gradient[name]), rtol=1e-3, atol=1e-7)
+            decay = learning_rate(config, 0.01, 5, step) * 0.2 * before[name]
+            np.testing.assert_allclose(updates[name] + decay, -adam * np.sign(gradient[name]), rtol=1e-3, atol=1e-7)
         expected = {
             "matrix": newton_schulz(gradient["matrix"]),
             "stack": np.stack([newton_schulz(g) for g in gradient["stack"]]),
             "convolution": newton_schulz(gradient["convolution"].reshape(-1, 17)).reshape(2, 1, 3, 16, 17),
         }
         for name, direction in expected.items():
-            np.testing.assert_allclose(updates[name], -muon * direction, rtol=1e-2, atol=1e-4)
+            decay = muon * 0.2 * before[name]
+            np.testing.assert_allclose(updates[name] + decay, -muon * direction, rtol=1e-2, atol=1e-4)
+        before = after
