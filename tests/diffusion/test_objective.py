@@ -105,7 +105,7 @@ def test_no_gradient_flows_through_the_estimate():
     np.testing.assert_allclose(jax.grad(loss)(weights), by_hand, rtol=1e-3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 9))
 def test_times_are_stratified_over_the_batch(seed, batch):
     model = Recorder()
