@@ -87,7 +87,7 @@ def draw(combination: Combination, rng: np.random.Generator, frames: int, size: 
         uint8 [frames, size, size, 3].
     """
     radius = rng.uniform(*RADIUS)
-    travel = rng.uniform(TRAVEL[0], min(TRAVEL[1], 1 - 2 * radius))
+    travel = rng.uniform(*TRAVEL)  # 2 · 0.24 + 0.50 < 1: there is always room
     step = np.array(DIRECTIONS[combination.direction], dtype=np.float64)
     lowest = radius + np.maximum(-step, 0) * travel  # of the first frame's centre, so that the last fits too
     highest = 1 - radius - np.maximum(step, 0) * travel
