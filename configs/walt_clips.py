@@ -4,6 +4,9 @@
 
 The folder holds videos (mp4, webm, mov, avi, gif) and, for captions, a `metadata.csv` with the columns `file_name` and
 `caption`; without one the model is unconditional.
+
+Expect little of a laptop: on 48 clips, two CPU cores and a third of these steps (300 and 150), held-out clips were
+reconstructed at 19.6 dB, blurred, and samples were textures without shape.
 """
 
 import pathlib
