@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+# XLA's CPU compiler drops optimization barriers before it fuses operations, unless it is told to leave that pass out.
+COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Everything about a stage that changes with its steps, and so everything that a checkpoint holds of it.
@@ -57,4 +60,5 @@ def make_train_step(loss_function: LossFunction, optimizer: optax.GradientTransf
         metrics = {"loss": loss, **norms, **metrics}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    options = COMPILER_OPTIONS.get(jax.default_backend())
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
