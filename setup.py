@@ -29,6 +29,8 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow",
+        "safetensors",
+        "scikit-image",  # structural similarity
         "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets",  # reads ArrayRecord data sets without TensorFlow

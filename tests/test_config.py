@@ -1,6 +1,9 @@
 """From a config file's knobs to dataclasses: what fits is converted, and every mistake is named with its remedy."""
 
 import dataclasses
+import json
+import pathlib
+import runpy
 from typing import Literal
 
 import pytest
@@ -10,6 +13,7 @@ from ml_collections import ConfigDict
 
 from walt_jax.config import Fraction, Positive, build
 from walt_jax.errors import UserError
+from walt_jax.training.run import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,19 +165,9 @@ def test_numbers_out_of_their_range_are_named_with_it():
     assert "config.rest is nan" in said(rest=float("nan"))
 
 
-def test_the_demos_config_fits():
+@pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")), ids=str)
+def test_each_config_fits(path):
     """And through JSON, as a workdir keeps it."""
-    import importlib.util
-    import json
-    import pathlib
-
-    from walt_jax.training.run import RunConfig
-
-    path = pathlib.Path(__file__).parent.parent / "configs" / "walt_demo.py"
-    spec = importlib.util.spec_from_file_location("walt_demo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    knobs = module.get_config()
+    knobs = runpy.run_path(str(path))["get_config"]()
     built = build(RunConfig, knobs, "config")
     assert build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config") == built
-    assert list(built.stages) == ["tokenizer", "denoiser"]

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
-MODES = ("train", "sample", "evaluate")
+MODES = ("train", "sample", "evaluate", "reconstruct")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -35,7 +35,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
         "seed", 0, "sample: of the first video of each prompt", flag_values=values, lower_bound=0, upper_bound=MAX_SEED
     )
     flags.DEFINE_integer("num_samples", 1, "sample: videos a prompt", flag_values=values, lower_bound=1)
-    flags.DEFINE_string("out", None, "sample: folder for the videos", flag_values=values)
+    flags.DEFINE_string("video", None, "reconstruct: the file to read", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "sample: folder for the videos; reconstruct: the .mp4 to write", flag_values=values
+    )
     flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
     try:
         rest = values([sys.argv[0], *argv])
@@ -148,7 +151,10 @@ def _evaluate(run: Any) -> pathlib.Path:
     from walt_jax.evaluation.evaluate import evaluate
     from walt_jax.evaluation.report import write_report
 
-    for metric in evaluate(run.workdir, run.generator(), run.unseen(), run.config.data, run.config.evaluation):
+    generator = run.generator() if run.config.denoiser else None
+    tokenizer = generator.tokenizer if generator else run.tokenizer()
+    data = run.config.data
+    for metric in evaluate(run.workdir, run.codec, tokenizer, generator, run.unseen(), data, run.config.evaluation):
         target = f" (target {metric['target']:g})" if "target" in metric else ""
         print(f"{metric['name']:26} {metric['value']:8.4g} {metric['unit']}{target}")
     return write_report(run.workdir)
@@ -185,13 +191,48 @@ def sample(values: flags.FlagValues) -> None:
     print(f"wrote {len(rows)} videos, samples.json and contact_sheet.png to {out}")
 
 
+def reconstruct(values: flags.FlagValues) -> None:
+    """Puts a file through the tokenizer and back, frame rate and size as they are."""
+    if not values.video or not values.out:
+        raise UserError("Name the file to read and the one to write: --video=IN --out=OUT.mp4.")
+    out = pathlib.Path(values.out)
+    if out.suffix.lower() != ".mp4":
+        raise UserError(f"--out={out} should be a file that ends in .mp4.")
+    if out.exists() and out.samefile(values.video):
+        raise UserError(f"--out={out} is the video that is read; name another file.")
+    run = open_trained_run(values)
+
+    import tqdm
+
+    from walt_jax.data.media import write_video_stream
+    from walt_jax.data.video import ClipError, frame_rate, read_frames
+
+    tokenizer = run.tokenizer()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fps = frame_rate(values.video)
+        with tqdm.tqdm(desc="reconstructing", unit="frame", dynamic_ncols=True) as progress:
+
+            def watched(frames: Any) -> Any:
+                for frame in frames:
+                    yield frame
+                    progress.update()
+
+            frames = run.codec.stream(tokenizer, read_frames(values.video, fps))
+            count = write_video_stream(out, watched(frames), fps)
+    except ClipError as error:
+        raise UserError(f"--video={values.video} can't be read: {error}.") from error
+    print(f"wrote {count} frames to {out}; sound is not copied")
+
+
 def main(argv: list[str]) -> int:
     """Runs a mode; returns the exit code."""
     try:
         values = parse(argv)
         if not values.workdir:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
-        {"train": train, "sample": sample, "evaluate": evaluate}[values.mode](values)
+        modes = {"train": train, "sample": sample, "evaluate": evaluate, "reconstruct": reconstruct}
+        modes[values.mode](values)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

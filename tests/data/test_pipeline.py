@@ -62,13 +62,13 @@ def same(some, others):
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 1000))
 def test_every_epoch_has_each_clip_once(count, batch_size, seed):
     steps = -(-3 * count // batch_size)
-    order = indices(taken(batches(Numbered(count), encode, batch_size, seed, 0.0), steps))
+    order = indices(taken(batches(Numbered(count), batch_size, seed, encode, 0.0), steps))
     for epoch in range(3):
         assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 def test_epochs_differ_in_order_and_in_what_is_random_about_a_clip():
-    several = taken(batches(Numbered(20), encode, 20, 3, 0.0), 4)
+    several = taken(batches(Numbered(20), 20, 3, encode, 0.0), 4)
     assert len({tuple(indices([batch])) for batch in several}) == 4
     drawn = [dict(batch["video"].reshape(20, 2).tolist()) for batch in several]
     for index in range(20):
@@ -77,7 +77,7 @@ def test_epochs_differ_in_order_and_in_what_is_random_about_a_clip():
 
 
 def test_shapes_types_and_that_a_caption_stays_with_its_clip():
-    for batch in taken(batches(Numbered(7), encode, 4, 0, 0.0), 5):
+    for batch in taken(batches(Numbered(7), 4, 0, encode, 0.0), 5):
         assert (batch["video"].shape, batch["video"].dtype) == ((4, 1, 1, 2, 1), np.uint8)
         assert (batch["text"].shape, batch["text"].dtype) == ((4, 1), np.int32)
         np.testing.assert_array_equal(batch["video"][:, 0, 0, 0, 0] + 1, batch["text"][:, 0])
@@ -87,7 +87,7 @@ def test_shapes_types_and_that_a_caption_stays_with_its_clip():
 @given(st.integers(0, 10_000))
 def test_the_seed_decides_every_byte(seed):
     def some(seed):
-        return taken(batches(DrawnClips("train", 2, 8), lambda c: np.array([[len(c[0])]]), 5, seed, 0.3), 4)
+        return taken(batches(DrawnClips("train", 2, 8), 5, seed, lambda c: np.array([[len(c[0])]]), 0.3), 4)
 
     assert same(some(seed), some(seed))
     assert not all(np.array_equal(a["video"], b["video"]) for a, b in zip(some(seed), some(seed + 1), strict=True))
@@ -96,40 +96,45 @@ def test_the_seed_decides_every_byte(seed):
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 9), st.integers(1, 4), st.integers(0, 1000))
 def test_a_restored_iterator_goes_on_with_the_same_bytes(before, batch_size, seed):
-    dataset = batches(Numbered(9, unusable=(4,)), encode, batch_size, seed, 0.5)
+    dataset = batches(Numbered(9, unusable=(4,)), batch_size, seed, encode, 0.5)
     iterator = iter(dataset)
     for _ in range(before):
         next(iterator)
     position = json.dumps(iterator.get_state())  # what a checkpoint keeps
     expected = [next(iterator) for _ in range(6)]
-    fresh = iter(batches(Numbered(9, unusable=(4,)), encode, batch_size, seed, 0.5))
+    fresh = iter(batches(Numbered(9, unusable=(4,)), batch_size, seed, encode, 0.5))
     fresh.set_state(json.loads(position))
     assert same([next(fresh) for _ in range(6)], expected)
 
 
 def test_the_position_is_small():
-    iterator = iter(batches(DrawnClips("train", 17, 32), lambda c: np.zeros((1, 4), np.int32), 8, 0, 0.1))
+    iterator = iter(batches(DrawnClips("train", 17, 32), 8, 0, lambda c: np.zeros((1, 4), np.int32), 0.1))
     for _ in range(20):
         next(iterator)
     assert len(json.dumps(iterator.get_state())) < 1000
 
 
 def test_clips_that_can_not_be_used_are_left_out_and_the_others_are_not():
-    order = indices(taken(batches(Numbered(10, unusable=(0, 3, 9)), encode, 7, 1, 0.0), 5))
+    order = indices(taken(batches(Numbered(10, unusable=(0, 3, 9)), 7, 1, encode, 0.0), 5))
     assert collections.Counter(order) == dict.fromkeys((1, 2, 4, 5, 6, 7, 8), 5)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_captions_are_dropped_as_often_as_asked_for(probability):
-    several = taken(batches(Numbered(100), encode, 100, 0, probability), 20)
+    several = taken(batches(Numbered(100), 100, 0, encode, probability), 20)
     dropped = np.stack([batch["text"][np.argsort(batch["video"][:, 0, 0, 0, 0])][:, 0] == 0 for batch in several])
     assert abs(dropped.mean() - probability) < 4 * np.sqrt(0.25 / dropped.size) * (0 < probability < 1) + 1e-9
     if probability == 0.5:  # of each clip, in some epochs
         assert ((dropped.mean(0) > 0) & (dropped.mean(0) < 1)).all()
 
 
+def test_without_an_encoder_there_is_no_text():
+    (batch,) = taken(batches(Numbered(3), 3, 0), 1)
+    assert set(batch) == {"video"}
+
+
 def test_a_dropped_caption_changes_nothing_about_the_clip():
-    kept, dropped = (taken(batches(Numbered(10), encode, 5, 4, probability), 4) for probability in (0.0, 1.0))
+    kept, dropped = (taken(batches(Numbered(10), 5, 4, encode, probability), 4) for probability in (0.0, 1.0))
     for one, other in zip(kept, dropped, strict=True):
         np.testing.assert_array_equal(one["video"], other["video"])
 
@@ -137,7 +142,7 @@ def test_a_dropped_caption_changes_nothing_about_the_clip():
 def test_drawn_clips_are_opened():
     config = DataConfig("drawn", frames=17, height=32, width=32)
     assert open_source(config, "held_out") == DrawnClips("held_out", 17, 32)
-    assert open_source(config, "train", frames=1) == DrawnClips("train", 1, 32)
+    assert open_source(config, "train", (1, 16, 16)) == DrawnClips("train", 1, 16)
 
 
 def test_a_folder_is_opened(tmp_path):
@@ -156,5 +161,7 @@ def test_a_folder_is_opened(tmp_path):
 def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"config\.data\.source is not set; give a folder"):
         open_source(DataConfig("", 17, 32, 32), "train")
+    with pytest.raises(UserError, match="Drawn clips are square; height=16 and width=32 differ"):
+        open_source(DataConfig("drawn", 17, 32, 32), "train", (1, 16, 32))
     with pytest.raises(ValueError, match="drawn clips are square; height=32 and width=48 differ"):
         DataConfig("drawn", 17, 32, 48)

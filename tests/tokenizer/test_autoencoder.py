@@ -44,12 +44,12 @@ def variables():
 
 @pytest.fixture(scope="module")
 def encode(variables):
-    return jax.jit(lambda video: TOKENIZER.apply(variables, video, method="encode"))
+    return jax.jit(lambda video: TOKENIZER.apply(variables, video, method="encode")[0])
 
 
 @pytest.fixture(scope="module")
 def decode(variables):
-    return jax.jit(lambda latents: TOKENIZER.apply(variables, latents, method="decode"))
+    return jax.jit(lambda latents: TOKENIZER.apply(variables, latents, method="decode")[0])
 
 
 @settings(max_examples=10, deadline=None)
@@ -67,7 +67,8 @@ def test_shapes(n, places, downsample, patch_size, dtype):
     clip = (1 + n * time, places[0] * height * patch_size, places[1] * width * patch_size)
     assert config.latent_shape(*clip) == (1 + n, *places, 5)
     video = jax.ShapeDtypeStruct((2, *clip, 3), jnp.float32)
-    (reconstruction, latents), _ = jax.eval_shape(Tokenizer(config).init_with_output, jax.random.key(0), video)
+    (reconstruction, quantized), _ = jax.eval_shape(Tokenizer(config).init_with_output, jax.random.key(0), video)
+    latents = quantized.latents
     assert latents.shape == (2, 1 + n, *places, 5)
     assert reconstruction.shape == video.shape
     assert {latents.dtype, reconstruction.dtype} == {jnp.dtype(jnp.float32)}
@@ -94,6 +95,7 @@ def test_clips_that_the_strides_do_not_divide_are_refused(clip):
         ({"channel_multipliers": (1, 2)}, "downsample has 2 entries; 2 channel_multipliers"),
         ({"norm_groups": 3}, "norm_groups=3 does not divide 4 channels"),
         ({"norm_groups": 8}, "norm_groups=8 does not divide 4 channels"),
+        ({"taps": 1}, "taps=1 is less than a stride in time"),
     ],
 )
 def test_configs_that_can_not_be_are_refused(changed, message):

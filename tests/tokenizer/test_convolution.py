@@ -50,17 +50,22 @@ def test_equals_xlas_3d_convolution(size, kernel_size, strides, batch, channels_
         y, back = jax.vjp(lambda x, kernel: convolution(x, kernel, strides), x, kernel)
         return y, *back(cotangent)
 
-    ours, theirs = jax.jit(lambda: tuple(map(value_and_gradients, (causal_convolution, convolution_3d))))()
-    for mine, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=2e-5)
+    def route(name):
+        return lambda x, kernel, strides: causal_convolution(x, kernel, strides, route=name)[0]
+
+    routes = (convolution_3d, route("folded"), route("direct"), route("auto"))
+    theirs, *ours = jax.jit(lambda: tuple(map(value_and_gradients, routes)))()
+    for results in ours:
+        for mine, other in zip(results, theirs, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=2e-5)
 
 
 def test_a_tap_by_hand():
     """Tap k of kt weighs the frame kt - 1 - k before."""
     x = jnp.arange(1.0, 5)[None, :, None, None, None]
     kernel = jnp.array([100.0, 10, 1])[:, None, None, None, None]
-    assert causal_convolution(x, kernel, (1, 1, 1)).ravel().tolist() == [1, 12, 123, 234]
-    assert causal_convolution(x, kernel, (3, 1, 1)).ravel().tolist() == [1, 234]
+    assert causal_convolution(x, kernel, (1, 1, 1))[0].ravel().tolist() == [1, 12, 123, 234]
+    assert causal_convolution(x, kernel, (3, 1, 1))[0].ravel().tolist() == [1, 234]
 
 
 def sees(function, x):
@@ -79,7 +84,7 @@ def sees(function, x):
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3))
 def test_no_frame_depends_on_a_later_one(frames, taps, stride):
     kernel = normal(1, taps, 2, 2, 2, 2)
-    seen = sees(lambda x: causal_convolution(x, kernel, (stride, 1, 1)), normal(0, 1, frames, 2, 2, 2))
+    seen = sees(lambda x: causal_convolution(x, kernel, (stride, 1, 1))[0], normal(0, 1, frames, 2, 2, 2))
     out, into = np.indices(seen.shape)
     np.testing.assert_array_equal(seen, (into <= out * stride) & (into > out * stride - taps))
 
@@ -89,9 +94,9 @@ def test_no_frame_depends_on_a_later_one(frames, taps, stride):
 def test_downsampling_and_upsampling_are_inverse_in_shape(n, height, width, strides):
     s, p, q = strides
     x = jax.ShapeDtypeStruct((2, 1 + s * n, height * p, width * q, 3), jnp.float32)
-    down, _ = jax.eval_shape(Downsample(5, strides).init_with_output, jax.random.key(0), x)
+    (down, _), _ = jax.eval_shape(Downsample(5, strides).init_with_output, jax.random.key(0), x)
     assert down.shape == (2, 1 + n, height, width, 5)
-    up, _ = jax.eval_shape(Upsample(3, strides).init_with_output, jax.random.key(0), down)
+    (up, _), _ = jax.eval_shape(Upsample(3, strides).init_with_output, jax.random.key(0), down)
     assert up.shape == x.shape
 
 
@@ -109,7 +114,7 @@ def test_upsampling_spreads_channels_over_space_and_time_and_drops_the_first_fra
         for channel, value in enumerate(wide[0, t, h, w]):
             i, j, k, c = np.unravel_index(channel, (r, p, q, features))
             full[0, t * r + i, h * p + j, w * q + k, c] = value
-    up = jax.jit(module.apply)(variables, x)
+    up, _ = jax.jit(module.apply)(variables, x)
     np.testing.assert_allclose(up, full[:, r - 1 :], rtol=1e-5, atol=2e-5)
 
 
@@ -118,7 +123,7 @@ def test_frame_0_is_upsampled_alone_and_each_other_makes_its_own_frames(stride):
     x = normal(0, 1, 3, 2, 2, 2)
     module = Upsample(2, (stride, 2, 2))
     variables = filled(module, x)
-    seen = sees(lambda x: module.apply(variables, x), x)
+    seen = sees(lambda x: module.apply(variables, x)[0], x)
     newest = [max(np.flatnonzero(row)) for row in seen]
     assert newest == [0] + [1] * stride + [2] * stride
 
@@ -128,7 +133,7 @@ def test_the_bias_is_optional_and_the_computation_is_in_the_given_type():
     module = CausalConv(3, (3, 1, 1), dtype=jnp.bfloat16)
     variables = filled(module, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    y = module.apply(variables, x)
+    y, _ = module.apply(variables, x)
     assert y.dtype == jnp.bfloat16
     twin = np.asarray(convolution_3d(x, variables["params"]["kernel"], (1, 1, 1))) + np.asarray(
         variables["params"]["bias"]

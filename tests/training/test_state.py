@@ -13,15 +13,26 @@ from walt_jax.training.state import TrainState, make_train_step
 DECAY = 0.6
 
 
-def noisy_loss(params, frozen, batch, key):
-    """(w · x + b + frozen + noise − y)², so that every argument matters."""
-    noise = jax.random.normal(key)
-    prediction = batch["x"] @ params["w"] + jnp.broadcast_to(params["b"], batch["y"].shape) + frozen + noise
-    return jnp.square(prediction - batch["y"]).mean(), {"noise": noise}
+class NoisyTask:
+    """(w · x + b + frozen + noise + seen / 8 − y)², so that every argument matters; `seen` counts steps."""
+
+    def gradients(self, params, moving, frozen, batch, key, step):
+        noise = jax.random.normal(key)
+
+        def loss(params):
+            prediction = batch["x"] @ params["w"] + jnp.broadcast_to(params["b"], batch["y"].shape) + frozen + noise
+            return jnp.square(prediction + moving["seen"] / 8 - batch["y"]).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        return gradients, {"seen": moving["seen"] + 1}, {"loss": value, "noise": noise, "asked": step}
+
+    def served(self, params, moving):
+        return {**params, "seen": moving["seen"]}
 
 
+TASK = NoisyTask()
 OPTIMIZER = optax.adam(0.1)
-STEP = make_train_step(noisy_loss, OPTIMIZER, DECAY)
+STEP = make_train_step(TASK, OPTIMIZER, DECAY)
 BATCH = {
     "x": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32),
     "y": jnp.asarray(np.random.default_rng(1).normal(size=4), jnp.float32),
@@ -30,7 +41,8 @@ FROZEN = jnp.float32(0.5)
 
 
 def fresh():
-    return TrainState.create({"w": jnp.array([1.0, -1, 2]), "b": jnp.array(0.3)}, OPTIMIZER)
+    params = {"w": jnp.array([1.0, -1, 2]), "b": jnp.array(0.3)}
+    return TrainState.create(params, {"seen": jnp.zeros(())}, TASK, OPTIMIZER)
 
 
 def run(steps, key, state=None):
@@ -45,7 +57,8 @@ def run(steps, key, state=None):
 def test_a_new_state():
     state = fresh()
     assert int(state.step) == 0
-    for average, parameter in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+    for name, parameter in {**state.params, **state.moving}.items():
+        average = state.ema[name]
         np.testing.assert_array_equal(average, parameter)
         assert average.unsafe_buffer_pointer() != parameter.unsafe_buffer_pointer()  # both are donated
 
@@ -53,23 +66,25 @@ def test_a_new_state():
 def test_steps_by_hand():
     """Adam (Kingma and Ba 2015) in numpy, and an average that follows closely at first."""
     x, y = (np.asarray(BATCH[name], np.float64) for name in ("x", "y"))
-    w, average = np.array([1.0, -1, 2, 0.3]), np.array([1.0, -1, 2, 0.3])
+    w, average = np.array([1.0, -1, 2, 0.3]), np.array([1.0, -1, 2, 0.3, 0])
     m, v, state = np.zeros(4), np.zeros(4), fresh()
     for step in range(12):
         state, metrics = STEP(state, FROZEN, BATCH, jax.random.key(7))
         noise = float(jax.random.normal(jax.random.fold_in(jax.random.key(7), step)))
-        error = x @ w[:3] + w[3] + 0.5 + noise - y
+        error = x @ w[:3] + w[3] + 0.5 + noise + step / 8 - y
         g = np.append(2 * (error[:, None] * x).mean(0), 2 * error.mean())
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         w = w - 0.1 * m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
         decay = min(DECAY, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * w
+        average = decay * average + (1 - decay) * np.append(w, step + 1)
         assert float(metrics["loss"]) == pytest.approx(np.square(error).mean(), rel=1e-4)
         assert float(metrics["gradient_norm"]) == pytest.approx(np.linalg.norm(g), rel=1e-4)
         assert float(metrics["noise"]) == pytest.approx(noise, abs=1e-6)
-        assert int(state.step) == step + 1
+        assert int(state.step) == float(state.moving["seen"]) == step + 1
+        assert int(metrics["asked"]) == step
         np.testing.assert_allclose(np.append(state.params["w"], state.params["b"]), w, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(np.append(state.ema["w"], state.ema["b"]), average, rtol=1e-4, atol=1e-5)
+        ema = np.concatenate([state.ema["w"], [state.ema["b"], state.ema["seen"]]])
+        np.testing.assert_allclose(ema, average, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=5, deadline=None)

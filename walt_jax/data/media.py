@@ -2,8 +2,9 @@
 
 import functools
 import io
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -97,30 +98,57 @@ def compare_sheet(
     return _frame(_stack(blocks, MARGIN))
 
 
+def write_video_stream(path: epath.PathLike, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
+    """Writes frames as they come as H.264, in the memory of a few; the file is there when it is complete.
+
+    Args:
+      path: a local path that ends in .mp4.
+      frames: uint8 [h, w, 3], RGB, at least one; all of one size.
+      fps: frames per second.
+
+    Returns:
+      How many frames there were.
+    """
+    path = Path(path)
+    # In the same folder, so that renaming it is all that is left to do.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
+        count = _encode_mp4(Path(folder) / path.name, frames, fps)
+        os.replace(Path(folder) / path.name, path)
+    return count
+
+
 def _mp4(frames: np.ndarray, fps: float) -> bytes:
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    # Moving the index to the front ("faststart") makes FFmpeg read its own output again, which takes a real file.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
-        options = {"movflags": "faststart", "fflags": "bitexact"}
-        with av.open(str(file), "w", options=options) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            # Players guess the matrix of an untagged file from its size.
-            stream.codec_context.colorspace = Colorspace.SMPTE170M
-            stream.codec_context.color_range = ColorRange.MPEG
-            # x264's bytes depend on its threads, and at some widths, such as 112, its macroblock tree reads memory that
-            # it never wrote.
-            stream.options = {"crf": "12", "threads": "1", "mbtree": "0"}
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
-                )
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
+        _encode_mp4(file, frames, fps)
         return file.read_bytes()
+
+
+def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
+    # Moving the index to the front ("faststart") makes FFmpeg read its own output again, which takes a real file.
+    options = {"movflags": "faststart", "fflags": "bitexact"}
+    stream, count = None, 0
+    with av.open(str(file), "w", format="mp4", options=options) as container:
+        for frame in frames:
+            count += 1
+            height, width, _ = frame.shape
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                # Players guess the matrix of an untagged file from its size.
+                stream.codec_context.colorspace = Colorspace.SMPTE170M
+                stream.codec_context.color_range = ColorRange.MPEG
+                # x264's bytes depend on its threads, and at some widths, such as 112, its macroblock tree reads memory
+                # that it never wrote.
+                stream.options = {"crf": "12", "threads": "1", "mbtree": "0"}
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return count
 
 
 def _gif(frames: np.ndarray, fps: float) -> bytes:

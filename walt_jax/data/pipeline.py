@@ -52,29 +52,31 @@ class DataConfig:
             raise ValueError(f"drawn clips are square; height={self.height} and width={self.width} differ")
 
 
-def open_source(config: DataConfig, split: str, frames: int | None = None) -> Source:
+def open_source(config: DataConfig, split: str, shape: tuple[int, int, int] | None = None) -> Source:
     """Opens the config's clips.
 
     Args:
         config: see `DataConfig`.
         split: "train" or "held_out"; drawn clips also have "all".
-        frames: of a clip, instead of the config's; 1 for images.
+        shape: (frames, height, width) of a clip, instead of the config's; 1 frame is an image.
 
     Raises:
         UserError: if a folder, its captions or too many of its videos can't be read.
     """
-    frames = frames or config.frames
+    frames, height, width = shape or (config.frames, config.height, config.width)
     if not config.source:
         raise UserError("config.data.source is not set; give a folder of videos: --config.data.source=FOLDER.")
     if config.source == "drawn":
-        return DrawnClips(split, frames, config.height)
+        if height != width:
+            raise UserError(f"Drawn clips are square; height={height} and width={width} differ in a stage's shapes.")
+        return DrawnClips(split, frames, height)
     return FolderClips(
         config.source,
         split,
         frames,
         config.fps,
-        config.height,
-        config.width,
+        height,
+        width,
         cache_bytes=config.cache_bytes,
         max_bad_fraction=config.max_bad_fraction,
     )
@@ -82,21 +84,21 @@ def open_source(config: DataConfig, split: str, frames: int | None = None) -> So
 
 def batches(
     source: Source,
-    encode: Callable[[list[str]], np.ndarray],
     batch_size: int,
     seed: int,
-    caption_dropout: float,
+    encode: Callable[[list[str]], np.ndarray] | None = None,
+    caption_dropout: float = 0.0,
 ) -> grain.IterDataset:
-    """Endless batches {"video": uint8 [b, t, h, w, 3], "text": int32 [b, n]}.
+    """Endless batches {"video": uint8 [b, t, h, w, 3]}, with {"text": int32 [b, n]} where captions are encoded.
 
     Every epoch has each clip once, in an order of its own. Order and randomness are functions of the seed and the
     position alone: an iterator that is restored with `set_state` goes on with the same bytes.
 
     Args:
         source: the clips.
-        encode: captions to ids, as `text.Vocabulary.encode`.
         batch_size: clips a batch.
         seed: of the order, of each clip's generator and of the dropped captions.
+        encode: captions to ids, as `text.Vocabulary.encode`.
         caption_dropout: probability of an empty caption.
     """
 
@@ -104,6 +106,8 @@ def batches(
         clip = source.sample(index, rng)
         if clip is None:
             return None
+        if encode is None:
+            return {"video": clip["video"]}
         caption = "" if rng.random() < caption_dropout else clip["caption"]
         return {"video": clip["video"], "text": encode([caption])[0]}
 

@@ -1,5 +1,6 @@
 """Reads a video file into an array of frames: any format, any frame rate, and whatever decodes of a damaged file."""
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -17,6 +18,8 @@ LONGEST_GAP_SECONDS = 10
 
 # What a frame lasts in a file that says nothing about time at all.
 DEFAULT_GAP_SECONDS = Fraction(1, 25)
+
+HIGHEST_RATE = 240  # frames per second; a header that says more means its clock's ticks
 
 # swscale widens the bicubic kernel when it shrinks a picture, so this is antialiased. The flags are for exactness:
 # without full chroma interpolation white comes out as 253.
@@ -57,31 +60,56 @@ def read_clip(
     """
     if short_side is not None:
         cover = (short_side, short_side)
+    return np.stack(list(itertools.islice(read_frames(path, fps, cover), max_frames)))
+
+
+def read_frames(
+    path: epath.PathLike, fps: float | Fraction | None = None, cover: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
+    """`read_clip` frame by frame, in the memory of a few: uint8 [h, w, 3] each, at least one.
+
+    Raises:
+      ClipError: the file gives no frame; on reading the first.
+    """
     frames = _decode(path)
     shown = ((frame, 1) for frame in frames) if fps is None else _resample(frames, Fraction(fps))
     reformatter = VideoReformatter()
-    clip, size = [], None
+    picture, size = None, None
     try:
         for frame, count in shown:
             size = size or _covering(*_upright_size(frame), cover)
-            room = count if max_frames is None else min(count, max_frames - len(clip))
-            if room:
-                try:
-                    picture = _to_rgb(frame, size, reformatter)
-                except av.FFmpegError as error:  # damage that only shows now: as if the frame had not decoded
-                    if not clip:
-                        raise ClipError(f"its frames don't convert to RGB: {error.strerror}") from error
-                    picture = clip[-1]
-                clip += [picture] * room
-            if len(clip) == max_frames:
-                break
+            if not count:
+                continue
+            try:
+                picture = _to_rgb(frame, size, reformatter)
+            except av.FFmpegError as error:  # damage that only shows now: as if the frame had not decoded
+                if picture is None:
+                    raise ClipError(f"its frames don't convert to RGB: {error.strerror}") from error
+            yield from itertools.repeat(picture, count)
     finally:
         frames.close()
-    return np.stack(clip)
+
+
+def frame_rate(path: epath.PathLike) -> Fraction:
+    """Frames per second as the header has them, or a usual rate where that can't be.
+
+    Raises:
+      ClipError: the file is no video.
+    """
+    with _opened(path) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate
+    return rate if rate and 1 <= rate <= HIGHEST_RATE else 1 / DEFAULT_GAP_SECONDS
 
 
 def _decode(path: epath.PathLike) -> Iterator[av.VideoFrame]:
     """Yields the frames of the first video stream in the order in which they are shown."""
+    with _opened(path) as (container, stream):
+        yield from _recover(container, stream)
+
+
+@contextlib.contextmanager
+def _opened(path: epath.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The file's container and its first video stream."""
     try:
         file = epath.Path(path).open("rb")
     except OSError as error:
@@ -100,7 +128,7 @@ def _decode(path: epath.PathLike) -> Iterator[av.VideoFrame]:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise ClipError("no video stream")
-            yield from _recover(container, streams[0])
+            yield container, streams[0]
 
 
 def _recover(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:

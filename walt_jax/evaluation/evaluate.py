@@ -1,11 +1,9 @@
 """Every metric of a run, each with its protocol, in `evaluate.json`; and what people look at beside it."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
-import jax
 import numpy as np
 
 from walt_jax.config import Positive
@@ -13,11 +11,15 @@ from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
 from walt_jax.evaluation import drawn_score
-from walt_jax.evaluation.reconstruction import psnr_db, reconstruct_all, reconstruction_sheet
+from walt_jax.evaluation.rate_distortion import h264_points, plot
+from walt_jax.evaluation.reconstruction import measure, rate_distortion, reconstruction_sheet
+from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.sample import Generator, write_samples
+from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.workdir import write_atomically
 
 SHEET_CLIPS = 8
+RATE_CLIPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,25 +30,35 @@ class EvaluationConfig:
         clips: at most this many unseen clips are reconstructed, a random window and crop of each.
         samples_per_prompt: of the drawn grammar's 72 prompts, or of a folder's held-out captions.
         prompts: of a folder, at most this many captions are sampled.
+        perceptual_weights: a safetensors file for LPIPS, see `tokenizer.perceptual`; without one it is left out.
         seed: of the unseen clips; samples have seeds 0, 1, ….
     """
 
     clips: Positive
-    samples_per_prompt: Positive
+    samples_per_prompt: Positive = 1
     prompts: Positive = 16
+    perceptual_weights: str = ""
     seed: int = 1234
 
 
 def evaluate(
-    workdir: pathlib.Path, generator: Generator, unseen: Source, data: DataConfig, config: EvaluationConfig
+    workdir: pathlib.Path,
+    codec: Codec,
+    tokenizer: TrainedTokenizer,
+    generator: Generator | None,
+    unseen: Source,
+    data: DataConfig,
+    config: EvaluationConfig,
 ) -> list[dict]:
     """Measures reconstruction and, on drawn clips, the score of samples.
 
-    Leaves `evaluate.json`, `reconstructions.png` and `samples/` in the workdir.
+    Leaves `evaluate.json`, `reconstructions.png`, `rate_distortion.png` and, where there is a generator, `samples/` in
+    the workdir.
 
     Args:
         workdir: the run's folder.
-        generator: what has been trained.
+        codec, tokenizer: what is to reconstruct.
+        generator: what is to sample, or None for a tokenizer alone.
         unseen: clips that were not trained on.
         data: what the clips are made into.
         config: see `EvaluationConfig`.
@@ -54,20 +66,20 @@ def evaluate(
     Returns:
         The metrics: {"name", "value", "unit", "protocol"} each, with "target" where there is one.
     """
-    metrics = [_reconstruction(workdir, generator, unseen, data, config)]
-    captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(unseen, config.prompts)
-    prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
-    seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
-    clips = generator.generate(prompts, seeds)
-    rows = write_samples(workdir / "samples", clips, prompts, seeds, data.fps)
-    report: dict = {"metrics": metrics}
-    if data.source == "drawn":
-        combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
-        files = [f"samples/{row['file']}" for row in rows]
-        # The files, not the arrays: what others see is what is judged.
-        seen = [read_clip(workdir / file) for file in files]
-        scores, report["prompts"] = drawn_score.score(seen, combinations, seeds, files)
-        metrics += scores
+    report = _reconstruction(workdir, codec, tokenizer, unseen, data, config)
+    metrics = report["metrics"]
+    if generator is not None:
+        captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(unseen, config.prompts)
+        prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
+        seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
+        rows = write_samples(workdir / "samples", generator.generate(prompts, seeds), prompts, seeds, data.fps)
+        if data.source == "drawn":
+            combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
+            files = [f"samples/{row['file']}" for row in rows]
+            # The files, not the arrays: what others see is what is judged.
+            seen = [read_clip(workdir / file) for file in files]
+            scores, report["prompts"] = drawn_score.score(seen, combinations, seeds, files)
+            metrics += scores
     write_atomically(workdir / "evaluate.json", json.dumps(report, indent=1) + "\n")
     return metrics
 
@@ -77,28 +89,56 @@ def _distinct(source: Source, count: int) -> list[str]:
 
 
 def _reconstruction(
-    workdir: pathlib.Path, generator: Generator, source: Source, data: DataConfig, config: EvaluationConfig
+    workdir: pathlib.Path,
+    codec: Codec,
+    tokenizer: TrainedTokenizer,
+    source: Source,
+    data: DataConfig,
+    config: EvaluationConfig,
 ) -> dict:
-    clips, titles = [], []
+    """{"metrics", "reconstructions", "rate_distortion"}: over all clips, of each clip, and the plot's points."""
+    clips, captions = [], []
     for index in range(min(config.clips, len(source))):
         clip = source.sample(index, np.random.default_rng([config.seed, index]))
         if clip is not None:
             clips.append(clip["video"])
-            titles.append(clip["caption"])
-    reconstruct = functools.partial(jax.jit(generator.model.reconstruct), generator.tokenizer)
-    reconstructions = reconstruct_all(clips, reconstruct)
+            captions.append(clip["caption"])
+    features = load_features(config.perceptual_weights) if config.perceptual_weights else None
+    reconstructions, rows, codes = measure(codec, tokenizer, clips, captions, features)
     shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)
-    sheet = reconstruction_sheet(*([values[i] for i in shown] for values in (clips, reconstructions, titles)))
+    sheet = reconstruction_sheet(*([values[i] for i in shown] for values in (clips, reconstructions, captions)))
     sheet.save(workdir / "reconstructions.png")
-    values = [psnr_db(*pair) for pair in zip(clips, reconstructions, strict=True)]
-    metric = {
-        "name": "reconstruction_psnr_db",
-        "value": float(np.mean(values)),
-        "unit": "dB",
-        "protocol": (
-            f"mean over {len(clips)} unseen clips of {data.frames} × {data.height} × {data.width} pixels from "
-            f"{data.source}, of each clip's PSNR (8-bit RGB, peak 255, one mean squared error a clip); "
-            f"lowest {min(values):.1f}, highest {max(values):.1f}"
+    some = clips[:RATE_CLIPS]
+    points = rate_distortion(codec, tokenizer, some) + h264_points(some, data.fps)
+    plot(points).save(workdir / "rate_distortion.png")
+
+    where = f"{len(clips)} unseen clips of {data.frames} × {data.height} × {data.width} pixels from {data.source}"
+    protocols = {
+        "psnr_db": ("reconstruction_psnr_db", "dB", "PSNR (8-bit RGB, peak 255, one mean squared error a clip)"),
+        "ssim": (
+            "reconstruction_ssim",
+            "",
+            "SSIM (Wang et al. 2004: 8-bit RGB, Gaussian window, σ 1.5), its frames' mean",
         ),
+        "lpips": ("reconstruction_lpips", "", "LPIPS (VGG, version 0.1), its frames' mean"),
+        "bits_per_pixel": ("bits_per_pixel", "", "codes at log2 of their number, over frames × height × width"),
     }
-    return {**metric, "target": 30.0} if data.source == "drawn" else metric
+    metrics = []
+    for key, (name, unit, what) in protocols.items():
+        values = [row[key] for row in rows if key in row]
+        if values:
+            spread = f"lowest {min(values):.4g}, highest {max(values):.4g}"
+            protocol = f"mean over {where}, of each clip's {what}; {spread}"
+            metrics.append({"name": name, "value": float(np.mean(values)), "unit": unit, "protocol": protocol})
+    if data.source == "drawn":
+        metrics[0]["target"] = 30.0
+    explained = {
+        "code_usage": "distinct codes over all there are, or over all positions if these are fewer",
+        "code_perplexity": "exp of the entropy of the codes' frequencies",
+    }
+    metrics += [
+        {"name": name, "value": codes[name], "unit": "", "protocol": f"{what}; {where}"}
+        for name, what in explained.items()
+        if name in codes
+    ]
+    return {"metrics": metrics, "reconstructions": rows, "rate_distortion": points}

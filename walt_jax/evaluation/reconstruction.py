@@ -1,39 +1,142 @@
-"""How well the tokenizer reconstructs clips that it was not trained on."""
+"""How well the tokenizer reconstructs clips that it was not trained on: PSNR, SSIM, LPIPS, and what its codes cost."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
+from skimage.metrics import structural_similarity
 
 from walt_jax.data.media import compare_sheet
+from walt_jax.generation.codec import Codec, TrainedTokenizer, to_float
+from walt_jax.tokenizer.perceptual import FeatureWeights, feature_distance
+from walt_jax.tokenizer.quantizers import code_statistics, joint_index
+
+SSIM_WINDOW = 11
+BATCH = 8
+Clip = UInt8[np.ndarray, "t h w 3"]
 
 
-def psnr_db(original: UInt8[np.ndarray, "t h w 3"], reconstruction: UInt8[np.ndarray, "t h w 3"]) -> float:
+def psnr_db(original: Clip, reconstruction: Clip) -> float:
     """Peak signal-to-noise ratio of a clip: one mean squared error over all frames, pixels and colours, peak 255."""
     error = np.square(original.astype(np.float64) - reconstruction).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-10)))
 
 
-def reconstruct_all(
-    clips: Sequence[UInt8[np.ndarray, "t h w 3"]],
-    reconstruct: Callable[[UInt8[np.ndarray, "b t h w 3"]], UInt8[np.ndarray, "b t h w 3"]],
-    batch_size: int = 8,
-) -> list[UInt8[np.ndarray, "t h w 3"]]:
-    """Each clip through the tokenizer and back; the last batch is filled up, so that one shape is compiled."""
-    reconstructions: list[np.ndarray] = []
-    for first in range(0, len(clips), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(clips) - 1)
-        batch = np.asarray(reconstruct(np.stack([clips[row] for row in rows])))
-        reconstructions.extend(batch[: len(clips) - first])
-    return reconstructions
+def ssim(original: Clip, reconstruction: Clip) -> float:
+    """Structural similarity (Wang et al. 2004: Gaussian window, σ = 1.5), the mean over frames and colours."""
+    similarity = functools.partial(
+        structural_similarity,
+        channel_axis=-1,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    return float(np.mean([similarity(*pair) for pair in zip(original, reconstruction, strict=True)]))
 
 
-def reconstruction_sheet(
-    clips: Sequence[UInt8[np.ndarray, "t h w 3"]],
-    reconstructions: Sequence[UInt8[np.ndarray, "t h w 3"]],
-    titles: Sequence[str],
-) -> Image.Image:
+def in_batches(function: Callable[[np.ndarray], np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The function of each item; the last batch is filled up, so that one shape is compiled."""
+    results: list[np.ndarray] = []
+    for first in range(0, len(items), BATCH):
+        rows = np.minimum(np.arange(first, first + BATCH), len(items) - 1)
+        results.extend(np.asarray(function(np.stack([items[row] for row in rows])))[: len(items) - first])
+    return results
+
+
+def code_bits(codec: Codec, clip: Clip) -> float | None:
+    """Bits that a clip's codes take, each at log2 of how many there are; None for a head without codes."""
+    config = codec.tokenizer.config
+    codes = config.head.group_codes(config.latent_channels)
+    if not codes:
+        return None
+    positions = math.prod(config.latent_shape(*clip.shape[:3])[:3])
+    return positions * math.log2(math.prod(codes))
+
+
+def measure(
+    codec: Codec,
+    trained: TrainedTokenizer,
+    clips: Sequence[Clip],
+    captions: Sequence[str],
+    features: FeatureWeights | None = None,
+) -> tuple[list[Clip], list[dict], dict[str, float]]:
+    """Reconstructs clips of one size.
+
+    Args:
+        codec, trained: the tokenizer.
+        clips: the originals.
+        captions: one a clip, to be named beside its figures.
+        features: weights for LPIPS.
+
+    Returns:
+        The reconstructions; for each clip {"caption", "psnr_db", "ssim"} and where there are weights "lpips" and where
+        there are codes "bits_per_pixel"; and of all clips' codes together "code_perplexity" and "code_usage".
+    """
+    latents = in_batches(lambda video: codec.encode(trained, video)[0], clips)
+    reconstructions = in_batches(lambda latents: codec.decode(trained, latents)[0], latents)
+    distance = jax.jit(lambda one, other: feature_distance(features, to_float(one), to_float(other)))
+    rows = []
+    for clip, reconstruction, caption in zip(clips, reconstructions, captions, strict=True):
+        row = {"caption": caption, "psnr_db": psnr_db(clip, reconstruction)}
+        if min(clip.shape[1:3]) >= SSIM_WINDOW:
+            row["ssim"] = ssim(clip, reconstruction)
+        if features is not None:
+            row["lpips"] = float(distance(clip[None], reconstruction[None])[0])
+        bits = code_bits(codec, clip)
+        if bits is not None:
+            row["bits_per_pixel"] = bits / math.prod(clip.shape[:3])
+        rows.append(row)
+    config = codec.tokenizer.config
+    codes = config.head.group_codes(config.latent_channels)
+    if not codes:
+        return reconstructions, rows, {}
+    indices = np.stack(in_batches(functools.partial(codec.tokenize, trained), clips))
+    return reconstructions, rows, {k: float(v) for k, v in code_statistics(jnp.asarray(indices), codes).items()}
+
+
+def entropy_bits(symbols: Int[np.ndarray, "..."]) -> float:
+    """What an ideal coder that knows the symbols' frequencies needs for all of them."""
+    _, counts = np.unique(symbols, return_counts=True)
+    return float(-(counts * np.log2(counts / symbols.size)).sum())
+
+
+def rate_distortion(codec: Codec, trained: TrainedTokenizer, clips: Sequence[Clip]) -> list[dict[str, float | str]]:
+    """Points (bits a pixel, PSNR) of the tokenizer.
+
+    Codes are one point, with an ideal coder's bits. Continuous latents are rounded to multiples of steps from 2 to
+    1/16, each channel coded by itself with its frequencies over all clips.
+
+    Returns:
+        {"codec", "setting", "bits_per_pixel", "psnr_db"} each.
+    """
+    config = codec.tokenizer.config
+    pixels = len(clips) * math.prod(clips[0].shape[:3])
+    codes = config.head.group_codes(config.latent_channels)
+    latents = np.stack(in_batches(lambda video: codec.encode(trained, video)[0], clips))
+    if codes:
+        indices = np.stack(in_batches(functools.partial(codec.tokenize, trained), clips))
+        choices = [("codes", entropy_bits(np.asarray(joint_index(jnp.asarray(indices), codes))), latents)]
+    else:
+        choices = []
+        for exponent in range(1, -5, -1):
+            symbols = np.round(latents / 2.0**exponent).astype(np.int32)
+            bits = sum(entropy_bits(symbols[..., channel]) for channel in range(symbols.shape[-1]))
+            choices.append((f"step {2.0**exponent:g}", bits, (symbols * 2.0**exponent).astype(np.float32)))
+    points: list[dict[str, float | str]] = []
+    for setting, bits, values in choices:
+        videos = in_batches(lambda latents: codec.decode(trained, latents)[0], values)
+        psnr = float(np.mean([psnr_db(*pair) for pair in zip(clips, videos, strict=True)]))
+        points.append({"codec": "this tokenizer", "setting": setting, "bits_per_pixel": bits / pixels, "psnr_db": psnr})
+    return points
+
+
+def reconstruction_sheet(clips: Sequence[Clip], reconstructions: Sequence[Clip], titles: Sequence[str]) -> Image.Image:
     """Original, reconstruction and their absolute difference, a block of rows for each clip."""
     rows = []
     for clip, reconstruction, title in zip(clips, reconstructions, titles, strict=True):

@@ -17,6 +17,7 @@ import numpy as np
 from walt_jax.data.video import ClipError, read_clip
 from walt_jax.evaluation.report_curves import curve
 from walt_jax.evaluation.report_page import PAGE
+from walt_jax.workdir import write_atomically
 
 # A page beyond this is slow to open and hard to mail; what does not fit is linked.
 EMBEDDED_BYTES = 30 * 2**20
@@ -59,7 +60,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     sections = {
         "Evaluation": evaluate_note + _evaluation(evaluate, workdir, media),
         "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
-        "Reconstructions": media.sheet(workdir / "reconstructions.png"),
+        "Reconstructions": _reconstructions(evaluate, workdir, media),
         "Training": metrics_note + _training(stages),
         "Configuration": _configuration(workdir / "config.json"),
     }
@@ -71,9 +72,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         footer=media.account(),
     )
     path = workdir / "report.html"
-    temporary = workdir / "report.html.tmp"
-    temporary.write_text(page, "utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, page)
     return path
 
 
@@ -167,6 +166,17 @@ def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
             cards = "".join(_prompt_card(prompt, workdir, media) for prompt in group)
             parts.append(f'<h3>{name}<small>{right}</small></h3><div class="clips">{cards}</div>')
     return "\n".join(parts)
+
+
+def _reconstructions(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
+    """The sheet; the rate-distortion plot; a row for each clip."""
+    rows = evaluate.get("reconstructions") or []
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "caption"]
+    head = ("clip", *(f"#{html.escape(key.replace('_', ' '))}" for key in keys))
+    cells = [[html.escape(str(row.get("caption") or "–")), *(_number(row.get(key)) for key in keys)] for row in rows]
+    table = f"<details><summary>Each clip</summary>{_table(head, cells)}</details>" if rows else ""
+    plot = media.sheet(workdir / "rate_distortion.png") if evaluate.get("rate_distortion") else ""
+    return media.sheet(workdir / "reconstructions.png") + plot + table
 
 
 def _judged(evaluate: dict) -> set[str]:

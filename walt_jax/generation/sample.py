@@ -12,7 +12,8 @@ import tqdm
 from jaxtyping import UInt8
 
 from walt_jax.data.media import contact_sheet, write_video
-from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo, TrainedTokenizer
+from walt_jax.generation.codec import TrainedTokenizer
+from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo
 from walt_jax.text.vocabulary import Vocabulary
 from walt_jax.workdir import write_atomically
 

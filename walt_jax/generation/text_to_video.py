@@ -5,37 +5,18 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt, UInt8
+from jaxtyping import Array, Int, PRNGKeyArray, UInt, UInt8
 
 from walt_jax.config import Positive
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.diffusion.objective import Denoise
 from walt_jax.diffusion.sampler import ddim
 from walt_jax.diffusion.schedule import schedule
+from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD
-from walt_jax.tokenizer.autoencoder import Tokenizer
-
-
-def to_float(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
-    """0..255 to -1..1."""
-    return video.astype(jnp.float32) / 127.5 - 1
-
-
-def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
-    """-1..1 to 0..255, rounded; what is outside is clipped."""
-    return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-class TrainedTokenizer(flax.struct.PyTreeNode):
-    """A tokenizer's weights and the statistics of its latents over training clips, per channel."""
-
-    params: Any
-    mean: Float[Array, " c"]
-    std: Float[Array, " c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +39,14 @@ class TextToVideo:
     """The modules; parameters are passed to each method.
 
     Attributes:
-        tokenizer: pixels to latents and back.
+        codec: pixels to latents and back.
         text: caption ids to embeddings.
         denoiser: predicts v.
         schedule: its name in `diffusion.schedule`.
         latent_shape: (t, h, w, c) of a clip.
     """
 
-    tokenizer: Tokenizer
+    codec: Codec
     text: T5Encoder
     denoiser: Denoiser
     schedule: str
@@ -90,15 +71,6 @@ class TextToVideo:
 
         return apply
 
-    def encode(self, tokenizer: TrainedTokenizer, video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 c"]:
-        """Normalised latents."""
-        latents = self.tokenizer.apply({"params": tokenizer.params}, to_float(video), method="encode")
-        return normalise(latents, tokenizer)
-
-    def reconstruct(self, tokenizer: TrainedTokenizer, video: UInt8[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
-        """Video through the tokenizer and back."""
-        return to_uint8(self.tokenizer.apply({"params": tokenizer.params}, to_float(video))[0])
-
     @functools.partial(jax.jit, static_argnums=(0, 6))
     def sample(
         self,
@@ -113,7 +85,7 @@ class TextToVideo:
 
         Args:
             params: of `init`'s structure.
-            tokenizer: decodes, and un-normalises.
+            tokenizer: what the codec has learned.
             ids: the captions.
             empty: the empty caption, for guidance.
             seeds: one a clip; a clip's noise depends on its own seed alone.
@@ -124,16 +96,7 @@ class TextToVideo:
         if config.guidance != 1:
             unconditional = self.denoise(params, jnp.broadcast_to(empty[None], ids.shape))
         latents = ddim(conditional, noise, schedule(self.schedule), config.steps, unconditional, config.guidance)
-        latents = latents * along_channels(tokenizer.std) + along_channels(tokenizer.mean)
-        return to_uint8(self.tokenizer.apply({"params": tokenizer.params}, latents, method="decode"))
-
-
-def along_channels(statistic: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
-    return statistic[None, None, None, None]
-
-
-def normalise(latents: Float[Array, "b t h w c"], tokenizer: TrainedTokenizer) -> Float[Array, "b t h w c"]:
-    return (latents - along_channels(tokenizer.mean)) / along_channels(tokenizer.std)
+        return self.codec.decode(tokenizer, latents)[0]
 
 
 def unboxed(params: Any) -> Any:

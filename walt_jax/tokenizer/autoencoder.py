@@ -1,4 +1,4 @@
-"""MAGVIT-v2's encoder and decoder with continuous latents, as W.A.L.T uses them."""
+"""MAGVIT-v2's encoder and decoder, of whole clips or of chunks, with a head between them."""
 
 import dataclasses
 import math
@@ -7,11 +7,12 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from walt_jax.config import Positive
 from walt_jax.layers import Linear
-from walt_jax.tokenizer.convolution import CausalConv, Downsample, Upsample
+from walt_jax.tokenizer.convolution import Cache, CausalConv, Downsample, Route, Upsample, part
+from walt_jax.tokenizer.quantizers import Head, HeadConfig, Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class TokenizerConfig:
     """The tokenizer's shape.
 
     Attributes:
-        latent_channels: c of W.A.L.T, values a latent position has.
+        latent_channels: c of W.A.L.T, values a latent position has; 18 with the head "lfq" are 2^18 codes.
         base_channels: width at full resolution (128 in the paper).
         channel_multipliers: a scale each, full resolution first.
         downsample: for each transition between scales, the (time, height, width) strides. MAGVIT-v2 halves height and
@@ -29,6 +30,9 @@ class TokenizerConfig:
         patch_size: side of the square of pixels that is folded into channels before the first convolution (1 in the
             paper). 2 leaves out the scale at full resolution, which costs more than all others together.
         dtype: of the computation, "float32" or "bfloat16".
+        taps: frames that a convolution sees, 3 in the paper; 1 for a tokenizer of images.
+        head: what is between encoder and decoder.
+        route: how convolutions are computed, see `convolution.convolve`.
     """
 
     latent_channels: Positive
@@ -39,6 +43,9 @@ class TokenizerConfig:
     norm_groups: Positive
     patch_size: Positive = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
+    taps: Positive = 3
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    route: Route = "auto"
 
     def __post_init__(self):
         if len(self.downsample) != len(self.channel_multipliers) - 1:
@@ -51,6 +58,13 @@ class TokenizerConfig:
                 raise ValueError(
                     f"norm_groups={self.norm_groups} does not divide {self.base_channels * multiplier} channels"
                 )
+        if max(time for time, _, _ in self.downsample) > self.taps:
+            raise ValueError(f"taps={self.taps} is less than a stride in time: frames would be passed over")
+        self.head.check(self.latent_channels)
+
+    def of_images(self) -> "TokenizerConfig":
+        """The tokenizer of single frames that can be inflated to this one, see `inflation`."""
+        return dataclasses.replace(self, taps=1, downsample=tuple((1, h, w) for _, h, w in self.downsample))
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -85,9 +99,13 @@ class FrameNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c"], condition: Float[Array, "b t2 h2 w2 z"] | None = None
+        self,
+        x: Float[Array, "b t h w c"],
+        condition: Float[Array, "b t2 h2 w2 z"] | None = None,
+        first: bool = True,
     ) -> Float[Array, "b t h w c"]:
-        _, frames, *_, channels = x.shape
+        """`first` says whether the chunk begins the clip, and so whether its frame 0 has a latent frame to itself."""
+        *_, channels = x.shape
         grouped = rearrange(x, "b t h w (g c) -> b t (h w) g c", g=self.groups).astype(jnp.float32)
         mean = grouped.mean(axis=(2, 4), keepdims=True)
         variance = jnp.square(grouped - mean).mean(axis=(2, 4), keepdims=True)
@@ -98,59 +116,77 @@ class FrameNorm(nn.Module):
             shift = self.param("shift", nn.with_logical_partitioning(nn.initializers.zeros, axis), (channels,))
             scale, shift = scale[None, None, None, None], shift[None, None, None, None]
         else:
-            pooled = condition.mean(axis=(2, 3))
-            # Frame 0 stands alone, then each latent frame makes `factor` frames.
-            factor = (frames - 1) // max(condition.shape[1] - 1, 1)
-            pooled = jnp.concatenate([pooled[:, :1], jnp.repeat(pooled[:, 1:], factor, axis=1)], axis=1)
+            pooled = frames_of_latents(condition.mean(axis=(2, 3)), x.shape[1], first)
             affine = Linear(2 * channels, ("latent", "channels_out"), kernel_init=nn.initializers.zeros, name="affine")
             scale, shift = jnp.split(affine(pooled)[:, :, None, None, :], 2, axis=-1)
             scale = 1 + scale
         return x * scale.astype(self.dtype) + shift.astype(self.dtype)
 
 
+def frames_of_latents(x: Float[Array, "b t2 c"], frames: int, first: bool) -> Float[Array, "b t c"]:
+    """For each of a chunk's frames the latent frame that it is decoded from: frame 0 of a clip has one to itself."""
+    alone = 1 if first else 0
+    factor = (frames - alone) // max(x.shape[1] - alone, 1)
+    return jnp.concatenate([x[:, :alone], jnp.repeat(x[:, alone:], factor, axis=1)], axis=1)
+
+
 class ResidualBlock(nn.Module):
-    """norm, swish, 3³ convolution, norm, swish, 3³ convolution, plus the input (1³ convolution if the width changes).
+    """norm, swish, 3³ convolution, norm, swish, 3³ convolution, plus the input (linear if the width changes).
 
     The last convolution starts at zero: an encoder and decoder that start as nearly linear maps leave the plateau at
     the beginning of training in half the steps.
     """
 
     features: int
-    groups: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
-        h = nn.swish(FrameNorm(self.groups, self.dtype, name="norm_in")(x))
-        h = CausalConv(self.features, use_bias=False, dtype=self.dtype, name="conv_in")(h)
-        h = nn.swish(FrameNorm(self.groups, self.dtype, name="norm_out")(h))
-        zeros = nn.initializers.zeros
-        h = CausalConv(self.features, kernel_init=zeros, dtype=self.dtype, name="conv_out")(h)
-        if x.shape[-1] != self.features:
-            x = CausalConv(self.features, (1, 1, 1), use_bias=False, dtype=self.dtype, name="shortcut")(x)
-        return x + h
-
-
-class Encoder(nn.Module):
-    """Pixels to latents."""
-
     config: TokenizerConfig
 
     @nn.compact
-    def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 c"]:
-        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+    def __call__(self, x: Float[Array, "b t h w i"], cache: Cache = None) -> tuple[Float[Array, "b t h w o"], Cache]:
+        cfg, dtype, after = self.config, jnp.dtype(self.config.dtype), {}
+        kernel = {"kernel_size": (cfg.taps, 3, 3), "route": cfg.route, "dtype": dtype}
+        h = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_in")(x))
+        conv_in = CausalConv(self.features, use_bias=False, **kernel, name="conv_in")
+        h, after["conv_in"] = conv_in(h, part(cache, "conv_in"))
+        h = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_out")(h))
+        conv_out = CausalConv(self.features, kernel_init=nn.initializers.zeros, **kernel, name="conv_out")
+        h, after["conv_out"] = conv_out(h, part(cache, "conv_out"))
+        if x.shape[-1] != self.features:
+            axes = ("channels_in", "channels_out")
+            x = Linear(self.features, axes, use_bias=False, dtype=dtype, name="shortcut")(x)
+        return x + h, after
+
+
+class Encoder(nn.Module):
+    """Pixels to what the head takes."""
+
+    config: TokenizerConfig
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, video: Float[Array, "b t h w 3"], cache: Cache = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 i"], Cache]:
+        cfg, dtype, after = self.config, jnp.dtype(self.config.dtype), {}
+
+        def run(module: nn.Module, x: Array) -> Array:
+            x, after[module.name] = module(x, part(cache, module.name))
+            return x
+
         widths = [cfg.base_channels * m for m in cfg.channel_multipliers]
+        kernel = {"kernel_size": (cfg.taps, 3, 3), "route": cfg.route, "dtype": dtype}
         x = rearrange(video, "b t (h p) (w q) c -> b t h w (p q c)", p=cfg.patch_size, q=cfg.patch_size)
-        x = CausalConv(widths[0], dtype=dtype, name="conv_in")(x)
+        x = run(CausalConv(widths[0], axes=("pixel", "channels_out"), **kernel, name="conv_in"), x)
         for scale, width in enumerate(widths):
             for block in range(cfg.residual_blocks):
-                x = ResidualBlock(width, cfg.norm_groups, dtype, name=f"scale{scale}_block{block}")(x)
+                x = run(ResidualBlock(width, cfg, name=f"scale{scale}_block{block}"), x)
             if scale < len(widths) - 1:
-                x = Downsample(width, cfg.downsample[scale], dtype, name=f"scale{scale}_down")(x)
+                strides = cfg.downsample[scale]
+                x = run(Downsample(width, strides, cfg.taps, cfg.route, dtype, name=f"scale{scale}_down"), x)
         for block in range(cfg.residual_blocks):
-            x = ResidualBlock(widths[-1], cfg.norm_groups, dtype, name=f"last_block{block}")(x)
+            x = run(ResidualBlock(widths[-1], cfg, name=f"last_block{block}"), x)
         x = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_out")(x))
-        return CausalConv(cfg.latent_channels, (1, 1, 1), dtype=dtype, name="conv_out")(x).astype(jnp.float32)
+        x = Linear(self.features, ("channels_in", "latent"), dtype=dtype, name="conv_out")(x)
+        return x.astype(jnp.float32), after
 
 
 class Decoder(nn.Module):
@@ -159,39 +195,106 @@ class Decoder(nn.Module):
     config: TokenizerConfig
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "b t2 h2 w2 c"]) -> Float[Array, "b t h w 3"]:
-        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+    def __call__(
+        self, latents: Float[Array, "b t2 h2 w2 c"], cache: Cache = None
+    ) -> tuple[Float[Array, "b t h w 3"], Cache]:
+        cfg, dtype, after = self.config, jnp.dtype(self.config.dtype), {}
+
+        def run(module: nn.Module, x: Array) -> Array:
+            x, after[module.name] = module(x, part(cache, module.name))
+            return x
+
         widths = [cfg.base_channels * m for m in cfg.channel_multipliers]
-        x = CausalConv(widths[-1], dtype=dtype, name="conv_in")(latents)
+        kernel = {"kernel_size": (cfg.taps, 3, 3), "route": cfg.route, "dtype": dtype}
+        x = run(CausalConv(widths[-1], axes=("latent", "channels_out"), **kernel, name="conv_in"), latents)
         for block in range(cfg.residual_blocks):
-            x = ResidualBlock(widths[-1], cfg.norm_groups, dtype, name=f"first_block{block}")(x)
+            x = run(ResidualBlock(widths[-1], cfg, name=f"first_block{block}"), x)
         for scale, width in reversed(list(enumerate(widths))):
-            x = FrameNorm(cfg.norm_groups, dtype, name=f"scale{scale}_norm")(x, latents)
+            x = FrameNorm(cfg.norm_groups, dtype, name=f"scale{scale}_norm")(x, latents, cache is None)
             for block in range(cfg.residual_blocks):
-                x = ResidualBlock(width, cfg.norm_groups, dtype, name=f"scale{scale}_block{block}")(x)
+                x = run(ResidualBlock(width, cfg, name=f"scale{scale}_block{block}"), x)
             if scale > 0:
-                x = Upsample(widths[scale - 1], cfg.downsample[scale - 1], dtype, name=f"scale{scale}_up")(x)
+                below, strides = widths[scale - 1], cfg.downsample[scale - 1]
+                x = run(Upsample(below, strides, cfg.taps, cfg.route, dtype, name=f"scale{scale}_up"), x)
         x = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_out")(x))
-        x = CausalConv(3 * cfg.patch_size**2, dtype=dtype, name="conv_out")(x).astype(jnp.float32)
-        return rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=cfg.patch_size, q=cfg.patch_size)
+        pixels = CausalConv(3 * cfg.patch_size**2, axes=("channels_in", "pixel"), **kernel, name="conv_out")
+        x = run(pixels, x).astype(jnp.float32)
+        x = rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=cfg.patch_size, q=cfg.patch_size)
+        return x, after
 
 
 class Tokenizer(nn.Module):
-    """The two together. Video is in -1..1; latents are as they come, see `training` for their normalisation."""
+    """Encoder, head and decoder. Video is in -1..1; latents are as they come, see `training` for their normalisation.
+
+    `encode`, `tokenize` and `decode` take a clip, or its chunks in turn: each call takes the cache that the one before
+    returned, None for the first. Chunks give what the whole gives.
+    """
 
     config: TokenizerConfig
 
     def setup(self):
-        self.encoder = Encoder(self.config)
+        self.head = Head(self.config.head, self.config.latent_channels)
+        self.encoder = Encoder(self.config, self.config.head.inputs(self.config.latent_channels))
         self.decoder = Decoder(self.config)
 
-    def encode(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 c"]:
-        return self.encoder(video)
+    def encode(
+        self, video: Float[Array, "b t h w 3"], cache: Cache = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
+        """Latents of a chunk of any length; frames that don't make a latent frame yet wait in the cache."""
+        z, cache = self._features(video, cache)
+        return self.head(z).latents, cache
 
-    def decode(self, latents: Float[Array, "b t2 h2 w2 c"]) -> Float[Array, "b t h w 3"]:
-        return self.decoder(latents)
+    def tokenize(
+        self, video: Float[Array, "b t h w 3"], cache: Cache = None
+    ) -> tuple[Int[Array, "b t2 h2 w2 g"], Cache]:
+        """Codes instead of latents; `lookup` makes latents of them, equal to `encode`'s.
 
-    def __call__(self, video: Float[Array, "b t h w 3"]) -> tuple[Array, Array]:
-        """Returns the reconstruction and the latents."""
-        latents = self.encode(video)
-        return self.decode(latents), latents
+        Raises:
+            ValueError: if the head has none.
+        """
+        z, cache = self._features(video, cache)
+        indices = self.head(z).indices
+        if indices is None:
+            raise ValueError(f"the head {self.config.head.name!r} has no codes")
+        return indices, cache
+
+    def lookup(self, indices: Int[Array, "b t h w g"]) -> Float[Array, "b t h w c"]:
+        """The latents of codes."""
+        return self.head.lookup(indices)
+
+    def decode(
+        self, latents: Float[Array, "b t2 h2 w2 c"], cache: Cache = None
+    ) -> tuple[Float[Array, "b t h w 3"], Cache]:
+        """The first latent frame of a clip makes one frame, each other as many as the stride in time."""
+        return self.decoder(latents, cache)
+
+    def __call__(
+        self, video: Float[Array, "b t h w 3"], train: bool = False
+    ) -> tuple[Float[Array, "b t h w 3"], Quantized]:
+        """The reconstruction of whole clips, and what the head made.
+
+        Raises:
+            ValueError: if the strides don't divide the clip.
+        """
+        self.config.latent_shape(*video.shape[1:4])
+        z, _ = self.encoder(video)
+        quantized = self.head(z, train)
+        return self.decoder(quantized.latents)[0], quantized
+
+    def _features(self, video: Float[Array, "b t h w 3"], cache: Cache) -> tuple[Float[Array, "b t2 h2 w2 i"], Cache]:
+        """The encoder on the frames that are complete; its cache has those that aren't, under "waiting"."""
+        stride = self.config.strides[0]
+        waiting = part(cache, "waiting")
+        if waiting is not None:
+            video = jnp.concatenate([waiting, video], axis=1)
+        _, height, width, _ = self.config.latent_shape(1, *video.shape[2:4])
+        frames = video.shape[1]
+        alone = 1 if cache is None else 0
+        complete = alone + (frames - alone) // stride * stride
+        waiting = video[:, complete:] if complete < frames else None
+        if complete:
+            z, after = self.encoder(video[:, :complete], part(cache, "encoder"))
+        else:
+            z = jnp.zeros((len(video), 0, height, width, self.encoder.features))
+            after = cache["encoder"]
+        return z, {"encoder": after, "waiting": waiting}

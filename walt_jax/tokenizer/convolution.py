@@ -1,4 +1,6 @@
-"""Causal 3-D convolution, and the down- and upsampling made of it."""
+"""Causal 3-D convolution, whole or streamed, and the down- and upsampling made of it."""
+
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -8,24 +10,48 @@ from jaxtyping import Array, Float
 
 from walt_jax.layers import Initializer
 
+# What a layer remembers of the frames before a chunk: None at the start of a clip, then a tree of arrays (none for a
+# layer that looks at one frame alone). It goes in as an argument and comes out as a result; nothing else is kept.
+Cache = Any
 
-def _pad_in_front(x: Float[Array, "b t h w c"], frames: int) -> Float[Array, "b t2 h w c"]:
+# How the same convolution is computed: see `convolve`.
+Route = Literal["auto", "folded", "direct"]
+
+
+def part(cache: Cache, name: str) -> Cache:
+    """A sublayer's own cache."""
+    return None if cache is None else cache[name]
+
+
+def pad_in_front(x: Float[Array, "b t h w c"], frames: int) -> Float[Array, "b t2 h w c"]:
     return jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
 
 
-def causal_convolution(
-    x: Float[Array, "b t h w i"], kernel: Float[Array, "kt kh kw i o"], strides: tuple[int, int, int]
+def convolve(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kt kh kw i o"],
+    strides: tuple[int, int, int],
+    route: Route = "auto",
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """Convolution that pads kt - 1 zero frames in front and none behind; space is padded as "SAME".
+    """3-D convolution, time not padded, space padded as "SAME".
 
-    The time taps are folded into the input channels of one 2-D convolution over all frames: XLA's 3-D convolution on
-    CPU runs at a third of the 2-D one's rate. `tests/tokenizer/test_convolution.py` holds the 3-D twin.
+    Args:
+        x: the clip.
+        kernel: the taps.
+        strides: (time, height, width).
+        route: "direct" is one 3-D convolution. "folded" puts the time taps into the input channels of one 2-D
+            convolution over all frames: on CPU, XLA's 3-D convolution runs at a third of the 2-D one's rate. "auto" is
+            "folded" on CPU and "direct" elsewhere. Results are equal but for rounding.
     """
+    if route == "auto":
+        route = "folded" if jax.default_backend() == "cpu" else "direct"
+    if route == "direct":
+        padding = ((0, 0), *jax.lax.padtype_to_pads(x.shape[2:4], kernel.shape[1:3], strides[1:], "SAME"))
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
     stride_t, *strides_hw = strides
     taps, batch = kernel.shape[0], x.shape[0]
-    frames = -(-x.shape[1] // stride_t)
-    padded = _pad_in_front(x, taps - 1)
-    folded = jnp.concatenate([padded[:, k : k + (frames - 1) * stride_t + 1 : stride_t] for k in range(taps)], axis=-1)
+    frames = (x.shape[1] - taps) // stride_t + 1
+    folded = jnp.concatenate([x[:, k : k + (frames - 1) * stride_t + 1 : stride_t] for k in range(taps)], axis=-1)
     y = jax.lax.conv_general_dilated(
         rearrange(folded, "b t h w i -> (b t) h w i"),
         rearrange(kernel, "kt kh kw i o -> kh kw (kt i) o"),
@@ -36,6 +62,33 @@ def causal_convolution(
     return rearrange(y, "(b t) h w o -> b t h w o", b=batch)
 
 
+def causal_convolution(
+    x: Float[Array, "b t h w i"],
+    kernel: Float[Array, "kt kh kw i o"],
+    strides: tuple[int, int, int],
+    past: Float[Array, "b kt-1 h w i"] | None = None,
+    route: Route = "auto",
+) -> tuple[Float[Array, "b t2 h2 w2 o"], Float[Array, "b kt-1 h w i"] | None]:
+    """Convolution that pads kt - 1 frames in front and none behind.
+
+    Args:
+        x: a clip, or a chunk of one. A first chunk of 1 + s·n frames makes 1 + n, a later one of s·n frames makes n.
+        kernel: the taps.
+        strides: (time, height, width).
+        past: the kt - 1 frames before the chunk; None for a first chunk, before which all is zero.
+        route: see `convolve`.
+
+    Returns:
+        The convolution, and the next chunk's `past` (None where kt is 1).
+    """
+    taps = kernel.shape[0]
+    # The first output is that of frame 0; a later chunk's is that of its frame s - 1, s after the last one's.
+    skipped = 0 if past is None else strides[0] - 1
+    x = pad_in_front(x, taps - 1) if past is None else jnp.concatenate([past, x], axis=1)
+    y = convolve(x[:, skipped:], kernel, strides, route)
+    return y, (x[:, x.shape[1] - (taps - 1) :] if taps > 1 else None)
+
+
 class CausalConv(nn.Module):
     """`causal_convolution` with parameters.
 
@@ -43,57 +96,71 @@ class CausalConv(nn.Module):
         features: channels out.
         kernel_size: (time, height, width) taps.
         strides: (time, height, width); (1 + s·n) frames become 1 + n.
+        axes: logical names of the kernel's channels in and out.
         use_bias: whether a bias is added.
         kernel_init: of the kernel.
+        route: see `convolve`.
         dtype: of the computation.
     """
 
     features: int
     kernel_size: tuple[int, int, int] = (3, 3, 3)
     strides: tuple[int, int, int] = (1, 1, 1)
+    axes: tuple[str, str] = ("channels_in", "channels_out")
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    route: Route = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
-        axes = (None, None, None, "channels_in", "channels_out")
+    def __call__(self, x: Float[Array, "b t h w i"], cache: Cache = None) -> tuple[Float[Array, "b t2 h2 w2 o"], Cache]:
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(self.kernel_init, axes),
+            nn.with_logical_partitioning(self.kernel_init, (None, None, None, *self.axes)),
             (*self.kernel_size, x.shape[-1], self.features),
         )
-        y = causal_convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
+        y, cache = causal_convolution(
+            x.astype(self.dtype), kernel.astype(self.dtype), self.strides, cache, route=self.route
+        )
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:])
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)[None, None, None, None]
-        return y
+        return y, cache
 
 
 class Downsample(nn.Module):
-    """Strided causal convolution; (1 + s·n) frames become 1 + n."""
+    """Strided causal convolution; (1 + s·n) frames become 1 + n, and s·n of a later chunk n."""
 
     features: int
     strides: tuple[int, int, int]
+    taps: int = 3
+    route: Route = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
-        return CausalConv(self.features, strides=self.strides, dtype=self.dtype, name="conv")(x)
+    def __call__(self, x: Float[Array, "b t h w i"], cache: Cache = None) -> tuple[Float[Array, "b t2 h2 w2 o"], Cache]:
+        conv = CausalConv(
+            self.features, (self.taps, 3, 3), self.strides, route=self.route, dtype=self.dtype, name="conv"
+        )
+        return conv(x, cache)
 
 
 class Upsample(nn.Module):
     """Convolution, then depth to space (and time): the inverse of `Downsample` in shape.
 
-    The first s - 1 frames are dropped, so that 1 + n frames become 1 + s·n and frame 0 stays alone.
+    The first s - 1 frames of a clip are dropped, so that 1 + n frames become 1 + s·n and frame 0 stays alone.
     """
 
     features: int
     strides: tuple[int, int, int]
+    taps: int = 3
+    route: Route = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
+    def __call__(self, x: Float[Array, "b t h w i"], cache: Cache = None) -> tuple[Float[Array, "b t2 h2 w2 o"], Cache]:
         r, p, q = self.strides
-        y = CausalConv(self.features * r * p * q, dtype=self.dtype, name="conv")(x)
-        return rearrange(y, "b t h w (r p q c) -> b (t r) (h p) (w q) c", r=r, p=p, q=q)[:, r - 1 :]
+        conv = CausalConv(self.features * r * p * q, (self.taps, 3, 3), route=self.route, dtype=self.dtype, name="conv")
+        y, after = conv(x, cache)
+        y = rearrange(y, "b t h w (r p q c) -> b (t r) (h p) (w q) c", r=r, p=p, q=q)
+        return (y[:, r - 1 :] if cache is None else y), after

@@ -31,7 +31,7 @@ class Checkpoints:
         """Saves under the state's step.
 
         Args:
-            state: parameters, their average, the optimizer's state and the step.
+            state: what the stage changes with its steps.
             position: the data iterator's state.
             outcome: what the finished stage has measured, empty before; see `loop.run_stage`.
         """
@@ -66,7 +66,7 @@ class Checkpoints:
         return restored["state"].replace(ema=restored["ema"]), restored["data"], restored["outcome"]
 
     def restore_ema(self, like: Any) -> tuple[Any, dict]:
-        """The newest (averaged parameters, outcome).
+        """The newest (average of what the task serves, outcome).
 
         Raises:
             UserError: as `restore`.

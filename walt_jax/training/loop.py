@@ -1,5 +1,6 @@
 """A stage's loop: restore, step, log, save."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -10,18 +11,40 @@ from typing import Any, Literal
 
 import grain
 import jax
-import jax.numpy as jnp
+import optax
 
 from walt_jax.config import Fraction, Positive
 from walt_jax.errors import UserError
 from walt_jax.generation.text_to_video import unboxed
 from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.collapse import CollapseWatch
 from walt_jax.training.latent_cache import latents_path
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.progress import Progress
 from walt_jax.training.state import TrainState, make_train_step
 from walt_jax.training.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeConfig:
+    """One kind of batch of a stage that mixes several.
+
+    Attributes:
+        frames, height, width: of a clip, instead of the data's; 1 frame is an image.
+        batch_size: clips a batch, instead of the stage's.
+        weight: of this shape among the stage's: how often its batches come, over the sum of all weights.
+    """
+
+    frames: Positive | None = None
+    height: Positive | None = None
+    width: Positive | None = None
+    batch_size: Positive | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise ValueError(f"weight={self.weight:g} is not above 0; leave the shape out instead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +56,8 @@ class StageConfig:
         steps: optimizer steps.
         batch_size: clips a step.
         optimizer: see `OptimizerConfig`.
-        frames: of a clip, instead of the data's; 1 trains on images.
+        shapes: for a tokenizer: sizes and lengths that batches come in, by names of your own; none is the data's. With
+            images alone it is a tokenizer of images that is trained, which the next stage inflates.
         ema_decay: of the parameters' moving average.
         cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
             batch anew.
@@ -45,7 +69,7 @@ class StageConfig:
     steps: Positive
     batch_size: Positive
     optimizer: OptimizerConfig
-    frames: Positive | None = None
+    shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
     ema_decay: Fraction = 0.999
     cached_clips: int = 0
     log_every: Positive = 10
@@ -54,6 +78,21 @@ class StageConfig:
     def __post_init__(self):
         if self.task == "tokenizer" and self.cached_clips:
             raise ValueError("cached_clips is for denoiser stages")
+        if self.task == "denoiser" and self.shapes:
+            raise ValueError("shapes is for tokenizer stages; a denoiser takes the data's")
+
+    @property
+    def of_images(self) -> bool:
+        """Whether all clips have one frame."""
+        return bool(self.shapes) and all(shape.frames == 1 for shape in self.shapes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a stage hands on: what it serves, averaged, and what `finish` measured."""
+
+    served: Any
+    outcome: dict
 
 
 def run_stage(
@@ -68,7 +107,7 @@ def run_stage(
     frozen: Any = None,
     finish: Callable[[TrainState], dict] = lambda state: {},
     later_stages: tuple[str, ...] = (),
-) -> tuple[Any, dict]:
+) -> Trained:
     """Trains a stage to its end, from where it was stopped if it was.
 
     Args:
@@ -78,76 +117,95 @@ def run_stage(
         dataset: makes the batches; not called where the stage is done already.
         workdir: the run's folder.
         key: of the initialisation and, folded with the step, of all of the stage's randomness.
-        initial: parameters to start from instead of the task's.
+        initial: what an earlier stage of the task has served, to start from.
         frozen: passed to the loss.
         finish: measures something (JSON) on the last state, to be kept in its checkpoint.
         later_stages: names of those that start from this one; where it takes a step, what they left is removed.
-
-    Returns:
-        The parameters' moving average and what `finish` returned.
 
     Raises:
         UserError: if a loss is not finite; the last good checkpoint is kept.
     """
     key_init, key_steps = jax.random.split(key)
-    optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init))
+    optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     checkpoints = Checkpoints(workdir / "checkpoints" / name)
+    try:
+        state, position, outcome = _restored_or_fresh(checkpoints, task, optimizer, key_init, initial)
+        start = int(state.step)
+        if start >= stage.steps:
+            return Trained(state.ema, outcome)
+        # What was made from this stage's earlier end is void: it will be made again.
+        for later in later_stages:
+            shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
+            latents_path(workdir, later).unlink(missing_ok=True)
+        iterator = iter(dataset())
+        if position is not None:
+            iterator.set_state(position)
+        train_step = make_train_step(task, optimizer, stage.ema_decay)
+        with contextlib.closing(StageLog(workdir, name, stage, start, later_stages)) as log:
+            pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
+            for step in range(start + 1, stage.steps + 1):
+                batch = next(iterator)
+                state, metrics = train_step(state, frozen, batch, key_steps)
+                if pending:
+                    log.report(*pending)
+                pending = step, len(jax.tree.leaves(batch)[0]), metrics
+                last = step == stage.steps
+                if last or step % stage.checkpoint_every == 0:
+                    log.report(*pending)  # first: a state that is not finite must not be kept
+                    pending = None
+                    outcome = finish(state) if last else {}
+                    checkpoints.save(state, iterator.get_state(), outcome)
+        return Trained(state.ema, outcome)
+    finally:
+        checkpoints.close()
 
-    def fresh() -> TrainState:
-        return TrainState.create(unboxed(task.init(key_init)), optimizer)
+
+def _restored_or_fresh(
+    checkpoints: Checkpoints, task: Task, optimizer: optax.GradientTransformation, key: jax.Array, initial: Any
+) -> tuple[TrainState, dict | None, dict]:
+    """(state, the data's position, what `finish` measured): of the newest checkpoint, or those to begin with."""
+
+    def fresh(initial: Any) -> TrainState:
+        params, moving = map(unboxed, task.init(key))
+        if initial is not None:
+            params, moving = task.start(params, moving, initial)
+        return TrainState.create(params, moving, task, optimizer)
 
     if checkpoints.latest_step() is not None:
-        state, position, outcome = checkpoints.restore(jax.eval_shape(fresh))
-    else:
-        state, position, outcome = jax.jit(fresh)(), None, {}
-        if initial is not None:
-            state = TrainState.create(jax.tree.map(jnp.copy, initial), optimizer)
-    start = int(state.step)
-    if start >= stage.steps:
-        checkpoints.close()
-        return state.ema, outcome
+        return checkpoints.restore(jax.eval_shape(fresh, None))
+    return jax.jit(fresh)(initial), None, {}
 
-    # What was made from this stage's earlier end is void: it will be made again.
-    for later in later_stages:
-        shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
-        latents_path(workdir, later).unlink(missing_ok=True)
-    log = MetricsLog(workdir, name, start, later_stages)
-    iterator = iter(dataset())
-    if position is not None:
-        iterator.set_state(position)
-    train_step = make_train_step(task.loss, optimizer, stage.ema_decay)
-    progress = Progress(name, start, stage.steps)
-    pending = None  # the last step's metrics: fetched one step late, so that the device never waits for the host
-    began = clock = time.perf_counter()
 
-    def report(step: int, metrics: Any) -> None:
-        nonlocal clock
-        values = finite(jax.device_get(metrics), name, step)
+class StageLog:
+    """Where a stage's steps are told: progress on the terminal, `metrics.jsonl`, TensorBoard."""
+
+    def __init__(self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int, later_stages: tuple[str, ...]):
+        self._name, self._stage = name, stage
+        self._metrics = MetricsLog(workdir, name, start, later_stages)
+        self._progress = Progress(name, start, stage.steps)
+        self._collapse = CollapseWatch()
+        self._began = self._clock = time.perf_counter()
+
+    def report(self, step: int, clips: int, metrics: Any) -> None:
+        """Tells of a step whose batch had `clips` clips.
+
+        Raises:
+            UserError: if a metric is NaN or infinite.
+        """
+        values = finite(jax.device_get(metrics), self._name, step)
         now = time.perf_counter()
-        progress.update(values["loss"])
-        if step % stage.log_every == 0 or step == stage.steps:
-            rate = {"clips_per_second": stage.batch_size / (now - clock), "elapsed_seconds": now - began}
-            log.write(step, {**values, **rate})
-        clock = now
+        self._progress.update(values["loss"])
+        if step % self._stage.log_every == 0 or step == self._stage.steps:
+            rate = {"clips_per_second": clips / (now - self._clock), "elapsed_seconds": now - self._began}
+            warnings = self._collapse.update(values)
+            self._metrics.write(step, {**values, **rate}, warnings)
+            for sentence in warnings:
+                self._progress.warn(f"Step {step} of {self._name}: {sentence}")
+        self._clock = now
 
-    try:
-        for step in range(start + 1, stage.steps + 1):
-            batch = next(iterator)
-            state, metrics = train_step(state, frozen, batch, key_steps)
-            if pending:
-                report(*pending)
-            pending = step, metrics
-            last = step == stage.steps
-            if last or step % stage.checkpoint_every == 0:
-                report(*pending)  # first: a state that is not finite must not be kept
-                pending = None
-                outcome = finish(state) if last else {}
-                checkpoints.save(state, iterator.get_state(), outcome)
-    finally:
-        progress.close()
-        log.close()
-        checkpoints.close()
-    return state.ema, outcome
+    def close(self) -> None:
+        self._progress.close()
+        self._metrics.close()
 
 
 def finite(metrics: dict[str, Any], stage: str, step: int) -> dict[str, float]:

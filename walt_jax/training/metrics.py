@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import tensorboardX
 
@@ -31,8 +32,10 @@ class MetricsLog:
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+    def write(self, step: int, values: dict[str, float], warnings: Sequence[str] = ()) -> None:
+        """A line with the values and, where there are any, a list of `warnings`."""
+        said = {"warnings": list(warnings)} if warnings else {}
+        self._file.write(json.dumps({"stage": self.stage, "step": step, **values, **said}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

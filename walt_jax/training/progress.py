@@ -36,5 +36,9 @@ class Progress:
         self._bar.set_postfix_str(f"loss={loss:.4f}", refresh=False)
         self._bar.update()
 
+    def warn(self, sentence: str) -> None:
+        """A line that stays."""
+        self._bar.write(f"warning: {sentence}", file=sys.stderr)
+
     def close(self) -> None:
         self._bar.close()

@@ -16,17 +16,22 @@ from walt_jax.denoiser.model import Denoiser, DenoiserConfig
 from walt_jax.denoiser.windows import Window
 from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import EvaluationConfig
+from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.sample import Generator
-from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo, TrainedTokenizer, to_float, unboxed
+from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo, unboxed
 from walt_jax.text import vocabulary
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
+from walt_jax.tokenizer.inflation import Placement, inflate
+from walt_jax.tokenizer.losses import LossConfig
+from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.latent_cache import cached_batches, encode_clips, latents_path
-from walt_jax.training.loop import StageConfig, run_stage
+from walt_jax.training.loop import ShapeConfig, StageConfig, Trained, run_stage
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
-from walt_jax.training.tasks import DenoiserTask, TokenizerTask
+from walt_jax.training.tasks import DenoiserTask, Task
+from walt_jax.training.tokenizer_task import TokenizerTask
 from walt_jax.workdir import write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
@@ -62,39 +67,72 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is made of; a config file's knobs are these fields."""
+    """Everything a run is made of; a config file's knobs are these fields.
+
+    Without `text`, `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `inflation` says
+    which tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
+    """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
     data: DataConfig
-    text: TextConfig
     tokenizer: TokenizerConfig
-    denoiser: DenoiserConfig
-    diffusion: DiffusionConfig
     stages: dict[str, StageConfig]
-    sampling: SamplingConfig
     evaluation: EvaluationConfig
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    inflation: Placement = "last"
+    text: TextConfig | None = None
+    denoiser: DenoiserConfig | None = None
+    diffusion: DiffusionConfig | None = None
+    sampling: SamplingConfig | None = None
 
     def __post_init__(self):
         tasks = [stage.task for stage in self.stages.values()]
-        if sorted(tasks, reverse=True) != tasks or len(set(tasks)) != 2:
-            raise ValueError("stages are at least one for the tokenizer and then at least one for the denoiser")
-        patch = self.denoiser.patch_size
+        wanted = {"tokenizer"} if self.denoiser is None else {"tokenizer", "denoiser"}
+        if sorted(tasks, reverse=True) != tasks or set(tasks) != wanted:
+            also = "" if self.denoiser is None else " and then at least one for the denoiser"
+            raise ValueError(f"stages are at least one for the tokenizer{also}")
+        groups = {name: getattr(self, name) is not None for name in ("text", "denoiser", "diffusion", "sampling")}
+        if len(set(groups.values())) > 1:
+            missing = next(name for name, given in groups.items() if not given)
+            raise ValueError(f"{missing} is missing; text, denoiser, diffusion and sampling go together")
         shape = self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
+        for name, stage in self.stages.items():
+            for kind, changed in stage.shapes.items():
+                try:
+                    self.tokenizer.latent_shape(*_clip_shape(self.data, changed))
+                except ValueError as error:
+                    raise ValueError(f"stages.{name}.shapes.{kind}: {error}") from error
+        tokenizers = [name for name, stage in self.stages.items() if stage.task == "tokenizer"]
+        if self.makes_images(tokenizers[-1]):
+            raise ValueError(
+                f"stages.{tokenizers[-1]} is the last of the tokenizer and has images alone; let one on video follow, "
+                "or make a tokenizer of images: tokenizer.taps=1, no stride in time, data.frames=1"
+            )
+        if self.denoiser is not None:
+            self._check_denoiser(shape)
+
+    def makes_images(self, stage: str) -> bool:
+        """Whether a stage trains the tokenizer of images that the next one inflates."""
+        config = self.stages[stage]
+        return config.task == "tokenizer" and config.of_images and self.tokenizer.taps > 1
+
+    def _check_denoiser(self, shape: tuple[int, ...]) -> None:
+        patch = self.denoiser.patch_size
         if any(length % size for length, size in zip(shape, patch, strict=False)):
             raise ValueError(f"denoiser.patch_size {patch} does not divide latents of {shape[:3]}")
         grid = tuple(length // size for length, size in zip(shape, patch, strict=False))
         for window in self.denoiser.windows:
             Window(*window).sizes(grid)
-        for name, stage in self.stages.items():
-            if stage.frames is not None:
-                self.tokenizer.latent_shape(stage.frames, self.data.height, self.data.width)
-                if stage.task == "denoiser" and stage.frames != self.data.frames:
-                    raise ValueError(f"stages.{name}.frames is {stage.frames}; a denoiser takes data.frames")
         if (self.diffusion.self_conditioning > 0) != self.denoiser.self_conditioning:
             raise ValueError(
                 f"denoiser.self_conditioning is {self.denoiser.self_conditioning} and its probability, "
                 f"diffusion.self_conditioning, {self.diffusion.self_conditioning:g}; one asks for the other"
             )
+
+
+def _clip_shape(data: DataConfig, changed: ShapeConfig) -> tuple[int, int, int]:
+    """(frames, height, width) of a shape's clips."""
+    return changed.frames or data.frames, changed.height or data.height, changed.width or data.width
 
 
 class Run:
@@ -107,7 +145,7 @@ class Run:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.tokenizer = Tokenizer(config.tokenizer)
+        self.codec = Codec(Tokenizer(config.tokenizer))
         # Opening a folder reads every file's head, and what it decodes is kept.
         self._source = functools.cache(functools.partial(open_source, config.data))
 
@@ -123,91 +161,115 @@ class Run:
         """
         self.unseen()
         for stage in self.config.stages.values():
-            self._source("train", stage.frames)
+            for shape in stage.shapes.values() or [ShapeConfig()]:
+                self._source("train", _clip_shape(self.config.data, shape))
+        if self.config.losses.perceptual_weights:
+            load_features(self.config.losses.perceptual_weights)
+        if self.config.evaluation.perceptual_weights:
+            load_features(self.config.evaluation.perceptual_weights)
 
     def summary(self) -> str:
         """What will be run, how large it is, on what, and where it goes."""
         config = self.config
-        model = self._model(self._vocabulary())
-        tasks = {"tokenizer": TokenizerTask(self.tokenizer), "denoiser": DenoiserTask(model, 0.0)}
-        sizes = {
-            name: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
-            for name, task in tasks.items()
-        }
         devices = jax.devices()
+        shape = config.tokenizer.latent_shape(config.data.frames, config.data.height, config.data.width)
         lines = [
             f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, on {devices[0].device_kind}, 1 of {len(devices)}",
             f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames"
-            f" a second from {config.data.source}; latents {' × '.join(map(str, model.latent_shape))}",
+            f" a second from {config.data.source}; latents {' × '.join(map(str, shape))}",
         ]
-        lines += [
-            f"stage     {name}: {stage.task}, {sizes[stage.task]:,} parameters, {stage.steps:,} steps of "
-            f"{stage.batch_size} clips"
-            for name, stage in config.stages.items()
-        ]
+        for name, stage in config.stages.items():
+            params, _ = jax.eval_shape(self._task(name).init, jax.random.key(0))
+            size = sum(leaf.size for leaf in jax.tree.leaves(params))
+            lines.append(
+                f"stage     {name}: {stage.task}, {size:,} parameters, {stage.steps:,} steps of {stage.batch_size} "
+                "clips"
+            )
         return "\n".join([*lines, f"workdir   {self.workdir}"])
 
     def train(self) -> None:
         """Runs every stage to its end; stages that are done cost nothing."""
-        model = self._model(self._vocabulary())
         names = list(self.config.stages)
         initial: dict[str, Any] = {}  # of each task, what its last stage has trained
         tokenizer = None
         for index, (name, stage) in enumerate(self.config.stages.items()):
-            source = self._source("train", stage.frames)
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-            dataset = functools.partial(self._batches, source, stage, index)
+            dataset = functools.partial(self._batches, stage, index)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
+            images = self.config.makes_images(name)
             if stage.task == "tokenizer":
-                task: Any = TokenizerTask(self.tokenizer)
-                extras["finish"] = functools.partial(self._statistics, source)
+                if not images:
+                    extras["finish"] = self._statistics
             else:
-                task = DenoiserTask(model, self.config.diffusion.self_conditioning)
                 extras["frozen"] = tokenizer
                 if stage.cached_clips:
-                    dataset = functools.partial(self._cached, name, source, stage, index, model, tokenizer)
-            ema, outcome = run_stage(name, stage, task, dataset, self.workdir, key, **extras)
-            initial[stage.task] = ema
-            if stage.task == "tokenizer":
-                tokenizer = _trained_tokenizer(ema, outcome)
+                    dataset = functools.partial(self._cached, name, stage, index, tokenizer)
+            trained = run_stage(name, stage, self._task(name), dataset, self.workdir, key, **extras)
+            initial[stage.task] = trained.served
+            if images:
+                initial[stage.task] = inflate(trained.served, self.config.tokenizer, self.config.inflation)
+            elif stage.task == "tokenizer":
+                tokenizer = _trained_tokenizer(trained)
+
+    def tokenizer(self) -> TrainedTokenizer:
+        """The trained tokenizer.
+
+        Raises:
+            UserError: if no stage of it is done, or the workdir's checkpoints are of another config.
+        """
+        return _trained_tokenizer(self._restore("tokenizer"))
 
     def generator(self) -> Generator:
         """The trained models.
 
         Raises:
-            UserError: if a stage has not been trained, or the workdir's checkpoints are of another config.
+            UserError: if the config has no denoiser, a stage has not been trained, or the workdir's checkpoints are of
+                another config.
         """
+        if self.config.denoiser is None:
+            raise UserError("This config trains a tokenizer alone: it reconstructs, with --mode=reconstruct.")
         vocab = self._vocabulary()
-        model = self._model(vocab)
-        ema, outcome = self._restore("tokenizer", TokenizerTask(self.tokenizer))
-        params, _ = self._restore("denoiser", DenoiserTask(model, 0.0))
-        return Generator(model, params, _trained_tokenizer(ema, outcome), vocab, self.config.sampling)
+        params = self._restore("denoiser").served
+        return Generator(self._model(vocab), params, self.tokenizer(), vocab, self.config.sampling)
 
-    def _restore(self, task_name: str, task: Any) -> tuple[Any, dict]:
+    def _task(self, stage: str) -> Task:
+        """What a stage trains."""
+        config = self.config
+        if config.stages[stage].task == "denoiser":
+            return DenoiserTask(self._model(self._vocabulary()), config.diffusion.self_conditioning)
+        shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
+        path = config.losses.perceptual_weights
+        return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)
+
+    def _restore(self, task_name: str) -> Trained:
         """The newest average of the last stage of a task that has a checkpoint."""
-        like = jax.eval_shape(lambda key: unboxed(task.init(key)), jax.random.key(0))
-        for name in reversed([name for name, stage in self.config.stages.items() if stage.task == task_name]):
+        for name, stage in reversed(self.config.stages.items()):
             directory = self.workdir / "checkpoints" / name
-            if not directory.is_dir():
+            if stage.task != task_name or self.config.makes_images(name) or not directory.is_dir():
                 continue
             checkpoints = Checkpoints(directory)
             if checkpoints.latest_step() is not None:
-                ema, outcome = checkpoints.restore_ema(like)
-                if task_name == "denoiser" or outcome:
-                    return ema, outcome
+                task = self._task(name)
+                like = jax.eval_shape(lambda key, task=task: task.served(*unboxed(task.init(key))), jax.random.key(0))
+                trained = Trained(*checkpoints.restore_ema(like))
+                if task_name == "denoiser" or trained.outcome:
+                    return trained
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
 
-    def make_vocabulary(self) -> bytes:
-        """A vocabulary of the training clips' captions.
+    def make_vocabulary(self) -> bytes | None:
+        """A vocabulary of the training clips' captions, where the config has text.
 
         Raises:
             UserError: if `text.vocab_size` does not suit them.
         """
-        return vocabulary.train(self._source("train", None).captions, self.config.text.vocab_size)
+        if self.config.text is None:
+            return None
+        captions = self._source("train", _clip_shape(self.config.data, ShapeConfig())).captions
+        return vocabulary.train(captions, self.config.text.vocab_size)
 
-    def keep_vocabulary(self, model: bytes) -> None:
+    def keep_vocabulary(self, model: bytes | None) -> None:
         """Writes the run's vocabulary, where it has none yet."""
-        if not self._vocabulary_path.exists():
+        if model is not None and not self._vocabulary_path.exists():
             write_atomically(self._vocabulary_path, model)
 
     @property
@@ -221,46 +283,50 @@ class Run:
         config = self.config
         shape = config.tokenizer.latent_shape(config.data.frames, config.data.height, config.data.width)
         return TextToVideo(
-            self.tokenizer,
+            self.codec,
             T5Encoder(config.text.encoder, vocab.size),
             Denoiser(config.denoiser),
             config.diffusion.schedule,
             shape,
         )
 
-    def _batches(self, source: Source, stage: StageConfig, index: int) -> grain.IterDataset:
-        vocab = self._vocabulary()
-        dropout = self.config.data.caption_dropout
-        return batches(source, vocab.encode, stage.batch_size, self.config.seed + index, dropout)
+    def _batches(self, stage: StageConfig, index: int) -> grain.IterDataset:
+        """A stage's batches; where it has several shapes, of one after the other, as often as their weights say."""
+        config = self.config
+        encode = self._vocabulary().encode if stage.task == "denoiser" else None
+        shapes = list(stage.shapes.values()) or [ShapeConfig()]
+        datasets = [
+            batches(
+                self._source("train", _clip_shape(config.data, shape)),
+                shape.batch_size or stage.batch_size,
+                (config.seed + index) * len(shapes) + number,
+                encode,
+                config.data.caption_dropout,
+            )
+            for number, shape in enumerate(shapes)
+        ]
+        if len(datasets) == 1:
+            return datasets[0]
+        return grain.IterDataset.mix(datasets, [shape.weight for shape in shapes])
 
-    def _statistics(self, source: Source, state: TrainState) -> dict:
-        @jax.jit
-        def encode(params, video):
-            return self.tokenizer.apply({"params": params}, to_float(video), method="encode")
-
+    def _statistics(self, state: TrainState) -> dict:
+        """The latents' mean and deviation, which normalise them for the denoiser."""
+        raw = TrainedTokenizer(state.ema, jnp.zeros(()), jnp.ones(()))
         seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
-        some = batches(source, self._vocabulary().encode, STATISTICS_BATCH, seed, 0.0)
-        return latent_statistics(functools.partial(encode, state.ema), some, STATISTICS_CLIPS)
+        source = self._source("train", _clip_shape(self.config.data, ShapeConfig()))
+        some = batches(source, STATISTICS_BATCH, seed)
+        return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
 
-    def _cached(
-        self,
-        name: str,
-        source: Source,
-        stage: StageConfig,
-        index: int,
-        model: TextToVideo,
-        tokenizer: TrainedTokenizer,
-    ) -> grain.IterDataset:
-        encode = jax.jit(model.encode)
+    def _cached(self, name: str, stage: StageConfig, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         arrays = encode_clips(
             latents_path(self.workdir, name),
-            functools.partial(encode, tokenizer),
-            functools.partial(self._batches, source, stage, index),
+            lambda video: self.codec.encode(tokenizer, video)[0],
+            functools.partial(self._batches, stage, index),
             stage.cached_clips,
         )
         return cached_batches(arrays, stage.batch_size, self.config.seed + index)
 
 
-def _trained_tokenizer(ema: Any, outcome: dict) -> TrainedTokenizer:
-    mean, std = (jnp.asarray(outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
-    return TrainedTokenizer(ema, mean, std)
+def _trained_tokenizer(trained: Trained) -> TrainedTokenizer:
+    mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
+    return TrainedTokenizer(trained.served, mean, std)

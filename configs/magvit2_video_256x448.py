@@ -1,0 +1,27 @@
+"""`magvit2_video.py` on 17 × 256 × 448 pixels, to 5 × 32 × 56 latents: what W.A.L.T's second stage works on.
+
+    python -m walt_jax.main --config=configs/magvit2_video_256x448.py --config.data.source=FOLDER --workdir=runs/magvit2_hd
+
+W.A.L.T trains this size for 1,000,000 steps of 256 clips (its table 8). The first stage here is on 128 × 128, the second
+goes on from it: mixed sizes and lengths in one run.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("magvit2_video.py")))["get_config"]()
+    config.data.update(height=256, width=448)
+    small = {"height": 128, "width": 128}
+    config.stages.images.shapes = {"image": {"frames": 1, **small}}
+    config.stages.video.shapes = {"video": {"weight": 4.0, **small}, "image": {"frames": 1, "weight": 1.0, **small}}
+    config.stages.finetune = {**config.stages.video.to_dict(), "steps": 1_000_000}
+    config.stages.finetune.shapes = {
+        "large": {"weight": 2.0},
+        "small": {"weight": 1.0, **small},
+        "image": {"frames": 1, "weight": 1.0},
+    }
+    return config

@@ -1,0 +1,128 @@
+"""A trained tokenizer at work: clips to latents or codes and back, and files of any length chunk by chunk."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from walt_jax.tokenizer.autoencoder import Tokenizer
+from walt_jax.tokenizer.convolution import Cache
+
+CHUNK_LATENTS = 4  # latent frames that a file is streamed by
+
+
+def to_float(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+    """0..255 to -1..1."""
+    return video.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
+    """-1..1 to 0..255, rounded; what is outside is clipped."""
+    return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def along_channels(statistic: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
+    return statistic[None, None, None, None]
+
+
+class TrainedTokenizer(flax.struct.PyTreeNode):
+    """A tokenizer's variables and the statistics of its latents over training clips, per channel."""
+
+    variables: Any
+    mean: Float[Array, " c"]
+    std: Float[Array, " c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """The tokenizer's module; what it has learned is passed to each method.
+
+    Latents are normalised here: each channel has mean 0 and variance 1 over training clips.
+    """
+
+    tokenizer: Tokenizer
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def encode(
+        self, trained: TrainedTokenizer, video: UInt8[Array, "b t h w 3"], cache: Cache = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
+        """Latents of a clip, or of its chunks in turn."""
+        latents, cache = self.tokenizer.apply(trained.variables, to_float(video), cache, method="encode")
+        return (latents - along_channels(trained.mean)) / along_channels(trained.std), cache
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decode(
+        self, trained: TrainedTokenizer, latents: Float[Array, "b t2 h2 w2 c"], cache: Cache = None
+    ) -> tuple[UInt8[Array, "b t h w 3"], Cache]:
+        """The clip of normalised latents, or its chunks in turn."""
+        latents = latents * along_channels(trained.std) + along_channels(trained.mean)
+        video, cache = self.tokenizer.apply(trained.variables, latents, cache, method="decode")
+        return to_uint8(video), cache
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def tokenize(self, trained: TrainedTokenizer, video: UInt8[Array, "b t h w 3"]) -> Int[Array, "b t2 h2 w2 g"]:
+        """Codes of a clip, where the head has codes."""
+        return self.tokenizer.apply(trained.variables, to_float(video), method="tokenize")[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decode_long(
+        self, trained: TrainedTokenizer, latents: Float[Array, "b t2 h2 w2 c"]
+    ) -> UInt8[Array, "b t h w 3"]:
+        """As `decode` of the whole, one latent frame after the other: memory for activations is that of one.
+
+        A scan over latent frames writes each one's frames into one array that is there from the start.
+        """
+        stride = self.tokenizer.config.strides[0]
+        first, cache = self.decode(trained, latents[:, :1])
+        batch, _, height, width, _ = first.shape
+        video = jnp.zeros((batch, 1 + (latents.shape[1] - 1) * stride, height, width, 3), jnp.uint8)
+        video = video.at[:, :1].set(first)
+        if latents.shape[1] == 1:
+            return video
+
+        def step(carry: tuple[Array, Cache], index: Int[Array, ""]) -> tuple[tuple[Array, Cache], None]:
+            video, cache = carry
+            latent = jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
+            frames, cache = self.decode(trained, latent, cache)
+            return (jax.lax.dynamic_update_slice_in_dim(video, frames, 1 + (index - 1) * stride, axis=1), cache), None
+
+        (video, _), _ = jax.lax.scan(step, (video, cache), jnp.arange(1, latents.shape[1]))
+        return video
+
+    def stream(
+        self, trained: TrainedTokenizer, frames: Iterable[UInt8[np.ndarray, "h w 3"]]
+    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Frames through the tokenizer and back, as many as there are, in the memory of one chunk.
+
+        A size that the strides don't divide is filled up at the right and bottom edge for the tokenizer, and cut again.
+        """
+        stride_t, *strides_hw = self.tokenizer.config.strides
+        encoding = decoding = None
+        for chunk in chunks(frames, 1 + CHUNK_LATENTS * stride_t, CHUNK_LATENTS * stride_t):
+            height, width = chunk[0].shape[:2]
+            fill = [(0, -side % stride) for side, stride in zip((height, width), strides_hw, strict=True)]
+            size = (1 if encoding is None else 0) + CHUNK_LATENTS * stride_t
+            # The last chunk is filled up with its last frame: one shape is compiled, and no frame sees a later one.
+            clip = np.stack(chunk + chunk[-1:] * (size - len(chunk)))
+            clip = np.pad(clip, ((0, 0), *fill, (0, 0)), mode="edge")[None]
+            latents, encoding = self.encode(trained, clip, encoding)
+            video, decoding = self.decode(trained, latents, decoding)
+            yield from np.asarray(video)[0, : len(chunk), :height, :width]
+
+
+def chunks(items: Iterable[Any], first: int, later: int) -> Iterator[list[Any]]:
+    """Lists of `first` items, then of `later`, the last maybe shorter."""
+    chunk, size = [], first
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk, size = [], later
+    if chunk:
+        yield chunk
