@@ -1,9 +1,9 @@
 """`magvit2_video.py` on 17 × 256 × 448 pixels, to 5 × 32 × 56 latents: what W.A.L.T's second stage works on.
 
-    python -m walt_jax.main --config=configs/magvit2_video_256x448.py --config.data.source=FOLDER --workdir=runs/magvit2_hd
+    python -m walt_jax.main --config=configs/magvit2_video_256x448.py --config.data.source=FOLDER --workdir=runs/hd
 
-W.A.L.T trains this size for 1,000,000 steps of 256 clips (its table 8). The first stage here is on 128 × 128, the second
-goes on from it: mixed sizes and lengths in one run.
+W.A.L.T trains this size for 1,000,000 steps of 256 clips (its table 8). The first stages here are on 128 × 128, the
+last goes on from them with both sizes: mixed sizes and lengths in one run.
 """
 
 import pathlib

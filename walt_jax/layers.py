@@ -9,6 +9,11 @@ from jaxtyping import Array, Float
 Initializer = Callable[..., Array]
 
 
+def along_channels(values: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
+    """A value a channel, to be combined with clips."""
+    return values[None, None, None, None]
+
+
 class Linear(nn.Module):
     """y = x W + b over the last axis.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from walt_jax.layers import along_channels
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.convolution import Cache
 
@@ -25,10 +26,6 @@ def to_float(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
 def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
     """-1..1 to 0..255, rounded; what is outside is clipped."""
     return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-def along_channels(statistic: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
-    return statistic[None, None, None, None]
 
 
 class TrainedTokenizer(flax.struct.PyTreeNode):

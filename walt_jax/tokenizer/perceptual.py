@@ -55,7 +55,7 @@ def load_features(path: str | pathlib.Path) -> FeatureWeights:
 
 
 def _features(weights: FeatureWeights, images: Float[Array, "n h w 3"]) -> list[Float[Array, "n h w c"]]:
-    x = (images - jnp.array(SHIFT)) / jnp.array(SCALE)
+    x = (images - jnp.array(SHIFT)[None, None, None]) / jnp.array(SCALE)[None, None, None]
     features = []
     for part, layers in enumerate(SLICES):
         if part:
@@ -65,7 +65,7 @@ def _features(weights: FeatureWeights, images: Float[Array, "n h w 3"]) -> list[
             x = jax.lax.conv_general_dilated(
                 x, weights[f"kernel{layer}"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            x = jax.nn.relu(x + weights[f"bias{layer}"])
+            x = jax.nn.relu(x + weights[f"bias{layer}"][None, None, None])
         features.append(x / (jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-20) + 1e-10))
     return features
 
@@ -78,5 +78,7 @@ def feature_distance(
     pairs = (_features(weights, clip.reshape(-1, *clip.shape[2:])) for clip in (one, other))
     distance = jnp.zeros(batch * frames)
     for part, (mine, theirs) in enumerate(zip(*pairs, strict=True)):
-        distance = distance + (jnp.square(mine - theirs) * weights[f"lin{part}"]).sum(-1).mean(axis=(1, 2))
+        distance = distance + (jnp.square(mine - theirs) * weights[f"lin{part}"][None, None, None]).sum(-1).mean(
+            axis=(1, 2)
+        )
     return distance.reshape(batch, frames).mean(1)

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from walt_jax.config import Fraction, Positive
+from walt_jax.layers import along_channels
 
 LARGEST_INDEX = 2**31 - 1
 DEAD = 0.03  # a VQ code that is used less than this share of its fair share starts anew
@@ -123,7 +124,7 @@ def lfq(z: Float[Array, "b t h w c"], config: HeadConfig) -> Quantized:
     """Signs, ±1; bit i of a group's index is 1 where its channel i is above 0."""
     signs = jnp.where(z > 0, 1.0, -1.0)
     bits = rearrange(z > 0, "b t h w (g bits) -> b t h w g bits", g=config.groups)
-    indices = (bits * 2 ** jnp.arange(bits.shape[-1])).sum(-1)
+    indices = (bits * along_channels(2 ** jnp.arange(bits.shape[-1]))[None]).sum(-1)
     penalties = {
         "commitment": commitment(z, signs),
         "entropy": lfq_entropy(z, config.groups, config.temperature),
@@ -132,25 +133,29 @@ def lfq(z: Float[Array, "b t h w c"], config: HeadConfig) -> Quantized:
 
 
 def lfq_lookup(indices: Int[Array, "b t h w g"], channels: int) -> Float[Array, "b t h w c"]:
-    bits = indices[..., None] >> jnp.arange(channels // indices.shape[-1]) & 1
+    bits = indices[..., None] >> along_channels(jnp.arange(channels // indices.shape[-1]))[None] & 1
     return rearrange(2.0 * bits - 1, "b t h w g bits -> b t h w (g bits)")
 
 
 def fsq(z: Float[Array, "b t h w c"], config: HeadConfig) -> Quantized:
     """Channel i is squashed and rounded to one of levels[i] values, evenly spaced in -1..1 (Mentzer et al. 2023)."""
-    levels = jnp.array(config.levels)
+    levels = along_channels(jnp.array(config.levels))
     half, offset = (levels - 1) * (1 + 1e-3) / 2, jnp.where(levels % 2 == 0, 0.5, 0.0)
     bounded = jnp.tanh(z + jnp.arctanh(offset / half)) * half - offset
     rounded = jnp.round(bounded)
-    basis = jnp.array(np.cumprod((1, *config.levels[:-1])))
-    indices = ((rounded.astype(jnp.int32) + levels // 2) * basis).sum(-1, keepdims=True)
+    indices = ((rounded.astype(jnp.int32) + levels // 2) * fsq_basis(config)).sum(-1, keepdims=True)
     return Quantized(straight_through(rounded, bounded) / (levels // 2), indices, {})
 
 
+def fsq_basis(config: HeadConfig) -> Int[Array, "1 1 1 1 c"]:
+    """What a step in each channel adds to the index."""
+    return along_channels(jnp.array(np.cumprod((1, *config.levels[:-1]))))
+
+
 def fsq_lookup(indices: Int[Array, "b t h w 1"], config: HeadConfig) -> Float[Array, "b t h w c"]:
-    levels, basis = jnp.array(config.levels), jnp.array(np.cumprod((1, *config.levels[:-1])))
+    levels = along_channels(jnp.array(config.levels))
     half = levels // 2
-    return (indices // basis % levels - half) / half
+    return (indices // fsq_basis(config) % levels - half) / half
 
 
 def gaussian(z: Float[Array, "b t h w 2*c"], noise: Float[Array, "b t h w c"] | None) -> Quantized:

@@ -311,7 +311,8 @@ class Run:
 
     def _statistics(self, state: TrainState) -> dict:
         """The latents' mean and deviation, which normalise them for the denoiser."""
-        raw = TrainedTokenizer(state.ema, jnp.zeros(()), jnp.ones(()))
+        channels = self.config.tokenizer.latent_channels
+        raw = TrainedTokenizer(state.ema, jnp.zeros(channels), jnp.ones(channels))
         seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
         source = self._source("train", _clip_shape(self.config.data, ShapeConfig()))
         some = batches(source, STATISTICS_BATCH, seed)
