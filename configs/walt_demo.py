@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
                 {
                     "tokenizer": {
                         "task": "tokenizer",
-                        "steps": 1500,
+                        "steps": 1300,
                         "batch_size": 4,
                         "ema_decay": 0.98,
                         "log_every": 10,
@@ -66,12 +66,12 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 1000,
+                        "steps": 950,
                         "batch_size": 32,
                         "ema_decay": 0.99,
                         "log_every": 10,
                         "checkpoint_every": 300,
-                        "cached_clips": 8192,
+                        "cached_clips": 6144,
                         "optimizer": {
                             "name": "muon",
                             "learning_rate": 2e-3,

@@ -3,6 +3,7 @@
 python -m walt_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train] [--config.some.knob=value]
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -81,7 +82,7 @@ def knobs_of(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
-    """The run of the flags, and its knobs.
+    """The run of the flags, and all of its knobs.
 
     Raises:
         UserError: if a knob is wrong.
@@ -99,7 +100,27 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     from walt_jax.config import build
     from walt_jax.training.run import Run, RunConfig
 
-    return Run(build(RunConfig, knobs, "config"), workdir), knobs
+    config = build(RunConfig, knobs, "config")
+    return Run(config, workdir), _all_knobs(config)
+
+
+def _all_knobs(config: Any) -> dict[str, Any]:
+    """The config as JSON has it, with the knobs that its file leaves at their defaults."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def knobs_before(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """All knobs of the run that the workdir holds; what is newer than the run has its default.
+
+    Raises:
+        UserError: if they can't be read any more.
+    """
+    from walt_jax.config import build
+    from walt_jax.training.run import RunConfig
+    from walt_jax.workdir import read_config
+
+    knobs = read_config(workdir)
+    return None if knobs is None else _all_knobs(build(RunConfig, knobs, f"{workdir / 'config.json'}: config"))
 
 
 def open_trained_run(values: flags.FlagValues) -> Any:
@@ -108,10 +129,10 @@ def open_trained_run(values: flags.FlagValues) -> Any:
     Raises:
         UserError: if it is another, or none is there.
     """
-    from walt_jax.workdir import check_same, read_config
+    from walt_jax.workdir import check_same
 
     run, knobs = open_run(values)
-    before = read_config(run.workdir)
+    before = knobs_before(run.workdir)
     if before is None:
         raise UserError(f"{run.workdir} holds no run; train one first, with --mode=train.")
     check_same(run.workdir, before, knobs)
@@ -120,12 +141,16 @@ def open_trained_run(values: flags.FlagValues) -> Any:
 
 def train(values: flags.FlagValues) -> None:
     """Runs the stages, then evaluates."""
-    from walt_jax.workdir import check_free, claim, locked
+    from walt_jax.workdir import check_empty, check_same, claim, locked
 
     run, knobs = open_run(values)
     start = time.monotonic()
     with locked(run.workdir):
-        check_free(run.workdir, knobs)
+        before = knobs_before(run.workdir)
+        if before is None:
+            check_empty(run.workdir)
+        else:
+            check_same(run.workdir, before, knobs)
         # Before the workdir is claimed: what fails here can be put right and tried again in the same one.
         run.check_data()
         vocab = run.make_vocabulary()

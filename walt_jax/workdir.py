@@ -66,15 +66,12 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return knobs
 
 
-def check_free(workdir: pathlib.Path, knobs: dict[str, Any]) -> None:
-    """Checks that the workdir is empty, or holds a run of these knobs.
+def check_empty(workdir: pathlib.Path) -> None:
+    """Checks that a workdir without a config is empty.
 
     Raises:
-        UserError: if it holds a run of other knobs, or files that are no run.
+        UserError: if it holds files that are no run.
     """
-    before = read_config(workdir)
-    if before is not None:
-        return check_same(workdir, before, knobs)
     strangers = sorted(path.name for path in workdir.iterdir() if path.name not in ("lock", f"{CONFIG}.tmp"))
     if strangers:
         raise UserError(
@@ -93,6 +90,12 @@ def check_same(workdir: pathlib.Path, before: dict[str, Any], knobs: dict[str, A
     Raises:
         UserError: if they differ.
     """
+    orders = [list(group["stages"]) for group in (before, knobs)]
+    if sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]:
+        raise UserError(
+            f"{workdir} holds a run of another config: its stages are {', '.join(orders[0])} in turn, not "
+            f"{', '.join(orders[1])}; choose another --workdir, or the config it was started with."
+        )
     old, new = (flatten({k: v for k, v in group.items() if k not in FREE_GROUPS}) for group in (before, knobs))
     different = [
         name for name in {**old, **new} if old.get(name) != new.get(name) and name.rsplit(".", 1)[-1] not in FREE_KNOBS

@@ -140,7 +140,8 @@ def lfq_lookup(indices: Int[Array, "b t h w g"], channels: int) -> Float[Array, 
 def fsq(z: Float[Array, "b t h w c"], config: HeadConfig) -> Quantized:
     """Channel i is squashed and rounded to one of levels[i] values, evenly spaced in -1..1 (Mentzer et al. 2023)."""
     levels = along_channels(jnp.array(config.levels))
-    half, offset = (levels - 1) * (1 + 1e-3) / 2, jnp.where(levels % 2 == 0, 0.5, 0.0)
+    # A little more than half the range, or a channel of two levels could not be shifted by half a level.
+    half, offset = (levels - 1) / 2 + 5e-4, jnp.where(levels % 2 == 0, 0.5, 0.0)
     bounded = jnp.tanh(z + jnp.arctanh(offset / half)) * half - offset
     rounded = jnp.round(bounded)
     indices = ((rounded.astype(jnp.int32) + levels // 2) * fsq_basis(config)).sum(-1, keepdims=True)
