@@ -103,11 +103,16 @@ def test_the_tokenizers_codes_look_up_to_exactly_its_latents(config, channels):
     np.testing.assert_array_equal(looked_up, latents)
 
 
+def squashing(levels):
+    """fsq rounds tanh(z + shift) * half - offset."""
+    half, offset = (levels - 1) / 2 + 5e-4, np.where(levels % 2 == 0, 0.5, 0.0)
+    return half, offset, np.arctanh(offset / half)
+
+
 def before_squashing(values, levels):
-    """What fsq squashes and rounds to exactly `values`: it is no projection, 1 is not squashed to 1."""
-    levels = np.array(levels)
-    half, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2 == 0, 0.5, 0.0)
-    return np.arctanh((np.asarray(values, np.float64) * (levels // 2) + offset) / half) - np.arctanh(offset / half)
+    """What fsq squashes to exactly `values`, which it then rounds to: it is no projection, 1 is not squashed to 1."""
+    half, offset, shift = squashing(np.array(levels))
+    return np.arctanh((np.asarray(values, np.float64) * (np.array(levels) // 2) + offset) / half) - shift
 
 
 @pytest.mark.parametrize(CODES, HEADS, **names)
@@ -150,8 +155,8 @@ def test_fsqs_gradients_are_those_of_the_squashing(config, channels):
     quantize, _ = quantizer(config, channels)
     z, cotangent = normal(6, *PLACES, channels), normal(7, *PLACES, channels)
     levels = np.array(config.levels)
-    half, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2 == 0, 0.5, 0.0)
-    slope = (1 - np.tanh(np.asarray(z, np.float64) + np.arctanh(offset / half)) ** 2) * half / (levels // 2)
+    half, _, shift = squashing(levels)
+    slope = (1 - np.tanh(np.asarray(z, np.float64) + shift) ** 2) * half / (levels // 2)
     np.testing.assert_allclose(
         jax.vjp(lambda z: quantize(z).latents, z)[1](cotangent)[0], slope * cotangent, rtol=1e-3, atol=1e-5
     )

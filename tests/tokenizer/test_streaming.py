@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from walt_jax.generation.codec import CHUNK_LATENTS, Codec, TrainedTokenizer
@@ -22,6 +22,10 @@ SHAPE = {"base_channels": 4, "channel_multipliers": (1, 1, 1), "residual_blocks"
 CONFIG = TokenizerConfig(3, downsample=((2, 1, 1), (2, 1, 1)), **SHAPE)
 CODED = TokenizerConfig(3, downsample=((2, 1, 1), (2, 1, 1)), **SHAPE, head=HeadConfig("fsq", levels=(5, 4, 3)))
 FRAMES, STRIDE, LATENTS = 13, 4, 4
+
+
+# A failure is not made simpler: each plan that were tried for that would be compiled.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 def normal(seed, *shape):
@@ -99,7 +103,7 @@ def plans(draw, total, largest, least):
     return [*sizes[:-1], sizes[-1] - (sum(sizes) - total)]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, phases=PHASES)
 @given(plans(FRAMES, largest=7, least=0), st.booleans())
 def test_chunks_of_any_sizes_are_encoded_as_the_whole_is(sizes, coded):
     latents, indices, _ = whole()
@@ -113,7 +117,7 @@ def test_chunks_of_any_sizes_are_encoded_as_the_whole_is(sizes, coded):
         close(np.concatenate(chunks, axis=1), latents)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, phases=PHASES)
 @given(plans(LATENTS, largest=2, least=1))
 def test_chunks_of_latents_are_decoded_as_the_whole_is(sizes):
     latents, _, video = whole()
@@ -237,7 +241,7 @@ def test_a_long_decode_is_the_decode_of_the_whole():
     alike(CODEC.decode_long(TRAINED, latents[:, :1]), expected[:, :1])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, phases=PHASES)
 @given(st.integers(1, FIRST + LATER + 3), st.integers(5, 8), st.integers(3, 4), st.integers(0, 99))
 def test_a_file_of_any_count_and_size_is_streamed_as_the_whole_is(count, height, width, seed):
     frames = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)

@@ -302,6 +302,7 @@ class Run:
                 (config.seed + index) * len(shapes) + number,
                 encode,
                 config.data.caption_dropout,
+                stage.augment,
             )
             for number, shape in enumerate(shapes)
         ]
