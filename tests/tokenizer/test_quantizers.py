@@ -420,9 +420,9 @@ def test_heads_that_can_not_be_are_refused(knobs, message):
     [
         (HeadConfig("lfq", groups=2), 5, "head.groups=2 does not divide latent_channels=5"),
         (HeadConfig("fsq", levels=(3, 3)), 3, "head.levels has 2 entries and latent_channels is 3"),
-        (HeadConfig("lfq"), 32, "the head has more than 2^31 codes"),
-        (HeadConfig("lfq", groups=4), 32, "the head has more than 2^31 codes"),
-        (HeadConfig("fsq", levels=(1000,) * 4), 4, "the head has more than 2^31 codes"),
+        (HeadConfig("lfq"), 32, "the head has 2^31 codes or more"),
+        (HeadConfig("lfq", groups=4), 32, "the head has 2^31 codes or more"),
+        (HeadConfig("fsq", levels=(1000,) * 4), 4, "the head has 2^31 codes or more"),
     ],
 )
 def test_heads_that_do_not_fit_the_latents_are_refused(config, channels, message):

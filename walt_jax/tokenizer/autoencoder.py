@@ -58,7 +58,7 @@ class TokenizerConfig:
                 raise ValueError(
                     f"norm_groups={self.norm_groups} does not divide {self.base_channels * multiplier} channels"
                 )
-        if max(time for time, _, _ in self.downsample) > self.taps:
+        if max((time for time, _, _ in self.downsample), default=1) > self.taps:
             raise ValueError(f"taps={self.taps} is less than a stride in time: frames would be passed over")
         self.head.check(self.latent_channels)
 
@@ -69,7 +69,7 @@ class TokenizerConfig:
     @property
     def strides(self) -> tuple[int, int, int]:
         """Pixels a latent position covers in (time, height, width)."""
-        time, height, width = (math.prod(strides) for strides in zip(*self.downsample, strict=True))
+        time, height, width = (math.prod(strides[axis] for strides in self.downsample) for axis in range(3))
         return time, height * self.patch_size, width * self.patch_size
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -240,7 +240,10 @@ class Tokenizer(nn.Module):
     def encode(
         self, video: Float[Array, "b t h w 3"], cache: Cache = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
-        """Latents of a chunk of any length; frames that don't make a latent frame yet wait in the cache."""
+        """Latents of a chunk of any length, the first of at least one frame.
+
+        Frames that don't make a latent frame yet wait in the cache.
+        """
         z, cache = self._features(video, cache)
         return self.head(z).latents, cache
 

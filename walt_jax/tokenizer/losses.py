@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from walt_jax.config import Positive
 from walt_jax.tokenizer.discriminator import DiscriminatorConfig
 
 Averages = dict[str, Float[Array, ""]]
@@ -35,7 +36,7 @@ class LossConfig:
     commitment: float = 0.25
     entropy: float = 0.1
     entropy_start: float = 3.0
-    entropy_steps: int = 2000
+    entropy_steps: Positive = 2000
     kl: float = 1e-6
     adversarial: float = 0.0
     r1: float = 10.0
@@ -56,7 +57,7 @@ class LossConfig:
 
 def entropy_weight(config: LossConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     """From `entropy_start` times the weight down to the weight itself."""
-    done = jnp.clip(step / max(config.entropy_steps, 1), 0, 1)
+    done = jnp.clip(step / config.entropy_steps, 0, 1)
     return config.entropy * (config.entropy_start + (1 - config.entropy_start) * done)
 
 

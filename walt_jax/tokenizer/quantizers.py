@@ -42,9 +42,9 @@ class HeadConfig:
     decay: Fraction = 0.99
 
     def __post_init__(self):
-        given = {"groups": self.groups != 1, "levels": bool(self.levels), "codes": self.codes is not None}
-        for knob, of in (("groups", "lfq"), ("levels", "fsq"), ("codes", "vq")):
-            if given[knob] and self.name != of:
+        readers = {"groups": "lfq", "temperature": "lfq", "levels": "fsq", "codes": "vq", "decay": "vq"}
+        for knob, of in readers.items():
+            if getattr(self, knob) != getattr(HeadConfig, knob) and self.name != of:
                 raise ValueError(f"{knob} is for the head {of!r}, not for {self.name!r}")
         if self.name == "fsq" and (not self.levels or min(self.levels) < 2):
             raise ValueError("the head 'fsq' needs levels of at least 2, such as (8, 8, 8, 5, 5, 5)")
@@ -64,7 +64,7 @@ class HeadConfig:
         if self.name == "fsq" and len(self.levels) != channels:
             raise ValueError(f"head.levels has {len(self.levels)} entries and latent_channels is {channels}")
         if self.group_codes(channels) and math.prod(self.group_codes(channels)) > LARGEST_INDEX:
-            raise ValueError("the head has more than 2^31 codes; make levels, codes or latent_channels smaller")
+            raise ValueError("the head has 2^31 codes or more; make levels, codes or latent_channels smaller")
 
     def inputs(self, channels: int) -> int:
         """How many channels the encoder has to make for `channels` of latents."""

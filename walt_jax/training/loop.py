@@ -58,8 +58,8 @@ class StageConfig:
         optimizer: see `OptimizerConfig`.
         shapes: for a tokenizer: sizes and lengths that batches come in, by names of your own; none is the data's. With
             images alone it is a tokenizer of images that is trained, which the next stage inflates.
-        augment: for a tokenizer: whether clips are mirrored, reversed and their colours exchanged at random, so that few
-            clips go further.
+        augment: for a tokenizer: whether clips are mirrored, reversed and their colours exchanged at random, so that
+            few clips go further.
         ema_decay: of the parameters' moving average.
         cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
             batch anew.
