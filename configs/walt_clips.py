@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.update(source="", frames=17, height=48, width=80)
     config.text.update(vocab_size=1024, length=32)
     config.denoiser.update(windows=((1, None, None), (None, 3, 5)))
-    config.stages.tokenizer.update(steps=1300, batch_size=2)
+    config.stages.tokenizer.update(steps=1100, batch_size=2)
     config.stages.tokenizer.augment = True
     config.stages.denoiser.update(steps=600, batch_size=8, cached_clips=512)
     config.evaluation.update(clips=16, samples_per_prompt=1, prompts=8)
