@@ -49,7 +49,6 @@ def get_config(head: str = "continuous") -> ConfigDict:
                         "task": "tokenizer",
                         "steps": 1500,
                         "batch_size": 2,
-                        "augment": True,
                         "ema_decay": 0.98,
                         "log_every": 10,
                         "checkpoint_every": 300,

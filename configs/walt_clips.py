@@ -5,8 +5,8 @@
 The folder holds videos (mp4, webm, mov, avi, gif) and, for captions, a `metadata.csv` with the columns `file_name` and
 `caption`; without one the model is unconditional.
 
-Expect little of a laptop: on 48 clips, two CPU cores and a third of these steps (300 and 150), held-out clips were
-reconstructed at 19.6 dB, blurred, and samples were textures without shape.
+Expect little of a laptop: on 48 clips and two CPU cores, in 17 minutes and 2.4 GB, held-out clips were reconstructed at
+23.1 dB (SSIM 0.76), soft and a little pale; samples have the colours and the light of scenes, but no shapes yet.
 """
 
 import pathlib
@@ -20,8 +20,7 @@ def get_config() -> ConfigDict:
     config.data.update(source="", frames=17, height=48, width=80)
     config.text.update(vocab_size=1024, length=32)
     config.denoiser.update(windows=((1, None, None), (None, 3, 5)))
-    config.stages.tokenizer.update(steps=1100, batch_size=2)
-    config.stages.tokenizer.augment = True
+    config.stages.tokenizer.update(steps=1300, batch_size=2)
     config.stages.denoiser.update(steps=600, batch_size=8, cached_clips=512)
     config.evaluation.update(clips=16, samples_per_prompt=1, prompts=8)
     return config

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import json
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.folder import FolderClips
 from walt_jax.data.media import write_video
-from walt_jax.data.pipeline import DataConfig, augmented, batches, open_source
+from walt_jax.data.pipeline import DataConfig, batches, open_source
 from walt_jax.errors import UserError
 
 
@@ -127,37 +126,6 @@ def test_captions_are_dropped_as_often_as_asked_for(probability):
     assert abs(dropped.mean() - probability) < 4 * np.sqrt(0.25 / dropped.size) * (0 < probability < 1) + 1e-9
     if probability == 0.5:  # of each clip, in some epochs
         assert ((dropped.mean(0) > 0) & (dropped.mean(0) < 1)).all()
-
-
-def test_augmented_clips_are_the_same_clip_in_each_of_24_ways():
-    video = np.random.default_rng(0).integers(0, 255, (2, 2, 2, 3), np.uint8)
-    ways = {
-        video[::time, :, ::side][..., list(order)].tobytes()
-        for time in (1, -1)
-        for side in (1, -1)
-        for order in itertools.permutations(range(3))
-    }
-    rng = np.random.default_rng(1)
-    seen = collections.Counter(augmented(video, rng).tobytes() for _ in range(2400))
-    assert set(seen) == ways and len(ways) == 24
-    assert min(seen.values()) > 50
-
-
-def test_batches_are_augmented_only_where_asked_for():
-    class Still:
-        captions: ClassVar = [""]
-
-        def __len__(self):
-            return 1
-
-        def sample(self, index, rng):
-            return {"video": np.arange(12, dtype=np.uint8).reshape(2, 1, 2, 3), "caption": ""}
-
-    plain, changed = (
-        {row.tobytes() for batch in taken(batches(Still(), 8, 0, augment=augment), 40) for row in batch["video"]}
-        for augment in (False, True)
-    )
-    assert (len(plain), len(changed)) == (1, 24)
 
 
 def test_without_an_encoder_there_is_no_text():

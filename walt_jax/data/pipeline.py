@@ -82,26 +82,12 @@ def open_source(config: DataConfig, split: str, shape: tuple[int, int, int] | No
     )
 
 
-def augmented(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrored or not, played forward or backward, red, green and blue in any order: for tokenizers of few clips.
-
-    Args:
-        video: [t, h, w, 3].
-        rng: what decides.
-    """
-    backward, mirrored = rng.random(2) < 0.5
-    video = video[::-1] if backward else video
-    video = video[:, :, ::-1] if mirrored else video
-    return np.ascontiguousarray(video[..., rng.permutation(3)])
-
-
 def batches(
     source: Source,
     batch_size: int,
     seed: int,
     encode: Callable[[list[str]], np.ndarray] | None = None,
     caption_dropout: float = 0.0,
-    augment: bool = False,
 ) -> grain.IterDataset:
     """Endless batches {"video": uint8 [b, t, h, w, 3]}, with {"text": int32 [b, n]} where captions are encoded.
 
@@ -114,18 +100,16 @@ def batches(
         seed: of the order, of each clip's generator and of the dropped captions.
         encode: captions to ids, as `text.Vocabulary.encode`.
         caption_dropout: probability of an empty caption.
-        augment: mirrors clips and exchanges their colours at random, see `augmented`.
     """
 
     def sample(index: int, rng: np.random.Generator) -> dict | None:
         clip = source.sample(index, rng)
         if clip is None:
             return None
-        video = augmented(clip["video"], rng) if augment else clip["video"]
         if encode is None:
-            return {"video": video}
+            return {"video": clip["video"]}
         caption = "" if rng.random() < caption_dropout else clip["caption"]
-        return {"video": video, "text": encode([caption])[0]}
+        return {"video": clip["video"], "text": encode([caption])[0]}
 
     return (
         grain.MapDataset.range(len(source))

@@ -58,8 +58,6 @@ class StageConfig:
         optimizer: see `OptimizerConfig`.
         shapes: for a tokenizer: sizes and lengths that batches come in, by names of your own; none is the data's. With
             images alone it is a tokenizer of images that is trained, which the next stage inflates.
-        augment: for a tokenizer: whether clips are mirrored, reversed and their colours exchanged at random, so that
-            few clips go further.
         ema_decay: of the parameters' moving average.
         cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
             batch anew.
@@ -72,7 +70,6 @@ class StageConfig:
     batch_size: Positive
     optimizer: OptimizerConfig
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
-    augment: bool = False
     ema_decay: Fraction = 0.999
     cached_clips: int = 0
     log_every: Positive = 10
@@ -83,8 +80,6 @@ class StageConfig:
             raise ValueError("cached_clips is for denoiser stages")
         if self.task == "denoiser" and self.shapes:
             raise ValueError("shapes is for tokenizer stages; a denoiser takes the data's")
-        if self.task == "denoiser" and self.augment:
-            raise ValueError("augment is for tokenizer stages; captions speak of colours and directions")
 
     @property
     def of_images(self) -> bool:

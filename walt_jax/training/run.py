@@ -302,7 +302,6 @@ class Run:
                 (config.seed + index) * len(shapes) + number,
                 encode,
                 config.data.caption_dropout,
-                stage.augment,
             )
             for number, shape in enumerate(shapes)
         ]
