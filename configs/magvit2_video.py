@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """The knobs; the other `magvit2_*.py` change some."""
     optimizer = {
         "name": "adamw",
         "learning_rate": 1e-4,

@@ -16,12 +16,7 @@ from walt_jax.tokenizer.discriminator import CentredConv, Discriminator, Discrim
 MODEL = Discriminator(DiscriminatorConfig(base_channels=2, channel_multipliers=(2, 3)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and nothing is long enough to be worth XLA's slower passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(seed, *shape):

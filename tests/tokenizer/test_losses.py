@@ -15,13 +15,7 @@ from walt_jax.tokenizer.perceptual import SLICES, feature_distance
 from walt_jax.tokenizer.quantizers import Head, HeadConfig
 from walt_jax.training.tokenizer_task import TokenizerTask, psnr_db
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and nothing is long enough to be worth XLA's slower passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(seed, *shape):

@@ -15,12 +15,7 @@ WIDTHS = dict(zip(LAYERS, (4, 3, 2, 4, 3, 5, 3, 4, 2, 3, 2, 3, 4), strict=True))
 LAST = (2, 7, 14, 21, 28)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and nothing is long enough to be worth XLA's slower passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tensors():

@@ -33,12 +33,7 @@ PLACES = (2, 3, 2, 4)
 names = {"ids": lambda value: f"{value.name}{value.groups}{value.levels}" if isinstance(value, HeadConfig) else ""}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and nothing is long enough to be worth XLA's slower passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(seed, *shape):

@@ -40,12 +40,7 @@ def filled(config):
     return tree.unflatten([0.5 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and nothing is long enough to be worth XLA's slower passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 VARIABLES = filled(CONFIG)
