@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 "scan": False,
                 "dtype": "float32",
             },
-            "diffusion": {"schedule": "linear", "self_conditioning": 0.9},
+            "diffusion": {"schedule": {"name": "linear"}, "self_conditioning": 0.9},
             "stages": ConfigDict(
                 {
                     "tokenizer": {
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
                 },
                 sort_keys=False,
             ),
-            "sampling": {"steps": 25, "guidance": 2.0, "batch_size": 8},
+            "sampling": {"steps": 25, "guidance": {"scale": 2.0}, "batch_size": 8},
             "evaluation": {"clips": 72, "samples_per_prompt": 2},
         },
         sort_keys=False,

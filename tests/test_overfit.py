@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from walt_jax.data.video import read_clip
-from walt_jax.generation.text_to_video import unboxed
+from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from walt_jax.data.drawn import DrawnClips
-from walt_jax.generation.text_to_video import unboxed
+from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.discriminator import DiscriminatorConfig
 from walt_jax.tokenizer.losses import LossConfig

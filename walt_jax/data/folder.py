@@ -59,6 +59,7 @@ class FolderClips:
         width: int,
         cache_bytes: int = 2**30,
         max_bad_fraction: float = 0.0,
+        caption_column: str = "caption",
     ):
         """Lists the folder and checks that each file opens and that its first frame decodes.
 
@@ -71,6 +72,7 @@ class FolderClips:
           width: of a sample, in pixels.
           cache_bytes: of decoded clips, in all.
           max_bad_fraction: the share of unreadable files, in [0, 1], up to which they are skipped.
+          caption_column: of the `metadata.csv`.
 
         Raises:
           UserError: the folder or its metadata.csv is not as described, too many files can't be read, or no clip of the
@@ -84,6 +86,7 @@ class FolderClips:
         self._longest = max(frames, LONGEST_CLIP_BYTES // (height * width * 3))
         self._cache = _Cache(cache_bytes)
         self._reasons = {}
+        self._caption_column = caption_column
 
         rows = self._list_rows()
         bad = self._check({row.file for row in rows}, max_bad_fraction)
@@ -176,7 +179,7 @@ class FolderClips:
             if not files:
                 raise UserError(f"{self.folder} holds no video: put files in it that end in {', '.join(SUFFIXES)}.")
             return [_Row(file, "") for file in files]
-        rows = _read_table(table)
+        rows = _read_table(table, self._caption_column)
         named = {row.file for row in rows}
         for file in sorted(named.difference(files)):
             if not (self.folder / file).is_file():
@@ -255,7 +258,7 @@ def _videos(folder: epath.Path) -> Iterable[str]:
             yield from (f"{path.name}/{file}" for file in _videos(path))
 
 
-def _read_table(table: epath.Path) -> list[_Row]:
+def _read_table(table: epath.Path, caption_column: str) -> list[_Row]:
     """The rows of a metadata.csv."""
     try:
         # utf-8-sig: spreadsheet programs put a byte-order mark in front.
@@ -266,23 +269,25 @@ def _read_table(table: epath.Path) -> list[_Row]:
         raise UserError(f"{table} can't be read as CSV ({error}): write it anew.") from error
     if not lines:
         raise UserError(f"{table} names no clip: add a line file_name,caption and a row for each clip, or remove it.")
-    for column in ("file_name", "caption"):
+    for column in ("file_name", caption_column):
         if column not in lines[0]:
-            raise UserError(f"{table} has no column {column}: its first line must name file_name and caption.")
-    return [_row(line, table) for line in lines]
+            raise UserError(f"{table} has no column {column}: its first line must name file_name and {caption_column}.")
+    return [_row(line, table, caption_column) for line in lines]
 
 
-def _row(line: dict[str, str | None], table: epath.Path) -> _Row:
+def _row(line: dict[str, str | None], table: epath.Path, caption_column: str) -> _Row:
     file = (line["file_name"] or "").strip()
     if not file:
-        raise UserError(f"{table} has a row without a file_name ({line['caption']!r}): fill it in, or remove the row.")
+        raise UserError(
+            f"{table} has a row without a file_name ({line[caption_column]!r}): fill it in, or remove the row."
+        )
     split = None
     if "split" in line:
         word = (line["split"] or "").strip().lower()
         if word not in SPLIT_COLUMN:
             raise UserError(f"{table} puts {file} in the split {word!r}: write one of {', '.join(SPLIT_COLUMN)}.")
         split = SPLIT_COLUMN[word]
-    return _Row(file.removeprefix("./"), (line["caption"] or "").strip(), split)
+    return _Row(file.removeprefix("./"), (line[caption_column] or "").strip(), split)
 
 
 def _trouble(path: epath.Path) -> str | None:

@@ -33,6 +33,7 @@ class DataConfig:
         frames: frames a clip.
         height, width: in pixels.
         fps: frames a second.
+        caption_column: of a folder's `metadata.csv`; another one may name each clip's class.
         caption_dropout: probability that a clip is trained without its caption, for classifier-free guidance.
         cache_bytes: decoded clips of a folder are kept in memory up to this.
         max_bad_fraction: a folder with a greater share of unreadable files stops the run.
@@ -43,6 +44,7 @@ class DataConfig:
     height: Positive
     width: Positive
     fps: Annotated[float, Range(0.001, 1000)] = 8.0
+    caption_column: str = "caption"
     caption_dropout: Fraction = 0.1
     cache_bytes: int = 2**30
     max_bad_fraction: Fraction = 0.0
@@ -79,6 +81,7 @@ def open_source(config: DataConfig, split: str, shape: tuple[int, int, int] | No
         width,
         cache_bytes=config.cache_bytes,
         max_bad_fraction=config.max_bad_fraction,
+        caption_column=config.caption_column,
     )
 
 
@@ -99,6 +102,7 @@ def batches(
         batch_size: clips a batch.
         seed: of the order, of each clip's generator and of the dropped captions.
         encode: captions to ids, as `text.Vocabulary.encode`.
+        caption_column: of a folder's `metadata.csv`; another one may name each clip's class.
         caption_dropout: probability of an empty caption.
     """
 

@@ -1,21 +1,213 @@
-"""Multi-head attention within windows, with q-k normalisation and Swin's relative position bias."""
+"""Multi-head attention within windows: a masked, a reshaped and a grouped route with equal results."""
+
+import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from walt_jax.denoiser.grouping import Groups, TextRows
+from walt_jax.denoiser.layout import Grid, Layout
 from walt_jax.denoiser.windows import Window, merge, partition
 from walt_jax.layers import Linear
 
+Relative = Literal["bias", "rotary", "none"]
 
-def relative_index(sizes: tuple[int, int, int]) -> Int[np.ndarray, "l l"]:
+
+def relative_index(
+    query: Int[Array, "*n q 3"], key: Int[Array, "*n k 3"], bounds: tuple[int, int, int]
+) -> Int[Array, "*n q k"]:
     """For each pair of a window's tokens, the index of their offset (t, y, x) among all offsets (Liu et al. 2021)."""
-    places = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, 3)
-    offset = places[:, None] - places[None, :] + np.array(sizes) - 1
-    return np.ravel_multi_index(tuple(np.moveaxis(offset, -1, 0)), [2 * size - 1 for size in sizes])
+    offset = query[..., :, None, :] - key[..., None, :, :]
+    index = 0
+    for axis, size in enumerate(bounds):
+        index = index * (2 * size - 1) + offset[..., axis] + size - 1
+    return index
+
+
+def rotate(x: Float[Array, "b n heads d"], coordinates: Int[Array, "b n 3"]) -> Float[Array, "b n heads d"]:
+    """3-D rotary embedding: pairs of features turn by t, y or x times their frequency (Su et al. 2021).
+
+    A quarter of the pairs is for time, the rest for height and width by halves, of 64 features 16, 24 and 24.
+    """
+    pairs = x.shape[-1] // 2
+    side = 3 * pairs // 8
+    counts = (pairs - 2 * side, side, side)
+    angles = jnp.concatenate(
+        [
+            coordinates[..., axis, None] * (10_000.0 ** -(jnp.arange(count) / count))[None, None]
+            for axis, count in enumerate(counts)
+        ],
+        axis=-1,
+    )[:, :, None]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    even, odd = x[..., :pairs], x[..., pairs:]
+    return jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+
+
+def attend(
+    query: Float[Array, "b q heads d"],
+    key: Float[Array, "b k heads d"],
+    value: Float[Array, "b k heads d"],
+    bias: Float[Array, "b heads q k"] | None = None,
+    mask: Bool[Array, "b 1 q k"] | None = None,
+) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
+    """Attention, and the logarithm of the sum that its softmax divides by."""
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, return_residual=True)
+
+
+Attended = tuple[Float[Array, "b n heads d"], Float[Array, "b n heads"]]
+
+
+def joined(one: Attended, other: Attended) -> Float[Array, "b n heads d"]:
+    """Attention over the keys of both, from the attention over each."""
+    (x, x_sum), (y, y_sum) = one, other
+    share = jax.nn.sigmoid(x_sum - y_sum)[..., None].astype(x.dtype)
+    return y + share * (x - y)
+
+
+def masked(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b n heads d"],
+    value: Float[Array, "b n heads d"],
+    numbers: Int[Array, "b n"],
+    bias: Float[Array, "b heads n n"] | None,
+) -> Attended:
+    """The slow route: all pairs of tokens under a mask. Tokens with number -1 see themselves alone."""
+    tokens = numbers.shape[1]
+    mask = (numbers[:, :, None] == numbers[:, None]) & (numbers >= 0)[:, :, None] | jnp.eye(tokens, dtype=bool)[None]
+    return attend(query, key, value, bias, mask[:, None])
+
+
+def reshaped(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b n heads d"],
+    value: Float[Array, "b n heads d"],
+    window: Window,
+    grid: Grid,
+    table: Float[Array, "offsets heads"] | None,
+    bounds: Grid,
+) -> Attended:
+    """The route for equal clips: windows are rows of the batch."""
+    sizes = window.sizes(grid)
+    query, key, value = (partition(x, sizes, grid) for x in (query, key, value))
+    bias = None
+    if table is not None:
+        places = np.indices(sizes).reshape(3, -1).T
+        index = relative_index(places, places, bounds)
+        bias = rearrange(table[index], "q k heads -> 1 heads q k").astype(query.dtype)
+    out, logsum = attend(query, key, value, bias)
+    return merge(out, sizes, grid), merge(logsum, sizes, grid)
+
+
+@jax.custom_vjp
+def rearranged(x: Float[Array, "n d"], there: Int[Array, " m"], back: Int[Array, " n"]) -> Float[Array, "m d"]:
+    """Row `there[i]` of x for each i, zeros where there is none; `back` is where each row of x has gone.
+
+    The gradient is a gather as well, where XLA's own would be a scatter.
+    """
+    return jnp.take(x, there, axis=0, mode="fill", fill_value=0)
+
+
+def _rearranged_forward(x, there, back):
+    return rearranged(x, there, back), (there, back)
+
+
+def _rearranged_backward(residuals, gradient):
+    there, back = residuals
+    return rearranged(gradient, back, there), None, None
+
+
+rearranged.defvjp(_rearranged_forward, _rearranged_backward)
+
+
+def _moved(x: Float[Array, "b n *k"], there: Int[Array, " m"], back: Int[Array, " bn"]) -> Float[Array, "m *k"]:
+    """`rearranged` for tokens with features of any shape."""
+    flat = rearranged(x.reshape(x.shape[0] * x.shape[1], -1), there, back)
+    return flat.reshape(len(there), *x.shape[2:])
+
+
+def grouped(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b n heads d"],
+    value: Float[Array, "b n heads d"],
+    groups: Groups,
+    coordinates: Int[Array, "b n 3"],
+    table: Float[Array, "offsets heads"] | None,
+    bounds: Grid,
+) -> Attended:
+    """The route for packs: windows in chunks, see `grouping`. Tokens in no window see themselves alone."""
+    batch, tokens, heads, features = query.shape
+    chunks, slots = groups.slots.shape
+    there, back = groups.slots.reshape(-1), groups.place
+    # One move for all three: what it costs is for the most part looking up indices.
+    packed = _moved(jnp.concatenate([query, key, value], axis=2), there, back)
+    packed = packed.reshape(chunks, slots, 3 * heads, features)
+    places = jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0).reshape(chunks, slots, 3)
+
+    def rows_of(length: int):
+        rows = slots // length
+
+        def cut(x):
+            return x[: rows * length].reshape(rows, length, *x.shape[1:])
+
+        def filled(x):
+            x = x.reshape(rows * length, *x.shape[2:])
+            return jnp.pad(x, [(0, slots - rows * length)] + [(0, 0)] * (x.ndim - 1))
+
+        def attention(packed, row_window, places, table):
+            q, k, v = jnp.split(cut(packed), 3, axis=2)
+            row_window = cut(row_window)
+            bias = None
+            if table is not None:
+                index = relative_index(cut(places), cut(places), bounds)
+                index = jnp.clip(index, 0, len(table) - 1)  # of windows that share a row and are masked
+                bias = rearrange(table[index], "r q k heads -> r heads q k").astype(q.dtype)
+            mask = row_window[:, :, None] == row_window[:, None]
+            out, logsum = attend(q, k, v, bias, mask[:, None])
+            return filled(out), filled(logsum)
+
+        return attention
+
+    def unused(packed, row_window, places, table):
+        return jnp.zeros((slots, heads, features), packed.dtype), jnp.zeros((slots, heads), jnp.float32)
+
+    branches = [unused, *map(rows_of, groups.lengths)]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chunk(table, xs):
+        kind, packed, row_window, places = xs
+        return table, jax.lax.switch(kind, branches, packed, row_window, places, table)
+
+    _, (out, logsum) = jax.lax.scan(chunk, table, (groups.kind, packed, groups.row_window, places))
+    out = rearranged(out.reshape(chunks * slots, heads * features), back, there).reshape(query.shape)
+    logsum = rearranged(logsum.reshape(chunks * slots, heads), back, there).reshape(batch, tokens, heads)
+    alone = (back == chunks * slots).reshape(batch, tokens, 1)
+    return jnp.where(alone[..., None], value, out), logsum
+
+
+def attend_to_text(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b s m heads d"],
+    value: Float[Array, "b s m heads d"],
+    mask: Bool[Array, "b s m"],
+    rows: TextRows | None,
+) -> Attended:
+    """Each token over its clip's text; with `rows` in packs of several clips."""
+    if rows is None:
+        return attend(query, key[:, 0], value[:, 0], mask=mask[:, 0, None, None])
+    batch, tokens, heads, features = query.shape
+    count, slots = rows.slots.shape
+    there, back = rows.slots.reshape(-1), rows.place
+    q = _moved(query, there, back).reshape(count, slots, heads, features)
+    key, value, mask = (x.reshape(-1, *x.shape[2:])[rows.clip] for x in (key, value, mask))
+    out, logsum = attend(q, key, value, mask=mask[:, None, None])
+    out = rearranged(out.reshape(count * slots, -1), back, there).reshape(query.shape)
+    return out, rearranged(logsum.reshape(count * slots, -1), back, there).reshape(batch, tokens, heads)
 
 
 class WindowAttention(nn.Module):
@@ -26,52 +218,65 @@ class WindowAttention(nn.Module):
     Attributes:
         heads: attention heads.
         window: which tokens see each other.
+        bounds: the largest window, of which `relative` has a bias for each offset.
+        relative: "bias" for Swin's learned bias an offset, "rotary", or "none".
+        qk_norm: whether queries and keys are normalised (ViT-22B): logits stay bounded whatever the weights do.
         dtype: of the computation.
     """
 
     heads: int
     window: Window
+    bounds: Grid
+    relative: Relative
+    qk_norm: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b t h w d"],
-        text: Float[Array, "b n d"] | None = None,
-        text_mask: Bool[Array, "b n"] | None = None,
-    ) -> Float[Array, "b t h w d"]:
-        batch, *grid, dim = x.shape
-        sizes = self.window.sizes(tuple(grid))
+        x: Float[Array, "b n d"],
+        layout: Layout,
+        text: Float[Array, "b s m d"] | None = None,
+        text_mask: Bool[Array, "b s m"] | None = None,
+        images_alone: bool = False,
+    ) -> Float[Array, "b n d"]:
+        """With `images_alone`, tokens of clips of one frame see themselves alone."""
+        dim = x.shape[-1]
 
         def project(name):
             return Linear(dim, ("embed", "heads"), use_bias=False, dtype=self.dtype, name=name)
 
-        # Norms over a head's features, learned scale (ViT-22B): logits stay bounded whatever the weights do.
-        scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
-        query_norm = nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=self.dtype, name="query_norm")
-        key_norm = nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=self.dtype, name="key_norm")
-        to_key, to_value = project("key"), project("value")
+        def norm(name):
+            if not self.qk_norm:
+                return lambda y: y
+            scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
+            return nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=self.dtype, name=name)
 
         def heads(y):
-            return rearrange(y, "b n (heads d) -> b n heads d", heads=self.heads)
+            return rearrange(y, "... (heads d) -> ... heads d", heads=self.heads)
 
-        tokens = partition(x, sizes)
-        length, windows_per_clip = tokens.shape[1], tokens.shape[0] // batch
-        query = query_norm(heads(project("query")(tokens)))
-        key, value = key_norm(heads(to_key(tokens))), heads(to_value(tokens))
-
-        table_init = nn.with_logical_partitioning(nn.initializers.zeros, ("relative", "heads"))
-        table = self.param("relative_bias", table_init, (int(np.prod([2 * s - 1 for s in sizes])), self.heads))
-        bias = rearrange(table[relative_index(sizes)], "q k heads -> 1 heads q k")
-        mask = None
+        to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
+        query = norm("query_norm")(heads(project("query")(x)))
+        key, value = key_norm(heads(to_key(x))), heads(to_value(x))
+        table = None
+        if self.relative == "bias":
+            table_init = nn.with_logical_partitioning(nn.initializers.zeros, ("relative", "heads"))
+            offsets = int(np.prod([2 * size - 1 for size in self.bounds]))
+            table = self.param("relative_bias", table_init, (offsets, self.heads))
+        turned = query, key
+        if self.relative == "rotary":
+            turned = tuple(rotate(y, layout.coordinates()) for y in turned)
+        if layout.pack is not None:
+            groups, coordinates = layout.pack.groups[self.window.name], layout.coordinates()
+            own = grouped(*turned, value, groups, coordinates, table, self.bounds)
+        elif images_alone and layout.grid[0] == 1:
+            own = value, None
+        else:
+            own = reshaped(*turned, value, self.window, layout.grid, table, self.bounds)
+        y = own[0]
         if text is not None:
-            key, value = (
-                jnp.concatenate([own, repeat(other, "b ... -> (b r) ...", r=windows_per_clip)], axis=1)
-                for own, other in ((key, key_norm(heads(to_key(text)))), (value, heads(to_value(text))))
-            )
-            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, text.shape[1])))
-            mask = jnp.pad(text_mask, ((0, 0), (length, 0)), constant_values=True)
-            mask = repeat(mask, "b k -> (b r) 1 1 k", r=windows_per_clip)
-        y = jax.nn.dot_product_attention(query, key, value, bias=bias.astype(self.dtype), mask=mask)
-        y = merge(rearrange(y, "b n heads d -> b n (heads d)"), sizes, tuple(grid))
+            rows = None if layout.pack is None else layout.pack.text
+            others = key_norm(heads(to_key(text))), heads(to_value(text))
+            y = joined(own, attend_to_text(query, *others, text_mask, rows))
+        y = rearrange(y, "b n heads d -> b n (heads d)")
         return Linear(dim, ("heads", "embed"), use_bias=False, dtype=self.dtype, name="out")(y)

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int, Shaped
 
 
 class Window(NamedTuple):
@@ -16,6 +17,11 @@ class Window(NamedTuple):
     height: int | None
     width: int | None
 
+    @property
+    def name(self) -> str:
+        """Such as "1×all×all"."""
+        return "×".join("all" if size is None else str(size) for size in self)
+
     def sizes(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
         """The window's (time, height, width) on a grid of tokens.
 
@@ -27,17 +33,52 @@ class Window(NamedTuple):
             raise ValueError(f"the window {tuple(self)} does not divide a latent grid of {grid} tokens")
         return sizes
 
+    def bounds(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The most tokens that a window has along each axis, in clips of at most `grid`."""
+        return tuple(length if size is None else min(size, length) for size, length in zip(self, grid, strict=True))
 
-def partition(x: Float[Array, "b t h w d"], sizes: tuple[int, int, int]) -> Float[Array, "bn l d"]:
-    """Groups a grid's tokens by window: windows go to the batch axis."""
+
+def partition(
+    x: Shaped[Array, "b n ..."], sizes: tuple[int, int, int], grid: tuple[int, int, int]
+) -> Shaped[Array, "bn l ..."]:
+    """Groups the tokens of equal clips, in raster order, by window: windows go to the batch axis."""
+    t, h, w = (length // size for length, size in zip(grid, sizes, strict=True))
     lt, lh, lw = sizes
-    return rearrange(x, "b (t lt) (h lh) (w lw) d -> (b t h w) (lt lh lw) d", lt=lt, lh=lh, lw=lw)
+    return rearrange(x, "b (t lt h lh w lw) ... -> (b t h w) (lt lh lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
 
 
 def merge(
-    x: Float[Array, "bn l d"], sizes: tuple[int, int, int], grid: tuple[int, int, int]
-) -> Float[Array, "b t h w d"]:
+    x: Shaped[Array, "bn l ..."], sizes: tuple[int, int, int], grid: tuple[int, int, int]
+) -> Shaped[Array, "b n ..."]:
     """The inverse of `partition`."""
-    lt, lh, lw = sizes
     t, h, w = (length // size for length, size in zip(grid, sizes, strict=True))
-    return rearrange(x, "(b t h w) (lt lh lw) d -> b (t lt) (h lh) (w lw) d", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+    lt, lh, lw = sizes
+    return rearrange(x, "(b t h w) (lt lh lw) ... -> b (t lt h lh w lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+
+
+def window_numbers(
+    positions: Int[np.ndarray, "n 4"], window: Window, alone: Int[np.ndarray, " s"] | None = None
+) -> Int[np.ndarray, " n"]:
+    """Which window each of a pack's tokens is in: equal numbers see each other.
+
+    Windows start at each clip's first token; where a size does not divide an axis, the last one is smaller.
+
+    Args:
+        positions: (segment, t, y, x) of each token; what only fills the pack up has segment -1.
+        window: see `Window`.
+        alone: segments whose tokens see themselves alone, as W.A.L.T's spatiotemporal blocks have it for images.
+
+    Returns:
+        Numbers from 0 in the order of segments; -1 for tokens in no window: those that fill up, and those that see
+        themselves alone.
+    """
+    segment, *place = positions.T
+    inside = segment >= 0
+    if alone is not None:
+        inside &= ~np.isin(segment, alone)
+    cells = [np.zeros_like(axis) if size is None else axis // size for axis, size in zip(place, window, strict=True)]
+    keys = np.stack([segment, *cells], -1)[inside]
+    numbers = np.full(len(positions), -1, np.int32)
+    if len(keys):
+        numbers[inside] = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+    return numbers

@@ -1,52 +1,96 @@
-"""The training objective: mean squared error of v, with self-conditioning (Chen et al. 2022)."""
+"""The training objective: a weighted squared error of the prediction, with self-conditioning (Chen et al. 2022)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from walt_jax.diffusion.parameterization import clean_from_velocity, velocity
+from walt_jax.config import Fraction
+from walt_jax.diffusion.adaptive import adapted_time
+from walt_jax.diffusion.parameterization import Kind, clean, target
 from walt_jax.diffusion.schedule import Schedule
+from walt_jax.diffusion.times import TimesConfig, resolution_shift, sample_times
+from walt_jax.diffusion.weights import min_snr
 
-# (noisy latents, time, estimate of the clean latents) -> v
-Denoise = Callable[
-    [Float[Array, "b t h w c"], Float[Array, " b"], Float[Array, "b t h w c"]], Float[Array, "b t h w c"]
-]
-
-
-def per_clip(x: Float[Array, " b"]) -> Float[Array, "b 1 1 1 1"]:
-    return x[:, None, None, None, None]
+# (noisy latents, each clip's time, estimate of the clean latents) -> prediction
+Denoise = Callable[[Float[Array, "b n p"], Float[Array, "b s"], Float[Array, "b n p"]], Float[Array, "b n p"]]
+Spread = Callable[[Float[Array, "b s k"]], Float[Array, "b n k"]]  # values of clips to their tokens
 
 
-def velocity_loss(
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The objective.
+
+    Attributes:
+        schedule: see `Schedule`; W.A.L.T's is "linear" with zero terminal SNR.
+        parameterization: what the model predicts: "v" (W.A.L.T), "eps", "x0", or "flow", ε - x.
+        times: which times are trained on.
+        self_conditioning: probability that a training clip sees the model's own first estimate; W.A.L.T: 0.9.
+        base_tokens: where above 0, a clip of n tokens has its noise shifted by √(n / base_tokens), in training and
+            sampling (SD3).
+        min_snr: where above 0, γ of min-SNR-γ weights; 5 in the paper.
+        adaptive: how far a clip's detail and motion raise the noise that it is trained at, see `adaptive`; 0 is not.
+    """
+
+    schedule: Schedule
+    parameterization: Kind = "v"
+    times: TimesConfig = dataclasses.field(default_factory=TimesConfig)
+    self_conditioning: Fraction = 0.0
+    base_tokens: int = 0
+    min_snr: float = 0.0
+    adaptive: float = 0.0
+
+    def __post_init__(self):
+        if self.parameterization == "eps" and self.schedule.terminal_snr_is_zero:
+            raise ValueError(
+                "parameterization='eps' says nothing of the clean latents where there is noise alone; "
+                "set schedule.zero_terminal_snr=False, or predict v"
+            )
+
+    def shift(self, tokens: Float[Array, "b s"]) -> Float[Array, "b s"] | None:
+        """The schedule's shift for clips of so many tokens."""
+        return resolution_shift(tokens, self.base_tokens) if self.base_tokens else None
+
+
+def diffusion_loss(
     denoise: Denoise,
-    latents: Float[Array, "b t h w c"],
+    latents: Float[Array, "b n p"],
+    counted: Float[Array, "b n p"],
+    tokens: Float[Array, "b s"],
+    complexity: Float[Array, "b s"] | None,
+    spread: Spread,
     key: PRNGKeyArray,
-    schedule: Schedule,
-    self_conditioning: float,
-) -> Float[Array, " b"]:
-    """Each clip's loss at a random time.
+    config: DiffusionConfig,
+) -> Float[Array, ""]:
+    """The mean squared error over values that count, at random times, one a clip.
 
     Args:
         denoise: the model.
-        latents: clean, normalised to unit variance.
-        key: draws times, noise and which clips are self-conditioned.
-        schedule: see `diffusion.schedule`.
-        self_conditioning: probability that a clip sees its own first estimate, through which no gradient flows;
-            0.9 in W.A.L.T.
+        latents: clean, normalised to unit variance, as tokens.
+        counted: 1 for each value that is to be learned, 0 for filling and for what the model is given.
+        tokens: of each clip, 0 where there is none.
+        complexity: of each clip, see `adaptive`; read where `config.adaptive` is above 0.
+        spread: values of clips to their tokens.
+        key: draws times, noise and which clips are self-conditioned. No gradient flows through a first estimate.
+        config: see `DiffusionConfig`.
     """
     key_time, key_noise, key_estimate = jax.random.split(key, 3)
-    batch = latents.shape[0]
-    # Stratified over the batch: the same expectation with less variance (Kingma et al. 2021).
-    time = (jax.random.uniform(key_time) + jnp.arange(batch) / batch) % 1.0
-    alpha, sigma = map(per_clip, schedule(time))
+    time = sample_times(config.times, key_time, tokens.shape)
+    if config.adaptive > 0:
+        time = adapted_time(config.schedule, time, complexity, config.adaptive)
+    levels = config.schedule(time, config.shift(tokens))
+    alpha, sigma = (spread(level[..., None]) for level in levels)
     noise = jax.random.normal(key_noise, latents.shape)
     noisy = alpha * latents + sigma * noise
     estimate = jnp.zeros_like(latents)
-    if self_conditioning > 0:
-        first = clean_from_velocity(denoise(noisy, time, estimate), noisy, alpha, sigma)
-        chosen = jax.random.bernoulli(key_estimate, self_conditioning, (batch,))
-        estimate = jax.lax.stop_gradient(jnp.where(per_clip(chosen), first, 0.0))
-    error = denoise(noisy, time, estimate) - velocity(latents, noise, alpha, sigma)
-    return jnp.square(error).mean(axis=(1, 2, 3, 4))
+    if config.self_conditioning > 0:
+        first = clean(config.parameterization, denoise(noisy, time, estimate), noisy, alpha, sigma)
+        chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, tokens.shape)
+        estimate = jax.lax.stop_gradient(spread(chosen[..., None].astype(first.dtype)) * first)
+    wanted = target(config.parameterization, latents, noise, alpha, sigma)
+    error = jnp.square(denoise(noisy, time, estimate) - wanted)
+    if config.min_snr > 0:
+        error = error * spread(min_snr(config.parameterization, *levels, config.min_snr)[..., None])
+    return (error * counted).sum() / jnp.maximum(counted.sum(), 1)

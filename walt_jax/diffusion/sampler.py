@@ -1,50 +1,208 @@
-"""DDIM (Song et al. 2020), trailing: it starts at t = 1, where the signal is zero, as training does."""
+"""Samplers: from noise at t = 1 to clean latents at t = 0, given something that estimates the clean latents.
+
+All step through evenly spaced times from 1 down to 0, trailing (Lin et al. 2023): the first evaluation is at t = 1,
+where with zero terminal SNR the latents are pure noise, as in training. None is made at t = 0, so σ > 0 wherever
+ε = (z − α x̂) / σ is needed.
+
+The orders named are those of the error in 1/steps, down to a time that is not 0. The last step, to σ = 0, is of first
+order in all: it leaves about σ² of the time before. For "cosine" and "flow", whose σ falls in proportion to t, that is of
+second order too; for "linear", whose σ falls as √t, it is of first order, if small.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from walt_jax.diffusion.objective import Denoise, per_clip
-from walt_jax.diffusion.parameterization import clean_from_velocity, noise_from_velocity
-from walt_jax.diffusion.schedule import Schedule
+Latents = Float[Array, "b *n"]
+Level = Float[Array, "..."]  # of α, σ: a scalar or broadcastable to the latents
+Index = Int[Array, ""]
+# (noisy latents, time, memory) -> (estimate of the clean latents, memory)
+Predict = Callable[[Latents, Float[Array, ""], Any], tuple[Latents, Any]]
 
 
-def ddim(
-    conditional: Denoise,
-    noise: Float[Array, "b t h w c"],
-    schedule: Schedule,
+class Grid(NamedTuple):
+    """The times that a sampler visits and the noise levels there, along a first axis from noise to data."""
+
+    time: Float[Array, " visits"]
+    alpha: Float[Array, "visits ..."]
+    sigma: Float[Array, "visits ..."]
+
+    @property
+    def steps(self) -> int:
+        return len(self.time) - 1
+
+    def stride(self, i: Index) -> Level:
+        """h, the change of λ = log α/σ over step i; infinite in a step from α = 0 or to σ = 0."""
+        log_ratio = jnp.log(self.alpha) - jnp.log(self.sigma)
+        return log_ratio[i + 1] - log_ratio[i]
+
+    def step(self, i: Index, z: Latents, x: Latents) -> Latents:
+        """From time i to time i + 1 as if x were the clean latents all the way: α' x + σ' (z − α x) / σ.
+
+        This is DDIM's equation 12 and, as α' (1 − e^{−h}) = α' − α σ'/σ, also the first-order step of DPM-Solver++,
+        here without exponents, so that it holds where h is infinite.
+        """
+        ratio = self.sigma[i + 1] / self.sigma[i]
+        return ratio * z + (self.alpha[i + 1] - ratio * self.alpha[i]) * x
+
+    def has_slope(self, i: Index) -> Bool[Array, "..."]:
+        """Whether steps i − 1 and i give x̂ a finite slope in λ: not for the first, nor where a stride is infinite."""
+        return (i > 0) & jnp.isfinite(self.stride(i)) & jnp.isfinite(self.stride(i - 1))
+
+
+def sample(
+    name: str,
+    predict: Predict,
+    noise: Latents,
+    levels: Callable[[Float[Array, ""]], tuple[Level, Level]],
     steps: int,
-    unconditional: Denoise | None = None,
-    guidance: float = 1.0,
-) -> Float[Array, "b t h w c"]:
-    """Integrates from `noise` at t = 1 to clean latents at t = 0 in `steps` evaluations, deterministically.
+    key: PRNGKeyArray,
+    memory: Any = None,
+) -> Latents:
+    """Clean latents from noise.
 
     Args:
-        conditional: the model with its condition.
+        name: one of `SAMPLERS`.
+        predict: the model, guided or not. It is called in order of time, with what its last call returned as memory:
+            any pytree of constant shapes, such as the estimates for self-conditioning.
         noise: standard normal.
-        schedule: see `diffusion.schedule`.
-        steps: evenly spaced in t.
-        unconditional: the model without; needed where `guidance` is not 1.
-        guidance: of classifier-free guidance (Ho and Salimans 2022), v = v_u + guidance (v_c - v_u), both at the same
-            latents. Each of the two is self-conditioned on its own last estimate, as it was in training.
+        levels: α and σ at a time, such as `lambda time: schedule(time)`; they may differ from clip to clip.
+        steps: how many there are, evenly spaced in t; one evaluation each, for "heun" 2 · steps − 1 in all.
+        key: read by "ddpm" alone. One for all, or an array of them along the first axes of `noise`, such as one a clip,
+            which makes a clip's sample independent of what is sampled beside it.
+        memory: what the first call gets.
     """
-    times = jnp.linspace(1.0, 0.0, steps + 1)
+    time = jnp.asarray(np.linspace(1.0, 0.0, steps + 1), noise.dtype)
+    return SAMPLERS[name](predict, noise, Grid(time, *jax.vmap(levels)(time)), key, memory)
 
-    def step(carry, now_and_next):
-        z, estimate, free_estimate = carry
-        now, after = now_and_next
-        time = jnp.full((z.shape[0],), now)
-        alpha, sigma = map(per_clip, schedule(time))
-        v = conditional(z, time, estimate)
-        estimate = clean_from_velocity(v, z, alpha, sigma)
-        if unconditional is not None:
-            free = unconditional(z, time, free_estimate)
-            free_estimate = clean_from_velocity(free, z, alpha, sigma)
-            v = free + guidance * (v - free)
-        x, eps = clean_from_velocity(v, z, alpha, sigma), noise_from_velocity(v, z, alpha, sigma)
-        alpha, sigma = map(per_clip, schedule(jnp.full_like(time, after)))
-        return (alpha * x + sigma * eps, estimate, free_estimate), None
 
-    zeros = jnp.zeros_like(noise)
-    (x, _, _), _ = jax.lax.scan(step, (noise, zeros, zeros), (times[:-1], times[1:]))
-    return x
+def ddim(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+    """DDIM (Song et al. 2020), η = 0, which is Euler's method along the flow's straight path too; order 1.
+
+    With y = z / (α + σ) and s = σ / (α + σ) any schedule is the flow y = (1 − s) x + s ε, and Euler's step
+    y' = y + (s' − s) (ε̂ − x̂) = (1 − s') x̂ + s' ε̂ is DDIM's over α' + σ'. So "ddim" and "euler" are one.
+    """
+
+    def step(carry, i):
+        z, memory = carry
+        x, memory = predict(z, grid.time[i], memory)
+        return (grid.step(i, z, x), memory), None
+
+    (z, _), _ = jax.lax.scan(step, (z, memory), jnp.arange(grid.steps))
+    return z
+
+
+def ddpm(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+    """Ancestral sampling (Ho et al. 2020): each step draws from q(z' | z, x̂), DDIM with η = 1.
+
+    With κ = (α/σ) / (α'/σ') = e^{−h} that posterior, for any schedule, is z' = α' x̂ + σ' (κ ε̂ + √(1 − κ²) n).
+    """
+
+    def step(carry, i):
+        z, memory = carry
+        x, memory = predict(z, grid.time[i], memory)
+        kept = grid.alpha[i] * grid.sigma[i + 1] / (grid.sigma[i] * grid.alpha[i + 1])
+        eps = (z - grid.alpha[i] * x) / grid.sigma[i]
+        fresh = jnp.sqrt(jnp.maximum(1 - kept**2, 0)) * _normal(key, i, z)
+        return (grid.alpha[i + 1] * x + grid.sigma[i + 1] * (kept * eps + fresh), memory), None
+
+    (z, _), _ = jax.lax.scan(step, (z, memory), jnp.arange(grid.steps))
+    return z
+
+
+def _normal(key: PRNGKeyArray, i: Index, like: Latents) -> Latents:
+    shape = like.shape[key.ndim :]
+    draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, like.dtype))
+    return draw(key.reshape(-1)).reshape(like.shape)
+
+
+def dpm_solver_2m(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x̂ is extrapolated from the last two evaluations; order 2."""
+
+    def step(carry, i):
+        z, before, memory = carry
+        x, memory = predict(z, grid.time[i], memory)
+        return (grid.step(i, z, _extrapolated(grid, i, x, before)), x, memory), None
+
+    (z, _, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z), memory), jnp.arange(grid.steps))
+    return z
+
+
+def _extrapolated(grid: Grid, i: Index, x: Latents, before: Latents) -> Latents:
+    """x̂ half a step ahead of time i, on the line in λ through times i − 1 and i; x̂ itself where it has no slope."""
+    ahead = jnp.where(grid.has_slope(i), grid.stride(i) / (2 * grid.stride(i - 1)), 0)
+    return x + ahead * (x - before)
+
+
+def unipc(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+    """UniPC-2 with B₂(h) = e^h − 1 and x-prediction (Zhao et al. 2023, algorithms 5 to 8); order 2, as a rule 3.
+
+    Each evaluation serves twice: it corrects the step that led to it (UniC), then predicts the next one (UniP, which
+    for order 2 and B₂ is DPM-Solver++(2M)). The last step has no evaluation after it and is not corrected.
+    """
+
+    def step(carry, i):
+        z, start, before, long_before, memory = carry
+        x, memory = predict(z, grid.time[i], memory)
+        last = jnp.maximum(i - 1, 0)
+        z = jnp.where(i > 0, grid.step(last, start, _corrected(grid, last, before, long_before, x)), z)
+        return (grid.step(i, z, _extrapolated(grid, i, x, before)), z, x, before, memory), None
+
+    zeros = jnp.zeros_like(z)
+    (z, *_), _ = jax.lax.scan(step, (z, z, zeros, zeros, memory), jnp.arange(grid.steps))
+    return z
+
+
+def _corrected(grid: Grid, i: Index, x: Latents, before: Latents, after: Latents) -> Latents:
+    """The mean of x̂ over step i, from its values at times i, i − 1 and i + 1 (UniC-2); x̂ without slope: UniC-1.
+
+    The weights ρ solve ρ₁ + ρ₂ = b₁ and r ρ₁ + ρ₂ = b₂, where r = −h₋/h is the place of time i − 1 if time i is at 0
+    and i + 1 at 1, and b₁, b₂ are the means of that place and of its square over the step.
+    """
+    h, r = grid.stride(i), -grid.stride(i - 1) / grid.stride(i)
+    b_1 = -1 / jnp.expm1(-h) - 1 / h
+    b_2 = -1 / jnp.expm1(-h) - 2 * b_1 / h
+    rho_1 = (b_1 - b_2) / (1 - r)
+    full = grid.has_slope(i)
+    return x + jnp.where(full, rho_1 / r, 0) * (before - x) + jnp.where(full, b_1 - rho_1, 0.5) * (after - x)
+
+
+def heun(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+    """Heun's method along the flow's straight path (see `ddim` for y and s): dy/ds = ε̂ − x̂ = (y − x̂) / s; order 2.
+
+    For "flow" y is z and s is t. Other schedules are brought to that form, which unlike Karras et al.'s z/α and σ/α
+    (2022, algorithm 1) is finite at α = 0. As there, the last step is Euler's: at s = 0 x̂ doesn't tell the slope.
+    """
+    total = grid.alpha + grid.sigma
+    s = grid.sigma / total
+
+    # One scan over evaluations, not steps, so that a large model is compiled once and not three times. The even ones
+    # are made at a step's start, the odd ones at its end.
+    def evaluation(carry, j):
+        y, start, slope_at_start, memory = carry
+        i, here = j // 2, (j + 1) // 2
+        x, memory = predict(y * total[here], grid.time[here], memory)
+        slope = (y - x) / s[here]
+        at_start = j % 2 == 0
+        start = jnp.where(at_start, y, start)
+        slope_at_start = jnp.where(at_start, slope, slope_at_start)
+        y = start + (s[i + 1] - s[i]) * (slope_at_start + slope) / 2
+        return (y, start, slope_at_start, memory), None
+
+    y = z / total[0]
+    (y, _, _, _), _ = jax.lax.scan(evaluation, (y, y, jnp.zeros_like(y), memory), jnp.arange(2 * grid.steps - 1))
+    return y * total[-1]
+
+
+SAMPLERS: dict[str, Callable[[Predict, Latents, Grid, PRNGKeyArray, Any], Latents]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm++2m": dpm_solver_2m,
+    "unipc": unipc,
+    "euler": ddim,
+    "heun": heun,
+}

@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 
 from walt_jax.data.media import contact_sheet, write_video
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo
+from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
 from walt_jax.workdir import write_atomically
 
@@ -22,16 +23,16 @@ from walt_jax.workdir import write_atomically
 class Generator:
     """A trained model, ready to sample."""
 
-    model: TextToVideo
+    model: LatentDiffusion
     params: Any
     tokenizer: TrainedTokenizer
-    vocabulary: Vocabulary
+    captions: Vocabulary | Labels
     config: SamplingConfig
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n t h w 3"]:
         """One video for each prompt and seed. The same pair gives the same video, whatever stands beside it."""
-        ids, seeds = self.vocabulary.encode(prompts), np.asarray(seeds, np.uint32)
-        empty = self.vocabulary.encode([""])[0]
+        ids, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
+        empty = self.captions.encode([""])[0]
         # One shape, so that one program is compiled, and a clip does not depend on how many there are.
         size = self.config.batch_size
         clips = []

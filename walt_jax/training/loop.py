@@ -15,7 +15,7 @@ import optax
 
 from walt_jax.config import Fraction, Positive
 from walt_jax.errors import UserError
-from walt_jax.generation.text_to_video import unboxed
+from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.collapse import CollapseWatch
 from walt_jax.training.latent_cache import latents_path
@@ -48,6 +48,19 @@ class ShapeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """How clips of several shapes stand beside each other.
+
+    Attributes:
+        tokens: of a pack.
+        clips: most of a pack.
+    """
+
+    tokens: Positive
+    clips: Positive
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of a run.
 
@@ -56,8 +69,10 @@ class StageConfig:
         steps: optimizer steps.
         batch_size: clips a step.
         optimizer: see `OptimizerConfig`.
-        shapes: for a tokenizer: sizes and lengths that batches come in, by names of your own; none is the data's. With
-            images alone it is a tokenizer of images that is trained, which the next stage inflates.
+        shapes: sizes and lengths that clips come in, by names of your own; none is the data's. A tokenizer's batches
+            are of one each; with images alone it is a tokenizer of images that is trained, which the next stage
+            inflates. For a denoiser they go beside each other into packs.
+        pack: for a denoiser: how clips are packed; `batch_size` then counts packs.
         ema_decay: of the parameters' moving average.
         cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
             batch anew.
@@ -70,6 +85,7 @@ class StageConfig:
     batch_size: Positive
     optimizer: OptimizerConfig
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
+    pack: PackConfig | None = None
     ema_decay: Fraction = 0.999
     cached_clips: int = 0
     log_every: Positive = 10
@@ -78,8 +94,12 @@ class StageConfig:
     def __post_init__(self):
         if self.task == "tokenizer" and self.cached_clips:
             raise ValueError("cached_clips is for denoiser stages")
-        if self.task == "denoiser" and self.shapes:
-            raise ValueError("shapes is for tokenizer stages; a denoiser takes the data's")
+        if self.task == "tokenizer" and self.pack:
+            raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
+        if self.task == "denoiser" and bool(self.shapes) != bool(self.pack):
+            raise ValueError("a denoiser's shapes go into packs: give shapes and pack, or neither")
+        if self.pack and not self.cached_clips:
+            raise ValueError("pack needs cached_clips: packs are made of clips that are encoded already")
 
     @property
     def of_images(self) -> bool:
@@ -136,7 +156,7 @@ def run_stage(
         # What was made from this stage's earlier end is void: it will be made again.
         for later in later_stages:
             shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
-            latents_path(workdir, later).unlink(missing_ok=True)
+            shutil.rmtree(latents_path(workdir, later), ignore_errors=True)
         iterator = iter(dataset())
         if position is not None:
             iterator.set_state(position)
@@ -148,7 +168,7 @@ def run_stage(
                 state, metrics = train_step(state, frozen, batch, key_steps)
                 if pending:
                     log.report(*pending)
-                pending = step, len(jax.tree.leaves(batch)[0]), metrics
+                pending = step, clips_of(batch), metrics
                 last = step == stage.steps
                 if last or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
@@ -158,6 +178,13 @@ def run_stage(
         return Trained(state.ema, outcome)
     finally:
         checkpoints.close()
+
+
+def clips_of(batch: Any) -> int:
+    """How many clips a batch has."""
+    if "pack" in batch:
+        return int((batch["pack"].sizes[..., 0] > 0).sum())
+    return len(jax.tree.leaves(batch)[0])
 
 
 def _restored_or_fresh(

@@ -2,35 +2,40 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import grain
 import jax
 import jax.numpy as jnp
 
 import walt_jax
-from walt_jax.config import Fraction, Positive, Range
+from walt_jax.config import Positive, Range
 from walt_jax.data.pipeline import DataConfig, Source, batches, open_source
+from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser, DenoiserConfig
 from walt_jax.denoiser.windows import Window
+from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import EvaluationConfig
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig, unboxed
 from walt_jax.generation.sample import Generator
-from walt_jax.generation.text_to_video import SamplingConfig, TextToVideo, unboxed
 from walt_jax.text import vocabulary
+from walt_jax.text.labels import Labels
 from walt_jax.text.t5 import T5Config, T5Encoder
+from walt_jax.text.vocabulary import Vocabulary
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.inflation import Placement, inflate
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
-from walt_jax.training.latent_cache import cached_batches, encode_clips, latents_path
+from walt_jax.training.latent_cache import cached_batches, encode_clips, latents_path, packed_batches
 from walt_jax.training.loop import ShapeConfig, StageConfig, Trained, run_stage
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
-from walt_jax.training.tasks import DenoiserTask, Task
+from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
 from walt_jax.training.tokenizer_task import TokenizerTask
 from walt_jax.workdir import write_atomically
 
@@ -53,24 +58,12 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    """The objective.
-
-    Attributes:
-        schedule: "linear" (zero terminal SNR, W.A.L.T's) or "cosine".
-        self_conditioning: probability that a training clip sees the model's own first estimate; W.A.L.T: 0.9.
-    """
-
-    schedule: Literal["linear", "cosine"]
-    self_conditioning: Fraction
-
-
-@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a run is made of; a config file's knobs are these fields.
 
-    Without `text`, `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `inflation` says
-    which tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
+    Without `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `text` is there where the
+    denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
+    tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -83,6 +76,7 @@ class RunConfig:
     text: TextConfig | None = None
     denoiser: DenoiserConfig | None = None
     diffusion: DiffusionConfig | None = None
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     sampling: SamplingConfig | None = None
 
     def __post_init__(self):
@@ -91,10 +85,12 @@ class RunConfig:
         if sorted(tasks, reverse=True) != tasks or set(tasks) != wanted:
             also = "" if self.denoiser is None else " and then at least one for the denoiser"
             raise ValueError(f"stages are at least one for the tokenizer{also}")
-        groups = {name: getattr(self, name) is not None for name in ("text", "denoiser", "diffusion", "sampling")}
+        groups = {name: getattr(self, name) is not None for name in ("denoiser", "diffusion", "sampling")}
         if len(set(groups.values())) > 1:
             missing = next(name for name, given in groups.items() if not given)
-            raise ValueError(f"{missing} is missing; text, denoiser, diffusion and sampling go together")
+            raise ValueError(f"{missing} is missing; denoiser, diffusion and sampling go together")
+        if (self.text is not None) != (self.denoiser is not None and self.denoiser.cross_attention):
+            raise ValueError("text and denoiser.cross_attention go together: give both or neither")
         shape = self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
         for name, stage in self.stages.items():
             for kind, changed in stage.shapes.items():
@@ -117,17 +113,54 @@ class RunConfig:
         return config.task == "tokenizer" and config.of_images and self.tokenizer.taps > 1
 
     def _check_denoiser(self, shape: tuple[int, ...]) -> None:
-        patch = self.denoiser.patch_size
-        if any(length % size for length, size in zip(shape, patch, strict=False)):
-            raise ValueError(f"denoiser.patch_size {patch} does not divide latents of {shape[:3]}")
-        grid = tuple(length // size for length, size in zip(shape, patch, strict=False))
-        for window in self.denoiser.windows:
+        denoiser, conditioning = self.denoiser, self.conditioning
+        grid = denoiser.grid(shape[:3])
+        for window in denoiser.windows:
             Window(*window).sizes(grid)
-        if (self.diffusion.self_conditioning > 0) != self.denoiser.self_conditioning:
+        if denoiser.classes and denoiser.cross_attention:
+            raise ValueError("denoiser.classes and cross_attention exclude each other: a caption is a class, or a text")
+        if (self.diffusion.self_conditioning > 0) != denoiser.self_conditioning:
             raise ValueError(
-                f"denoiser.self_conditioning is {self.denoiser.self_conditioning} and its probability, "
+                f"denoiser.self_conditioning is {denoiser.self_conditioning} and its probability, "
                 f"diffusion.self_conditioning, {self.diffusion.self_conditioning:g}; one asks for the other"
             )
+        if bool(conditioning.frames) != denoiser.frame_prediction or bool(conditioning.frames) != (
+            conditioning.probability > 0
+        ):
+            raise ValueError("denoiser.frame_prediction, conditioning.frames and its probability go together")
+        if conditioning.frames and (denoiser.patch_size[0] > 1 or max(conditioning.frames) >= shape[0]):
+            raise ValueError(
+                f"conditioning.frames {conditioning.frames} should be fewer than the {shape[0]} latent frames, and "
+                "denoiser.patch_size 1 in time"
+            )
+        scale = denoiser.upscale
+        if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
+            raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
+        for name, stage in self.stages.items():
+            if stage.task == "denoiser" and scale > 1 and stage.cached_clips:
+                raise ValueError(f"stages.{name}.cached_clips: what upscales needs the clips, not their latents")
+            if stage.pack is None:
+                continue
+            if self.diffusion.adaptive > 0:
+                raise ValueError(f"diffusion.adaptive is for clips of one size; stages.{name} has packs")
+            for kind, changed in stage.shapes.items():
+                clip = math.prod(denoiser.grid(self.tokenizer.latent_shape(*_clip_shape(self.data, changed))[:3]))
+                if clip > stage.pack.tokens:
+                    raise ValueError(
+                        f"stages.{name}.shapes.{kind} has {clip} tokens a clip, which overflow packs of "
+                        f"{stage.pack.tokens}; raise stages.{name}.pack.tokens"
+                    )
+
+    @property
+    def bounds(self) -> Grid:
+        """Tokens along (t, h, w) of the largest clip that the denoiser sees."""
+        shapes = [ShapeConfig()]
+        for stage in self.stages.values():
+            if stage.task == "denoiser":
+                shapes += stage.shapes.values()
+        latents = [self.tokenizer.latent_shape(*_clip_shape(self.data, shape))[:3] for shape in shapes]
+        t, h, w = (max(axis) for axis in zip(*map(self.denoiser.grid, latents), strict=True))
+        return t, h, w
 
 
 def _clip_shape(data: DataConfig, changed: ShapeConfig) -> tuple[int, int, int]:
@@ -183,7 +216,7 @@ class Run:
             size = sum(leaf.size for leaf in jax.tree.leaves(params))
             lines.append(
                 f"stage     {name}: {stage.task}, {size:,} parameters, {stage.steps:,} steps of {stage.batch_size} "
-                "clips"
+                + (f"packs of {stage.pack.tokens} tokens" if stage.pack else "clips")
             )
         return "\n".join([*lines, f"workdir   {self.workdir}"])
 
@@ -228,15 +261,16 @@ class Run:
         """
         if self.config.denoiser is None:
             raise UserError("This config trains a tokenizer alone: it reconstructs, with --mode=reconstruct.")
-        vocab = self._vocabulary()
+        if self.config.denoiser.upscale > 1:
+            raise UserError("This config upscales latents; it is sampled from as a stage of a cascade alone.")
         params = self._restore("denoiser").served
-        return Generator(self._model(vocab), params, self.tokenizer(), vocab, self.config.sampling)
+        return Generator(self._model(), params, self.tokenizer(), self._captions(), self.config.sampling)
 
     def _task(self, stage: str) -> Task:
         """What a stage trains."""
         config = self.config
         if config.stages[stage].task == "denoiser":
-            return DenoiserTask(self._model(self._vocabulary()), config.diffusion.self_conditioning)
+            return DenoiserTask(self._model(), config.conditioning)
         shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
         path = config.losses.perceptual_weights
         return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)
@@ -257,15 +291,26 @@ class Run:
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
 
     def make_vocabulary(self) -> bytes | None:
-        """A vocabulary of the training clips' captions, where the config has text.
+        """A vocabulary of the training clips' captions where the config has text; their list where they are classes.
 
         Raises:
-            UserError: if `text.vocab_size` does not suit them.
+            UserError: if `text.vocab_size` or `denoiser.classes` does not suit them.
         """
-        if self.config.text is None:
+        if self.config.denoiser is None:
             return None
         captions = self._source("train", _clip_shape(self.config.data, ShapeConfig())).captions
-        return vocabulary.train(captions, self.config.text.vocab_size)
+        if self.config.text is not None:
+            return vocabulary.train(captions, self.config.text.vocab_size)
+        if not self.config.denoiser.classes:
+            return Labels(()).dump()
+        names = sorted({*captions, *self.unseen().captions} - {""})
+        if len(names) != self.config.denoiser.classes:
+            raise UserError(
+                f"The clips have {len(names)} distinct captions and config.denoiser.classes is "
+                f"{self.config.denoiser.classes}; set it to that, or --config.data.caption_column to the column that "
+                "names each clip's class."
+            )
+        return Labels(names).dump()
 
     def keep_vocabulary(self, model: bytes | None) -> None:
         """Writes the run's vocabulary, where it has none yet."""
@@ -274,40 +319,41 @@ class Run:
 
     @property
     def _vocabulary_path(self) -> pathlib.Path:
-        return self.workdir / "vocabulary.model"
+        return self.workdir / ("labels.json" if self.config.text is None else "vocabulary.model")
 
-    def _vocabulary(self) -> vocabulary.Vocabulary:
-        return vocabulary.Vocabulary.load(self._vocabulary_path, self.config.text.length)
+    def _captions(self) -> Vocabulary | Labels:
+        """What makes ids of captions."""
+        if self.config.text is None:
+            return Labels.load(self._vocabulary_path)
+        return Vocabulary.load(self._vocabulary_path, self.config.text.length)
 
-    def _model(self, vocab: vocabulary.Vocabulary) -> TextToVideo:
+    def _model(self) -> LatentDiffusion:
         config = self.config
         shape = config.tokenizer.latent_shape(config.data.frames, config.data.height, config.data.width)
-        return TextToVideo(
-            self.codec,
-            T5Encoder(config.text.encoder, vocab.size),
-            Denoiser(config.denoiser),
-            config.diffusion.schedule,
-            shape,
-        )
+        text = None if config.text is None else T5Encoder(config.text.encoder, self._captions().size)
+        denoiser = Denoiser(config.denoiser, config.bounds)
+        return LatentDiffusion(self.codec, text, denoiser, config.diffusion, shape)
 
     def _batches(self, stage: StageConfig, index: int) -> grain.IterDataset:
         """A stage's batches; where it has several shapes, of one after the other, as often as their weights say."""
-        config = self.config
-        encode = self._vocabulary().encode if stage.task == "denoiser" else None
         shapes = list(stage.shapes.values()) or [ShapeConfig()]
-        datasets = [
-            batches(
-                self._source("train", _clip_shape(config.data, shape)),
-                shape.batch_size or stage.batch_size,
-                (config.seed + index) * len(shapes) + number,
-                encode,
-                config.data.caption_dropout,
-            )
-            for number, shape in enumerate(shapes)
-        ]
+        datasets = [self._batches_of(stage, index, number) for number in range(len(shapes))]
         if len(datasets) == 1:
             return datasets[0]
         return grain.IterDataset.mix(datasets, [shape.weight for shape in shapes])
+
+    def _batches_of(self, stage: StageConfig, index: int, number: int) -> grain.IterDataset:
+        """Batches of one of a stage's shapes, the only one where it names none."""
+        config = self.config
+        shapes = list(stage.shapes.values()) or [ShapeConfig()]
+        shape = shapes[number]
+        return batches(
+            self._source("train", _clip_shape(config.data, shape)),
+            shape.batch_size or stage.batch_size,
+            (config.seed + index) * len(shapes) + number,
+            self._captions().encode if stage.task == "denoiser" else None,
+            config.data.caption_dropout,
+        )
 
     def _statistics(self, state: TrainState) -> dict:
         """The latents' mean and deviation, which normalise them for the denoiser."""
@@ -319,13 +365,22 @@ class Run:
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
 
     def _cached(self, name: str, stage: StageConfig, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
-        arrays = encode_clips(
-            latents_path(self.workdir, name),
-            lambda video: self.codec.encode(tokenizer, video)[0],
-            functools.partial(self._batches, stage, index),
-            stage.cached_clips,
-        )
-        return cached_batches(arrays, stage.batch_size, self.config.seed + index)
+        """Batches of clips that are encoded once: of one size, or packs of several."""
+        shapes = stage.shapes or {"clips": ShapeConfig()}
+        weights = sum(shape.weight for shape in shapes.values())
+        arrays = [
+            encode_clips(
+                latents_path(self.workdir, name) / f"{kind}.npz",
+                lambda video: self.codec.encode(tokenizer, video)[0],
+                functools.partial(self._batches_of, stage, index, number),
+                max(1, round(stage.cached_clips * shape.weight / weights)),
+            )
+            for number, (kind, shape) in enumerate(shapes.items())
+        ]
+        seed = self.config.seed + index
+        if stage.pack is None:
+            return cached_batches(arrays[0], stage.batch_size, seed)
+        return packed_batches(arrays, self.config.denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, seed)
 
 
 def _trained_tokenizer(trained: Trained) -> TrainedTokenizer:

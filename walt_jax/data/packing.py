@@ -1,0 +1,77 @@
+"""Packs: clips of any size beside each other in sequences of one length (NaViT, Dehghani et al. 2023)."""
+
+from typing import Any, NamedTuple
+
+import grain
+
+
+class Item(NamedTuple):
+    """A clip to be packed: its number, and how many tokens it has."""
+
+    index: int
+    tokens: int
+
+
+def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list[Item]]:
+    """One pack, and what still waits: the clip that has waited longest, then always the largest that fits.
+
+    Args:
+        waiting: at least one clip, none of more than `tokens`, in the order of their coming.
+        tokens: of a pack.
+        clips: most of a pack.
+    """
+    pack, room = [waiting[0]], tokens - waiting[0].tokens
+    rest = waiting[1:]
+    while len(pack) < clips:
+        fitting = [item for item in rest if item.tokens <= room]
+        if not fitting:
+            break
+        largest = max(fitting, key=lambda item: item.tokens)  # of equal ones the first
+        rest.remove(largest)
+        pack.append(largest)
+        room -= largest.tokens
+    return pack, rest
+
+
+class Packed(grain.IterDataset):
+    """Batches of packs of a data set of clips: lists of lists of `Item`.
+
+    The position of an iterator, to be kept in a checkpoint, includes the clips that wait.
+
+    Args:
+        parent: of `Item`, endless.
+        batch_size: packs a batch.
+        tokens: of a pack.
+        clips: most of a pack.
+        buffer: clips that wait, among which the pack is chosen.
+    """
+
+    def __init__(self, parent: grain.IterDataset, batch_size: int, tokens: int, clips: int, buffer: int):
+        super().__init__(parent)
+        self.batch_size, self.tokens, self.clips, self.buffer = batch_size, tokens, clips, buffer
+
+    def __iter__(self) -> "_PackedIterator":
+        return _PackedIterator(self, iter(self._parent))
+
+
+class _PackedIterator(grain.DatasetIterator):
+    def __init__(self, dataset: Packed, parent: grain.DatasetIterator):
+        super().__init__(parent)
+        self._dataset = dataset
+        self._waiting: list[Item] = []
+
+    def __next__(self) -> list[list[Item]]:
+        packs = []
+        for _ in range(self._dataset.batch_size):
+            while len(self._waiting) < self._dataset.buffer:
+                self._waiting.append(Item(*next(self._parent)))
+            pack, self._waiting = fill(self._waiting, self._dataset.tokens, self._dataset.clips)
+            packs.append(pack)
+        return packs
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state(), "waiting": [list(item) for item in self._waiting]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._waiting = [Item(*item) for item in state["waiting"]]

@@ -1,0 +1,161 @@
+"""Every token knows where it is: equal clips in raster order, or packs of clips of any size."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from walt_jax.denoiser.grouping import CHUNK, Groups, TextRows, choose_lengths, group, text_rows
+from walt_jax.denoiser.windows import Window, window_numbers
+
+Grid = tuple[int, int, int]
+
+
+@flax.struct.dataclass
+class Pack:
+    """Where a batch of packs has its clips; arrays, made on the host once a batch.
+
+    Attributes:
+        positions: (segment, t, y, x) of each token in its clip; segment -1 where a pack is only filled up.
+        sizes: tokens of each clip along (t, y, x), zeros where a pack has fewer clips.
+        groups: what attention needs, by the window's name.
+        text: what cross-attention needs.
+    """
+
+    positions: Int[Array, "b n 4"]
+    sizes: Int[Array, "b s 3"]
+    groups: dict[str, Groups]
+    text: TextRows
+
+
+@flax.struct.dataclass
+class Layout:
+    """Where the tokens `[b, n, …]` of a batch are.
+
+    With `grid` each sequence is one clip of that many tokens along (t, h, w), in raster order; with `pack` it is a pack
+    of clips. Values of clips have shape `[b, s, …]`, s = 1 for equal clips.
+    """
+
+    grid: Grid | None = flax.struct.field(pytree_node=False, default=None)
+    pack: Pack | None = None
+
+    def spread(self, values: Float[Array, "b s k"]) -> Float[Array, "b n k"]:
+        """Each token's value of its clip; one for all tokens, `[b, 1, k]`, where there is one clip."""
+        if self.pack is None:
+            return values
+        # A product with zeros and ones: its gradient is one, too, where that of a gather would be a scatter.
+        belongs = self.pack.positions[..., :1] == jnp.arange(values.shape[1])[None, None]
+        return jnp.einsum("bns,bsk->bnk", belongs.astype(values.dtype), values)
+
+    def coordinates(self) -> Int[Array, "b n 3"]:
+        """(t, y, x) of each token; `[1, n, 3]` for equal clips."""
+        if self.pack is None:
+            return jnp.asarray(raster(self.grid))[None]
+        return self.pack.positions[..., 1:]
+
+    def clip_sizes(self) -> Int[Array, "b s 3"]:
+        """Tokens along (t, y, x) of each clip; `[1, 1, 3]` for equal clips."""
+        return jnp.asarray(self.grid)[None, None] if self.pack is None else self.pack.sizes
+
+    def valid(self) -> Bool[Array, "b n"]:
+        """Which tokens are of a clip; `[1, 1]` for equal clips."""
+        return jnp.ones((1, 1), bool) if self.pack is None else self.pack.positions[..., 0] >= 0
+
+
+def raster(grid: Grid) -> Int[np.ndarray, "n 3"]:
+    """(t, y, x) of a grid's tokens in raster order."""
+    return np.indices(grid, np.int32).reshape(3, -1).T
+
+
+def to_tokens(latents: Float[Array, "b t h w c"], patch: Grid) -> Float[Array, "b n p"]:
+    """Patches of latent positions, in raster order."""
+    pt, ph, pw = patch
+    return rearrange(latents, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+
+
+def from_tokens(tokens: Float[Array, "b n p"], grid: Grid, patch: Grid) -> Float[Array, "b t h w c"]:
+    """The inverse of `to_tokens`, for a grid of so many tokens."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(tokens, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+def place_clips(
+    packs: Sequence[Sequence[Grid]], tokens: int, clips: int
+) -> tuple[Int[np.ndarray, "b n 4"], Int[np.ndarray, "b s 3"]]:
+    """Positions and sizes of packs whose clips stand one after the other.
+
+    Args:
+        packs: of each pack, its clips' tokens along (t, y, x).
+        tokens: length of a pack.
+        clips: most clips of a pack.
+
+    Raises:
+        ValueError: if a pack has more tokens or clips than that.
+    """
+    positions = np.zeros((len(packs), tokens, 4), np.int32)
+    positions[..., 0] = -1
+    sizes = np.zeros((len(packs), clips, 3), np.int32)
+    for row, grids in enumerate(packs):
+        total = sum(int(np.prod(grid)) for grid in grids)
+        if total > tokens or len(grids) > clips:
+            raise ValueError(
+                f"a pack of {len(grids)} clips with {total} tokens overflows {clips} clips, {tokens} tokens"
+            )
+        start = 0
+        for segment, grid in enumerate(grids):
+            places = raster(grid)
+            positions[row, start : start + len(places)] = np.insert(places, 0, segment, axis=1)
+            sizes[row, segment] = grid
+            start += len(places)
+    return positions, sizes
+
+
+def make_pack(
+    positions: Int[np.ndarray, "b n 4"],
+    sizes: Int[np.ndarray, "b s 3"],
+    windows: Sequence[Window],
+    lengths: dict[str, tuple[int, ...]],
+    images_alone: bool = False,
+    slots: int = CHUNK,
+) -> Pack:
+    """What the denoiser needs to know of a batch of packs.
+
+    Args:
+        positions, sizes: see `Pack`.
+        windows: of the model, without repetition.
+        lengths: of the rows that each window's attention is computed in, by the window's name, see `row_lengths`.
+        images_alone: whether tokens of images see themselves alone in windows that span time.
+        slots: of a chunk, see `grouping`.
+    """
+    groups = {
+        window.name: group(_numbers(positions, sizes, window, images_alone), lengths[window.name], slots)
+        for window in windows
+    }
+    return Pack(positions, sizes, groups, text_rows(positions[..., 0], sizes.shape[1]))
+
+
+def row_lengths(
+    positions: Int[np.ndarray, "b n 4"],
+    sizes: Int[np.ndarray, "b s 3"],
+    windows: Sequence[Window],
+    images_alone: bool = False,
+    most: int = 8,
+) -> dict[str, tuple[int, ...]]:
+    """Lengths of rows for each window, by its name, that suit packs like these; see `grouping.choose_lengths`."""
+    lengths = {}
+    for window in windows:
+        numbers = _numbers(positions, sizes, window, images_alone)
+        counts = np.concatenate([np.bincount(pack[pack >= 0]) for pack in numbers])
+        lengths[window.name] = choose_lengths(counts, most) if len(counts) else (1,)
+    return lengths
+
+
+def _numbers(positions: np.ndarray, sizes: np.ndarray, window: Window, images_alone: bool) -> list[np.ndarray]:
+    alone = images_alone and window.time != 1
+    return [
+        window_numbers(pack, window, np.flatnonzero(clips[:, 0] == 1) if alone else None)
+        for pack, clips in zip(positions, sizes, strict=True)
+    ]

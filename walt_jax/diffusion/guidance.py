@@ -1,0 +1,91 @@
+"""Classifier-free guidance (Ho and Salimans 2022) as a function of time, with rescaling.
+
+It works on clean estimates: at one z, v, ε and ε − x are each an affine function of x, and x_u + w (x_c − x_u) is an
+affine combination, so guiding any of them is guiding all.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from walt_jax.config import Fraction
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How strongly the condition is stressed, and when.
+
+    Attributes:
+        scale: w; 1 is the conditional model, 0 the unconditional one.
+        kind: "constant"; "interval", w = scale inside an interval of times and 1 outside (Kynkäänniemi et al. 2024);
+            "power_cosine", from 1 at noise to scale at data (MDT, Gao et al. 2023; W.A.L.T's for ImageNet).
+        interval: lowest and highest time, 0..1, only of "interval".
+        power: only of "power_cosine", 4 in MDT: the higher, the later guidance sets in.
+        rescale: φ of Lin et al. 2023, equations 15 and 16, 0 (off) to 1.
+    """
+
+    scale: float = 1.0
+    kind: Literal["constant", "interval", "power_cosine"] = "constant"
+    interval: tuple[Fraction, Fraction] | None = None
+    power: float | None = None
+    rescale: Fraction = 0.0
+
+    def __post_init__(self):
+        for knob, kind in (("interval", "interval"), ("power", "power_cosine")):
+            given = getattr(self, knob) is not None
+            if given and self.kind != kind:
+                raise ValueError(f"{knob} is read by kind {kind!r} alone; leave it out for {self.kind!r}")
+            if not given and self.kind == kind:
+                raise ValueError(f"{knob} is missing; kind {kind!r} needs it")
+        if self.interval is not None and not self.interval[0] < self.interval[1]:
+            raise ValueError("interval should be the lowest time, then the highest")
+        if self.power is not None and self.power <= 0:
+            raise ValueError(f"power is {self.power:g}; it should be more than 0")
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether the model has to be asked without its condition too."""
+        return self.scale != 1
+
+
+def scale_at(config: GuidanceConfig, time: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """w at these times (0..1)."""
+    match config.kind:
+        case "constant":
+            return jnp.full_like(time, config.scale)
+        case "interval":
+            low, high = config.interval
+            return jnp.where((low <= time) & (time <= high), config.scale, 1.0)
+        case "power_cosine":
+            return 1 + (config.scale - 1) * (1 - jnp.cos(math.pi * (1 - time) ** config.power)) / 2
+    raise ValueError(f"{config.kind!r} is no kind of guidance")
+
+
+def guide(
+    config: GuidanceConfig,
+    time: Float[Array, "..."],
+    conditional: Float[Array, "b *n"],
+    unconditional: Float[Array, "b *n"],
+) -> Float[Array, "b *n"]:
+    """The guided clean estimate, x = x_u + w (x_c − x_u), rescaled.
+
+    Rescaling brings the standard deviation over all of a clip, which guidance raises, φ of the way back to that of the
+    conditional estimate. Lin et al. do it to the network's output v; here it is done to x, so that it means the same
+    whatever the network predicts, and so that ε keeps following from z. At t = 1, where v = −x, the two agree.
+
+    Args:
+        config: see `GuidanceConfig`.
+        time: 0..1, a scalar or broadcastable to the estimates.
+        conditional: the estimate of the clean latents with the condition; the first axis counts clips.
+        unconditional: the one without, at the same noisy latents.
+    """
+    # From the conditional side, so that w = 1 gives it to the bit.
+    guided = conditional + (scale_at(config, time) - 1) * (conditional - unconditional)
+    if config.rescale == 0:
+        return guided
+    each = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axis=each, keepdims=True) / jnp.maximum(guided.std(axis=each, keepdims=True), 1e-12)
+    return guided * (1 + config.rescale * (ratio - 1))

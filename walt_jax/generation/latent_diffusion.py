@@ -1,0 +1,197 @@
+"""The models together: how clips condition the denoiser, how latents are normalised, how video is sampled."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt, UInt8
+
+from walt_jax.config import Positive
+from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
+from walt_jax.denoiser.model import Condition, Denoiser
+from walt_jax.diffusion import parameterization
+from walt_jax.diffusion.guidance import GuidanceConfig, guide
+from walt_jax.diffusion.objective import Denoise, DiffusionConfig
+from walt_jax.diffusion.sampler import sample
+from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.text.t5 import T5Encoder
+from walt_jax.text.vocabulary import PAD
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn.
+
+    Attributes:
+        steps: the sampler's.
+        sampler: see `diffusion.sampler`; W.A.L.T's is "ddim".
+        guidance: see `GuidanceConfig`; where there is any, each evaluation is one with the condition and one without.
+        batch_size: most clips sampled at once.
+    """
+
+    steps: Positive
+    sampler: Literal["ddpm", "ddim", "dpm++2m", "unipc", "euler", "heun"] = "ddim"
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    batch_size: Positive = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDiffusion:
+    """The modules; parameters are passed to each method.
+
+    Attributes:
+        codec: pixels to latents and back.
+        text: caption ids to embeddings, or None where the denoiser takes labels or nothing.
+        denoiser: predicts what `diffusion.parameterization` says.
+        diffusion: see `DiffusionConfig`.
+        latent_shape: (t, h, w, c) of a clip that is sampled.
+    """
+
+    codec: Codec
+    text: T5Encoder | None
+    denoiser: Denoiser
+    diffusion: DiffusionConfig
+    latent_shape: tuple[int, int, int, int]
+
+    @property
+    def layout(self) -> Layout:
+        """Of clips of `latent_shape`."""
+        return Layout(grid=self.denoiser.config.grid(self.latent_shape[:3]))
+
+    @property
+    def low_shape(self) -> tuple[int, int, int, int]:
+        """(t, h, w, c) of the low-resolution latents that are upscaled."""
+        t, h, w, c = self.latent_shape
+        scale = self.denoiser.config.upscale
+        return t, h // scale, w // scale, c
+
+    def tokens(self, latents: Float[Array, "b t h w c"]) -> Float[Array, "b n p"]:
+        """Latents as the denoiser takes them."""
+        return to_tokens(latents, self.denoiser.config.patch_size)
+
+    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """Parameters of the text encoder and the denoiser, with their logical axis names."""
+        key_text, key_denoiser = jax.random.split(key)
+        ids, params = jnp.ones((1, 1, 1), jnp.int32), {}
+        if self.text is not None:
+            params["text"] = self.text.init(key_text, ids[0], ids[0] != PAD)["params"]
+        noisy = self.tokens(jnp.zeros((1, *self.latent_shape)))
+        mask, time = self.tokens(jnp.zeros((1, *self.latent_shape[:3], 1))), jnp.zeros((1, 1))
+        low = jnp.zeros((1, *self.low_shape))
+        condition = self.condition(nn.meta.unbox(params), ids, noisy, mask, low, time)
+        denoiser = self.denoiser.init(key_denoiser, noisy, time, condition, self.layout)
+        return {**params, "denoiser": denoiser["params"]}
+
+    def condition(
+        self,
+        params: dict[str, Any],
+        ids: Int[Array, "b s m"],
+        known: Float[Array, "b n p"] | None = None,
+        mask: Float[Array, "b n q"] | None = None,
+        low: Float[Array, "b t2 h2 w2 c"] | None = None,
+        low_time: Float[Array, "b s"] | None = None,
+    ) -> Condition:
+        """What the denoiser is told.
+
+        Args:
+            params: of `init`'s structure.
+            ids: of each clip's caption, or its label alone.
+            known: clean latents as tokens, and
+            mask: 1 for each latent position where they are given, as tokens too; read where the denoiser predicts
+                frames.
+            low: low-resolution latents, noised, and
+            low_time: how much; read where the denoiser upscales.
+        """
+        cfg, given = self.denoiser.config, {}
+        if self.text is not None:
+            words = ids.reshape(-1, ids.shape[-1])
+            embeddings = self.text.apply({"params": params["text"]}, words, words != PAD)
+            given = {"text": embeddings.reshape(*ids.shape, -1), "text_mask": ids != PAD}
+        elif cfg.classes:
+            given = {"label": ids[..., 0]}
+        if cfg.frame_prediction:
+            given |= {"known": known * self.per_value(mask), "known_mask": mask}
+        if cfg.upscale > 1:
+            given |= {"low": low, "low_time": low_time}
+        return Condition(**given)
+
+    def per_value(self, mask: Float[Array, "b n q"]) -> Float[Array, "b n p"]:
+        """A mask of latent positions for each of their channels."""
+        return jnp.repeat(mask, self.latent_shape[3], axis=-1)
+
+    def denoise(self, params: dict[str, Any], condition: Condition, layout: Layout) -> Denoise:
+        """The denoiser under a condition."""
+
+        def apply(noisy, time, estimate):
+            return self.denoiser.apply({"params": params["denoiser"]}, noisy, time, condition, layout, estimate)
+
+        return apply
+
+    @functools.partial(jax.jit, static_argnums=(0, 6))
+    def sample(
+        self,
+        params: dict[str, Any],
+        tokenizer: TrainedTokenizer,
+        ids: Int[Array, "b m"],
+        empty: Int[Array, " m"],
+        seeds: UInt[Array, " b"],
+        config: SamplingConfig,
+        known: Float[Array, "b t h w c"] | None = None,
+        mask: Float[Array, "b t h w 1"] | None = None,
+        low: Float[Array, "b t h2 w2 c"] | None = None,
+    ) -> UInt8[Array, "b t h w 3"]:
+        """Videos of captions or labels.
+
+        Args:
+            params: of `init`'s structure.
+            tokenizer: what the codec has learned.
+            ids: the captions, or labels.
+            empty: the empty caption, for guidance.
+            seeds: one a clip; a clip's randomness depends on its own seed alone.
+            config: see `SamplingConfig`.
+            known: normalised latents of frames that are given, where the denoiser predicts frames; they come out as
+                they went in.
+            mask: 1 where they are given.
+            low: normalised low-resolution latents, where the denoiser upscales.
+        """
+        layout, kind = self.layout, self.diffusion.parameterization
+        keys = jax.vmap(jax.random.key)(seeds)
+        noise = self.tokens(jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys))
+        if known is None:
+            known, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
+        given = self.tokens(known), self.tokens(mask), low, jnp.zeros((len(noise), 1))
+        models = [self.denoise(params, self.condition(params, ids[:, None], *given), layout)]
+        if config.guidance.needs_unconditional:
+            free = jnp.broadcast_to(empty[None], ids.shape)[:, None]
+            models.append(self.denoise(params, self.condition(params, free, *given), layout))
+        tokens = jnp.full((1, 1), noise.shape[1])
+
+        def levels(time):
+            return tuple(
+                level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
+            )
+
+        def predict(z, time, estimates):
+            # Each model is conditioned on its own last estimate, as it was in training.
+            times, level = jnp.full((len(z), 1), time), levels(time)
+            estimates = [
+                parameterization.clean(kind, model(z, times, estimate), z, *level)
+                for model, estimate in zip(models, estimates, strict=True)
+            ]
+            guided = estimates[0] if len(models) == 1 else guide(config.guidance, time, *estimates)
+            return guided, estimates
+
+        empty_estimates = [jnp.zeros_like(noise) for _ in models]
+        key = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        latents = sample(config.sampler, predict, noise, levels, config.steps, key, empty_estimates)
+        latents = from_tokens(latents, layout.grid, self.denoiser.config.patch_size)
+        latents = mask * known + (1 - mask) * latents
+        return self.codec.decode(tokenizer, latents)[0]
+
+
+def unboxed(params: Any) -> Any:
+    """Parameters without their logical axis names."""
+    return nn.meta.unbox(params)
