@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
     config.data.update(frames=1, height=256, width=256)
     config.tokenizer.update(channel_multipliers=(1, 1, 2, 4), downsample=((1, 2, 2),) * 3, taps=1)
     images = {**config.stages.images.to_dict(), "steps": 1_351_000, "shapes": {}}
-    config.stages = ConfigDict({"images": images})
+    config.stages = ConfigDict({"images": images}, sort_keys=False)
     return config

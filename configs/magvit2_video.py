@@ -89,7 +89,8 @@ def get_config() -> ConfigDict:
                         "checkpoint_every": 5000,
                         "optimizer": dict(optimizer),
                     },
-                }
+                },
+                sort_keys=False,
             ),
             "evaluation": {"clips": 256, "perceptual_weights": "", "seed": 1234},
         }

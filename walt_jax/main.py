@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
-MODES = ("train", "sample", "evaluate", "reconstruct")
+MODES = ("train", "sample", "evaluate", "reconstruct", "plan")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -98,7 +98,8 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
     from walt_jax.config import build
-    from walt_jax.training.run import Run, RunConfig
+    from walt_jax.training.run import Run
+    from walt_jax.training.run_config import RunConfig
 
     config = build(RunConfig, knobs, "config")
     return Run(config, workdir), _all_knobs(config)
@@ -116,7 +117,7 @@ def knobs_before(workdir: pathlib.Path) -> dict[str, Any] | None:
         UserError: if they can't be read any more.
     """
     from walt_jax.config import build
-    from walt_jax.training.run import RunConfig
+    from walt_jax.training.run_config import RunConfig
     from walt_jax.workdir import read_config
 
     knobs = read_config(workdir)
@@ -250,13 +251,34 @@ def reconstruct(values: flags.FlagValues) -> None:
     print(f"wrote {count} frames to {out}; sound is not copied")
 
 
+def plan(values: flags.FlagValues) -> None:
+    """Counts parameters and operations of the config, or of the workdir's run; reads no data."""
+    from walt_jax.workdir import write_atomically
+
+    workdir = pathlib.Path(values.workdir)
+    knobs = knobs_of(values, workdir)
+
+    from walt_jax.config import build
+    from walt_jax.training.plan import plan
+    from walt_jax.training.run_config import RunConfig
+
+    counts = plan(build(RunConfig, knobs, "config"))
+    for name, size in counts["params"].items():
+        forward = counts["forward_flops_per_clip"][name]
+        print(f"{name:13} {size:15,} parameters {forward / 1e9:12,.2f} GFLOP forward a clip")
+    for name, stage in counts["stages"].items():
+        print(f"stage {name:20} {stage['train_flops_per_step'] / 1e12:12,.4f} TFLOP a step")
+    write_atomically(workdir / "plan.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    print(f"wrote {workdir / 'plan.json'}")
+
+
 def main(argv: list[str]) -> int:
     """Runs a mode; returns the exit code."""
     try:
         values = parse(argv)
         if not values.workdir:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
-        modes = {"train": train, "sample": sample, "evaluate": evaluate, "reconstruct": reconstruct}
+        modes = {"train": train, "sample": sample, "evaluate": evaluate, "reconstruct": reconstruct, "plan": plan}
         modes[values.mode](values)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

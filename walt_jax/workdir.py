@@ -11,6 +11,7 @@ from typing import Any
 from walt_jax.errors import UserError
 
 CONFIG = "config.json"
+OURS = ("lock", f"{CONFIG}.tmp", "plan.json")  # what may be in a workdir before a run is
 # What may differ between two commands on one run: none of it changes what is trained.
 FREE_GROUPS = ("sampling", "evaluation")
 FREE_KNOBS = ("log_every", "checkpoint_every", "cache_bytes")
@@ -72,7 +73,7 @@ def check_empty(workdir: pathlib.Path) -> None:
     Raises:
         UserError: if it holds files that are no run.
     """
-    strangers = sorted(path.name for path in workdir.iterdir() if path.name not in ("lock", f"{CONFIG}.tmp"))
+    strangers = sorted(path.name for path in workdir.iterdir() if path.name not in OURS)
     if strangers:
         raise UserError(
             f"--workdir={workdir} holds {strangers[0]} but no {CONFIG}, so it is not a run; choose an empty folder."

@@ -1,21 +1,17 @@
-"""Windows partition a grid, and attention in them equals dense attention over the whole grid under a mask."""
+"""Windows partition a grid of tokens, and number those of a pack so that equal numbers are one window."""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import GRIDS, WINDOWS
 
-from walt_jax.denoiser.attention import WindowAttention
-from walt_jax.denoiser.windows import Window, merge, partition
+from walt_jax.denoiser.layout import place_clips
+from walt_jax.denoiser.windows import Window, merge, partition, window_numbers
 
 AXIS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.booleans())  # window, windows on the axis, written as None
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def window_and_grid(axes):
@@ -26,23 +22,23 @@ def window_and_grid(axes):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.tuples(AXIS, AXIS, AXIS))
-def test_partition_groups_a_windows_tokens_and_merge_puts_them_back(axes):
+@given(st.tuples(AXIS, AXIS, AXIS), st.sampled_from([(), (3,), (2, 3)]))
+def test_partition_groups_a_windows_tokens_and_merge_puts_them_back(axes, features):
     window, sizes, grid = window_and_grid(axes)
     assert window.sizes(grid) == sizes
-    x = np.arange(2 * np.prod(grid) * 3).reshape(2, *grid, 3)
-    parts = partition(x, sizes)
-    assert parts.shape == (x.size // 3 // np.prod(sizes), np.prod(sizes), 3)
+    x = np.arange(2 * math.prod(grid) * math.prod(features)).reshape(2, *grid, *features)
+    tokens = x.reshape(2, -1, *features)
+    parts = partition(tokens, sizes, grid)
     twin = [
-        x[clip, t : t + sizes[0], y : y + sizes[1], z : z + sizes[2]].reshape(-1, 3)
+        x[clip, t : t + sizes[0], y : y + sizes[1], z : z + sizes[2]].reshape(-1, *features)
         for clip in range(2)
         for t in range(0, grid[0], sizes[0])
         for y in range(0, grid[1], sizes[1])
         for z in range(0, grid[2], sizes[2])
     ]
     np.testing.assert_array_equal(parts, twin)
-    np.testing.assert_array_equal(merge(parts, sizes, grid), x)
-    np.testing.assert_array_equal(partition(merge(parts, sizes, grid), sizes), parts)
+    np.testing.assert_array_equal(merge(parts, sizes, grid), tokens)
+    np.testing.assert_array_equal(partition(merge(parts, sizes, grid), sizes, grid), parts)
 
 
 @pytest.mark.parametrize("window", [(2, None, None), (None, 3, 8), (5, 16, 16), (None, None, 5)])
@@ -57,94 +53,37 @@ def test_the_papers_windows():
     assert Window(None, 8, 8).sizes((1, 8, 8)) == (1, 8, 8)
 
 
-def layer_norm(x, scale):
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+def test_a_window_is_never_larger_than_the_largest_clip():
+    assert Window(1, None, None).bounds((5, 16, 24)) == (1, 16, 24)
+    assert Window(None, 8, 8).bounds((5, 16, 4)) == (5, 8, 4)
 
 
-def dense_attention(params, x, sizes, text=None, text_mask=None):
-    """The twin: every token of the grid against every token and text token, in double precision, under a mask."""
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    batch, *grid, dim = x.shape
-    table = params["relative_bias"]
-    heads = table.shape[1]
-    table = table.reshape(*(2 * size - 1 for size in sizes), heads)
-    places = np.array(list(np.ndindex(*grid)))
-    windows = places // np.array(sizes)
-    together = (windows[:, None] == windows[None, :]).all(-1)
-    out = np.empty((batch, len(places), dim))
-    for clip in range(batch):
-        tokens = x[clip].reshape(-1, dim).astype(np.float64)
-        if text is None:
-            sources, visible = tokens, together
-        else:
-            sources = np.concatenate([tokens, text[clip]])
-            visible = np.concatenate([together, np.tile(text_mask[clip], (len(tokens), 1))], axis=1)
-        for head in range(heads):
-            part = slice(head * dim // heads, (head + 1) * dim // heads)
-            query = layer_norm(tokens @ params["query"]["kernel"][:, part], params["query_norm"]["scale"])
-            key = layer_norm(sources @ params["key"]["kernel"][:, part], params["key_norm"]["scale"])
-            value = sources @ params["value"]["kernel"][:, part]
-            logits = query @ key.T / np.sqrt(dim // heads)
-            for q, k in zip(*np.nonzero(together), strict=True):
-                dt, dy, dx = places[q] - places[k]
-                logits[q, k] += table[dt + sizes[0] - 1, dy + sizes[1] - 1, dx + sizes[2] - 1, head]
-            weights = np.where(visible, np.exp(logits), 0)
-            out[clip, :, part] = weights @ value / weights.sum(1, keepdims=True)
-    return (out @ params["out"]["kernel"]).reshape(x.shape)
+def test_names_of_windows_that_differ_differ():
+    assert Window(1, None, 8).name == "1×all×8"
+    windows = [Window(t, y, x) for t in (None, 1, 11) for y in (None, 1, 11) for x in (None, 1, 11)]
+    assert len({window.name for window in windows}) == len(windows)
 
 
-def filled(module, *inputs):
-    shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs))
-    leaves, tree = jax.tree.flatten(shapes)
-    return tree.unflatten([jnp.asarray(normal(i, *leaf.shape)) for i, leaf in enumerate(leaves)])
+@settings(max_examples=50, deadline=None)
+@given(st.lists(GRIDS, max_size=4), WINDOWS, st.none() | st.sets(st.integers(0, 4)), st.integers(0, 9))
+def test_tokens_have_equal_numbers_where_a_loop_finds_them_in_one_window(grids, window, alone, fill):
+    tokens = sum(map(math.prod, grids)) + fill
+    positions, _ = place_clips([grids], tokens, 4)
+    numbers = window_numbers(positions[0], window, None if alone is None else np.array(sorted(alone), np.int32))
+    keys = []
+    for segment, grid in enumerate(grids):
+        for place in np.ndindex(*grid):
+            cell = [0 if size is None else axis // size for axis, size in zip(place, window, strict=True)]
+            keys.append(None if alone and segment in alone else (segment, *cell))
+    keys += [None] * fill
+    order = sorted({key for key in keys if key is not None})  # by segments first
+    np.testing.assert_array_equal(numbers, [-1 if key is None else order.index(key) for key in keys])
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    st.tuples(AXIS, AXIS, AXIS).filter(lambda axes: np.prod([size * count for size, count, _ in axes]) <= 60),
-    st.integers(1, 3),
-    st.integers(4, 6),
-    st.none() | st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=2),
-    st.integers(0, 99),
-)
-def test_equals_dense_attention_under_a_mask(axes, heads, head_dim, text_mask, seed):
-    window, sizes, grid = window_and_grid(axes)
-    dim = heads * head_dim
-    inputs = [normal(seed, 2, *grid, dim)]
-    if text_mask is not None:
-        inputs += [normal(seed + 1, 2, 3, dim), np.array(text_mask)]
-    module = WindowAttention(heads, window, jnp.float32)
-    variables = filled(module, *inputs)
-    ours = jax.jit(module.apply)(variables, *inputs)
-    twin = dense_attention(variables["params"], inputs[0], sizes, *inputs[1:])
-    np.testing.assert_allclose(ours, twin, rtol=1e-3, atol=1e-3)
-
-
-def test_nothing_outside_the_window_and_no_padding_is_seen():
-    grid, module = (2, 4, 4), WindowAttention(2, Window(None, 2, 2), jnp.float32)
-    x, text, mask = normal(0, 2, *grid, 4), normal(1, 2, 3, 4), np.array([[1, 1, 0], [1, 0, 0]], bool)
-    variables = filled(module, x, text, mask)
-
-    @jax.jit
-    def gradients(x, text):
-        def one(x, text):  # the token at (1, 2, 1) of clip 0, in window (0..1, 2..3, 0..1)
-            return module.apply(variables, x, text, mask)[0, 1, 2, 1] @ normal(2, 4)
-
-        return jax.grad(one, argnums=(0, 1))(x, text)
-
-    of_tokens, of_text = (np.any(np.asarray(gradient) != 0, axis=-1) for gradient in gradients(x, text))
-    window = np.zeros((2, *grid), bool)
-    window[0, :, 2:, :2] = True
-    np.testing.assert_array_equal(of_tokens, window)
-    np.testing.assert_array_equal(of_text, mask & [[True], [False]])
-
-
-def test_logits_are_bounded_whatever_the_weights():
-    """q-k normalisation: scaling the projections changes nothing."""
-    x = normal(0, 1, 1, 2, 2, 4)
-    module = WindowAttention(2, Window(None, None, None), jnp.float32)
-    params = filled(module, x)["params"]
-    louder = {**params, "query": {"kernel": 50 * params["query"]["kernel"]}}
-    ours = module.apply({"params": params}, x)
-    np.testing.assert_allclose(module.apply({"params": louder}, x), ours, atol=1e-4)
+def test_numbers_do_not_depend_on_where_in_the_pack_a_token_is():
+    positions, _ = place_clips([[(2, 3, 4), (1, 5, 2)]], 40, 2)
+    order = np.random.default_rng(0).permutation(40)
+    window = Window(None, 2, 3)
+    np.testing.assert_array_equal(
+        window_numbers(positions[0][order], window), window_numbers(positions[0], window)[order]
+    )

@@ -4,6 +4,7 @@ Here a clip is a schedule: levels may differ from clip to clip, so one call samp
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,14 @@ SCHEDULES = [
     Schedule("cosine", shift=0.5),
 ]
 NAMES = [f"{s.name}-{s.shift:g}" for s in SCHEDULES]
-MEAN, DEVIATION = 1.5, 0.4  # of Gaussian data
+# Of Gaussian data, each channel's: errors of several widths don't all change sign at one number of steps.
+MEAN, DEVIATION = np.array([[[1.5, -0.5, 0.2]]]), np.array([[[0.25, 0.5, 1.2]]])
 SHAPE = (len(SCHEDULES), 4, 3)
 NOISE = np.random.default_rng(0).normal(size=SHAPE)
 KEY = jax.random.key(0)
 
-every = pytest.mark.parametrize("name", SAMPLERS)
+# "euler" is "ddim", which `test_equals_the_loop` shows with a twin of each.
+every = pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "euler"])
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def levels(time, low=0.0, high=1.0):
     return tuple(jnp.stack(each)[:, None, None] for each in zip(*pairs, strict=True))
 
 
-inner = functools.partial(levels, low=0.1)  # ends in some noise
+inner = functools.partial(levels, low=0.1, high=0.9)  # where λ is finite
 
 
 def exact(levels):
@@ -58,43 +61,51 @@ def exact(levels):
 def errors(name, levels, steps):
     """The largest error along each schedule.
 
-    The flow takes N(0, 1) to N(MEAN, DEVIATION²) and keeps the place in the distribution at every time.
+    The flow keeps the place in the distribution, which at every time is N(α MEAN, α² DEVIATION² + σ²).
     """
-    noise = jnp.asarray(NOISE)
-    alpha, sigma = levels(jnp.zeros(()))
-    answer = alpha * MEAN + jnp.sqrt(alpha**2 * DEVIATION**2 + sigma**2) * noise
-    x = jax.jit(lambda noise: sample(name, exact(levels), noise, levels, steps, KEY))(noise)
+    start, answer = (
+        alpha * MEAN + jnp.sqrt(alpha**2 * DEVIATION**2 + sigma**2) * NOISE
+        for alpha, sigma in (levels(jnp.float64(1)), levels(jnp.float64(0)))
+    )
+    x = jax.jit(lambda start: sample(name, exact(levels), start, levels, steps, KEY))(start)
     return np.asarray(abs(x - answer).max((1, 2)))
 
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("euler", 0.9, 1.1), ("ddim", 0.9, 1.1), ("heun", 1.8, 2.2), ("dpm++2m", 1.8, 2.7), ("unipc", 2.4, 3.5)],
+    [("ddim", 0.9, 1.1), ("heun", 1.8, 2.2), ("dpm++2m", 1.8, 2.2), ("unipc", 2.5, 3.5)],
 )
 def test_converges_at_its_order(name, least, most, float64):
-    """Down to t = 0.1, by doubling the steps twice."""
-    coarse, fine = (errors(name, inner, steps) for steps in (80, 320))
+    """Between two times with some signal and some noise, by doubling the steps twice."""
+    coarse, fine = (errors(name, inner, steps) for steps in (50, 200))
     orders = dict(zip(NAMES, np.log2(coarse / fine) / 2, strict=True))
     assert all(least < order < most for order in orders.values()), orders
 
 
 @pytest.mark.parametrize(
-    ("name", "worst"), [("euler", 0.06), ("ddim", 0.06), ("heun", 0.009), ("dpm++2m", 0.016), ("unipc", 0.016)]
+    ("name", "coarse", "fine"),
+    [
+        ("ddim", 0.1, 0.015),
+        ("heun", 0.02, 0.0015),
+        ("dpm++2m", 0.02, 0.0015),
+        ("unipc", 0.02, 0.0015),
+    ],
 )
-def test_converges_all_the_way_to_clean_latents(name, worst, float64):
-    coarse, fine = (errors(name, levels, steps) for steps in (40, 160))
-    assert (coarse < worst).all(), dict(zip(NAMES, coarse, strict=True))
-    assert (fine < coarse / 2.5).all(), dict(zip(NAMES, fine / coarse, strict=True))
+def test_converges_from_pure_noise_to_clean_latents(name, coarse, fine, float64):
+    """There the ends' steps, infinite in λ, are of lower order, most so the linear schedule's last."""
+    for steps, worst in ((40, coarse), (320, fine)):
+        found = errors(name, levels, steps)
+        assert (found < worst).all(), dict(zip(NAMES, found, strict=True))
 
 
 def test_ancestral_sampling_converges_in_distribution():
-    noise = jax.random.normal(jax.random.key(1), (len(SCHEDULES), 10_000, 1))
+    noise = jax.random.normal(jax.random.key(1), (len(SCHEDULES), 10_000, 3))
     x = jax.jit(lambda noise: sample("ddpm", exact(levels), noise, levels, 250, KEY))(noise)
-    np.testing.assert_allclose(x.mean((1, 2)), MEAN, atol=0.02)
-    np.testing.assert_allclose(x.std((1, 2)), DEVIATION, atol=0.015)
+    np.testing.assert_allclose(x.mean(1), np.broadcast_to(MEAN[0], (len(x), 3)), atol=0.03)
+    np.testing.assert_allclose(x.std(1), np.broadcast_to(DEVIATION[0], (len(x), 3)), rtol=0.06)
     # And not by keeping its place: what it ends at has little to do with what it began with.
-    for clip, start in zip(np.asarray(x)[..., 0], np.asarray(noise)[..., 0], strict=True):
-        assert abs(np.corrcoef(clip, start)[0, 1]) < 0.5
+    for clip, start in zip(np.asarray(x), np.asarray(noise), strict=True):
+        assert abs(np.corrcoef(clip[:, 0], start[:, 0])[0, 1]) < 0.5
 
 
 # The twins: loops in numpy over (time, α, σ), after the papers.
@@ -113,7 +124,7 @@ def asked(z, time, memory):
 def ddim_twin(z, visits):
     """Song et al., equation 12, in x̂ and ε̂."""
     memory = np.zeros_like(z)
-    for (time, alpha, sigma), (_, next_alpha, next_sigma) in zip(visits, visits[1:], strict=False):
+    for (time, alpha, sigma), (_, next_alpha, next_sigma) in itertools.pairwise(visits):
         x, memory = asked(z, time, memory)
         z = next_alpha * x + next_sigma * (z - alpha * x) / sigma
     return z
@@ -122,7 +133,7 @@ def ddim_twin(z, visits):
 def euler_twin(z, visits):
     """In the flow's variables y = z / (α + σ) and s = σ / (α + σ)."""
     memory = np.zeros_like(z)
-    for (time, alpha, sigma), (_, next_alpha, next_sigma) in zip(visits, visits[1:], strict=False):
+    for (time, alpha, sigma), (_, next_alpha, next_sigma) in itertools.pairwise(visits):
         x, memory = asked(z, time, memory)
         velocity = (z - alpha * x) / sigma - x
         y = z / (alpha + sigma) + (next_sigma / (next_alpha + next_sigma) - sigma / (alpha + sigma)) * velocity
@@ -133,7 +144,7 @@ def euler_twin(z, visits):
 def heun_twin(z, visits):
     """Karras et al., algorithm 1, in y and s."""
     memory = np.zeros_like(z)
-    for (time, alpha, sigma), (next_time, next_alpha, next_sigma) in zip(visits, visits[1:], strict=False):
+    for (time, alpha, sigma), (next_time, next_alpha, next_sigma) in itertools.pairwise(visits):
         x, memory = asked(z, time, memory)
         velocity = (z - alpha * x) / sigma - x
         width = next_sigma / (next_alpha + next_sigma) - sigma / (alpha + sigma)
@@ -149,7 +160,7 @@ def heun_twin(z, visits):
 def ddpm_twin(z, visits):
     """The posterior of Ho et al., equations 6 and 7, of any α and σ as in Kingma et al. 2021, equations 25 to 28."""
     memory = np.zeros_like(z)
-    for step, ((time, alpha, sigma), (_, next_alpha, next_sigma)) in enumerate(zip(visits, visits[1:], strict=False)):
+    for step, ((time, alpha, sigma), (_, next_alpha, next_sigma)) in enumerate(itertools.pairwise(visits)):
         x, memory = asked(z, time, memory)
         alpha_between = alpha / next_alpha
         variance_between = sigma**2 - alpha_between**2 * next_sigma**2
@@ -227,7 +238,7 @@ TWINS = {
 }
 
 
-@every
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(("high", "steps"), [(1.0, 1), (1.0, 2), (1.0, 6), (0.9, 6)])
 def test_equals_the_loop(name, high, steps, float64):
     """From pure noise, and from where there is some signal; the latter down to where there is some noise."""
@@ -242,12 +253,15 @@ def test_equals_the_loop(name, high, steps, float64):
 
 def test_float32_is_enough():
     """The weights of UniPC's corrector lose digits when steps are small: not so many that it matters."""
-    noise = jnp.asarray(NOISE, jnp.float32)
-    run = jax.jit(lambda noise: sample("unipc", exact(levels), noise, levels, 500, KEY))
-    single = np.asarray(run(noise))
+
+    def run(noise):
+        return np.asarray(jax.jit(lambda noise: sample("unipc", exact(levels), noise, levels, 500, KEY))(noise))
+
+    single = run(jnp.asarray(NOISE, jnp.float32))
     with jax.enable_x64(True):
-        double = np.asarray(run(jnp.asarray(np.asarray(noise, np.float64))))
-    np.testing.assert_allclose(single, double, atol=1e-3)
+        double = run(jnp.asarray(NOISE))
+    assert (single.dtype, double.dtype) == (np.float32, np.float64)
+    np.testing.assert_allclose(single, double, atol=3e-5)
 
 
 @every
@@ -298,16 +312,14 @@ def test_a_clip_is_its_own_noise_and_key_alone(name):
     np.testing.assert_allclose(five_steps(name)(noise[:2], keys[:2], 2), together[:2], atol=1e-5)
 
 
-def test_fresh_noise_differs_from_clip_to_clip_and_from_step_to_step():
-    """Of a model that says 0: the flow's steps add up σ' √(1 − κ²) n, of which no two may be the same."""
-    keys = jax.random.split(KEY, 3)
-    x = [
-        sample("ddpm", lambda z, time, memory: (0 * z, memory), jnp.zeros((3, 40, 1)), level, 2, keys)
-        for level in (lambda time: (1 - time, 0.5 + time), lambda time: (1.01 - time, 0.25 + time))
-    ]
-    draws = np.concatenate([np.asarray(a)[..., 0] for a in x])
-    assert len(np.unique(draws[:3].round(5))) == 120
-    np.testing.assert_allclose(np.corrcoef(draws[:3]), np.eye(3), atol=0.5)
+@pytest.mark.parametrize("key", [KEY, jax.random.split(KEY, 3), jax.random.split(KEY, (3, 2))])
+def test_fresh_noise_differs_from_entry_to_entry(key):
+    """Of a model that always says 0, along levels that end in noise: only the drawn noise is left."""
+    x = sample(
+        "ddpm", lambda z, time, memory: (0 * z, memory), jnp.zeros((3, 2, 50)), lambda t: (1 - t, 0.5 + t), 2, key
+    )
+    assert len(np.unique(x.round(6))) > 290
+    np.testing.assert_allclose(np.corrcoef(x.reshape(6, 50)), np.eye(6), atol=0.5)
 
 
 @every

@@ -1,8 +1,7 @@
 """Content-adaptive noise levels: a clip with much detail and motion is trained at more noise than a smooth, still one.
 
-Little noise hides what is smooth less than it hides what neighbours don't repeat, so at one time t clips differ in how
-hard they are. Here t rises with a clip's gradient energy. The model is told the raised time: only how often it sees
-which level changes, not what it should say there, and a sampler need not know any of this.
+A clip's gradient energy raises its training time. The model is told the raised time, so what it should say at a level
+stays the same, only how often it meets such a clip there changes, and a sampler need not know any of this.
 """
 
 import jax.numpy as jnp

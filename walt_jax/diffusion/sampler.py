@@ -5,8 +5,8 @@ where with zero terminal SNR the latents are pure noise, as in training. None is
 ε = (z − α x̂) / σ is needed.
 
 The orders named are those of the error in 1/steps, down to a time that is not 0. The last step, to σ = 0, is of first
-order in all: it leaves about σ² of the time before. For "cosine" and "flow", whose σ falls in proportion to t, that is of
-second order too; for "linear", whose σ falls as √t, it is of first order, if small.
+order in all: it leaves about σ² of the time before. For "cosine" and "flow", whose σ falls in proportion to t, that is
+of second order too; for "linear", whose σ falls as √t, it is of first order, if small.
 """
 
 from collections.abc import Callable

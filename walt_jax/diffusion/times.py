@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from walt_jax.config import Range
 
@@ -49,9 +49,9 @@ def sample_times(config: TimesConfig, key: PRNGKeyArray, shape: tuple[int, ...])
     return jnp.clip(time, SMALLEST, 1 - SMALLEST).reshape(shape)
 
 
-def resolution_shift(tokens: Int[Array, "*n"], base_tokens: int) -> Float[Array, "*n"]:
+def resolution_shift(tokens: Num[Array, "*n"], base_tokens: int) -> Float[Array, "*n"]:
     """The schedule's shift for clips of so many tokens: √(tokens / base_tokens) (SD3, equation 23).
 
-    A patch of padding has no tokens and counts as one, so that its shift stays positive.
+    A place without a clip has no tokens and counts as one, so that its shift stays positive.
     """
     return jnp.sqrt(jnp.maximum(tokens, 1) / base_tokens)

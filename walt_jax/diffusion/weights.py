@@ -22,13 +22,13 @@ def min_snr(kind: Kind, alpha: Float[Array, "*n"], sigma: Float[Array, "*n"], ga
     Returns:
         Finite at both ends. Where α = 0 it is 0 for x0, v and flow: nothing is asked of them at zero SNR.
     """
-    tiny = jnp.finfo(jnp.result_type(alpha, sigma)).tiny
     signal, noise = alpha**2, sigma**2
     match kind:
+        # A division by 0 gives infinity here, which the minimum takes away.
         case "x0":
-            return jnp.minimum(signal / jnp.maximum(noise, tiny), gamma)
+            return jnp.minimum(signal / noise, gamma)
         case "eps":
-            return jnp.minimum(1.0, gamma * noise / jnp.maximum(signal, tiny))
+            return jnp.minimum(1.0, gamma * noise / signal)
         case "v":
             return jnp.minimum(signal, gamma * noise) / (signal + noise) ** 2
         case "flow":

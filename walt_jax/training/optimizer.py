@@ -20,17 +20,18 @@ class OptimizerConfig:
     """How a stage's parameters are updated.
 
     Attributes:
-        name: "adamw", or "muon" for the hidden layers' matrices and convolutions with Adam for everything else.
-        learning_rate: Adam's peak.
+        name: "adamw"; "adafactor" (Shazeer and Stern 2018), whose second moments take the memory of a row and a column
+            of each matrix; or "muon" for the hidden layers' matrices and convolutions with Adam for everything else.
+        learning_rate: Adam's or Adafactor's peak.
         muon_learning_rate: Muon's peak.
         warmup_steps: linear, from 0.
         final_fraction: of the peak, where the cosine ends with the stage.
         b1, b2: Adam's decays of its moments.
         weight_decay: decoupled.
-        clip_norm: of the global gradient, for "adamw"; Muon's updates have a norm of their own.
+        clip_norm: of the global gradient, for "adamw"; the others' updates have a norm of their own.
     """
 
-    name: Literal["adamw", "muon"]
+    name: Literal["adamw", "adafactor", "muon"]
     learning_rate: float
     muon_learning_rate: float = 0.02
     warmup_steps: int = 0
@@ -77,6 +78,12 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Any) -> optax.Gra
             adam_b2=config.b2,
             adam_learning_rate=schedule(config.learning_rate),
             muon_weight_dimension_numbers=muon_dimensions(boxed),
+        )
+    if config.name == "adafactor":
+        return optax.adafactor(
+            schedule(config.learning_rate),
+            multiply_by_parameter_scale=False,  # the papers' learning rates are Adam's
+            weight_decay_rate=config.weight_decay or None,
         )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

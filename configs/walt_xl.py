@@ -1,0 +1,17 @@
+"""W.A.L.T-XL: `walt_l.py` with 28 layers of width 1152, 460M parameters; an FVD of 36 ± 2 on UCF-101 in the paper.
+
+    python -m walt_jax.main --config=configs/walt_xl.py --config.data.source=FOLDER --workdir=runs/walt_xl
+
+60,000 steps of 256 clips on accelerators (table 8); not run here.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
+    config.denoiser.update(dim=1152, layers=28)
+    return config

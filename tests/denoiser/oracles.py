@@ -1,0 +1,125 @@
+"""What the denoiser's tests share: packs to try, and attention written the slow and obvious way."""
+
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from hypothesis import strategies as st
+
+from walt_jax.denoiser.windows import Window
+
+# All packs have one shape, whatever is in them, so that one compiled program is tried on many.
+PACKS, TOKENS, CLIPS = 3, 96, 3
+LARGEST = (3, 5, 6)
+GRIDS = st.tuples(*(st.integers(1, most) for most in LARGEST))
+WINDOWS = st.builds(Window, *3 * [st.none() | st.integers(1, 4)])
+
+
+def _fitting(grids):
+    kept = []
+    for grid in grids:
+        if math.prod(grid) + sum(map(math.prod, kept)) <= TOKENS:
+            kept.append(grid)
+    return kept
+
+
+# Of one to three packs, the others empty.
+BATCHES = st.lists(st.lists(GRIDS, max_size=CLIPS).map(_fitting), min_size=1, max_size=PACKS).map(
+    lambda packs: packs + [[]] * (PACKS - len(packs))
+)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def filled(module, *arguments, scale=0.3):
+    """All parameters random: what is zero at initialisation would hide mistakes."""
+    shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *arguments))
+    leaves, tree = jax.tree.flatten(shapes)
+    return tree.unflatten([scale * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+def places_of(packs, tokens):
+    """(clip, t, y, x) of each token, counted one by one."""
+    places = np.full((len(packs), tokens, 4), -1)
+    for pack, grids in enumerate(packs):
+        row = [(clip, *place) for clip, grid in enumerate(grids) for place in np.ndindex(*grid)]
+        places[pack, : len(row)] = np.array(row).reshape(-1, 4)
+    return places
+
+
+def seen(packs, window, tokens, images_alone=False):
+    """[b, n, n]: whether the first token sees the second. Each sees itself, those that only fill up nothing else."""
+    sees = np.tile(np.eye(tokens, dtype=bool), (len(packs), 1, 1))
+    for pack, grids in enumerate(packs):
+        start = 0
+        for grid in grids:
+            stop = start + math.prod(grid)
+            if not (images_alone and window.time != 1 and grid[0] == 1):
+                places = np.array(list(np.ndindex(*grid)))
+                cells = places // [10**6 if size is None else size for size in window]
+                sees[pack, start:stop, start:stop] = (cells[:, None] == cells[None]).all(-1)
+            start = stop
+    return sees
+
+
+def turned(x, places):
+    """Rotary embedding: pairs of features as complex numbers, turned by t, y or x times their frequency."""
+    pairs = x.shape[-1] // 2
+    side = 3 * pairs // 8
+    angles = [
+        place * 10_000 ** (-number / count)
+        for place, count in zip(np.moveaxis(places, -1, 0), (pairs - 2 * side, side, side), strict=True)
+        for number in range(count)
+    ]
+    turn = np.exp(1j * np.stack(angles, -1))[:, :, None]
+    z = (x[..., :pairs] + 1j * x[..., pairs:]) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def dense_attention(params, x, places, sees, bounds, heads, relative="bias", text=None, text_mask=None, xp=np):
+    """All tokens of a pack against all of its tokens and all of its clips' text, under a mask.
+
+    In double precision with numpy; with `xp=jnp` it has gradients.
+
+    Args:
+        x: [b, n, d].
+        places: (clip, t, y, x) of each token, [b, n, 4].
+        sees: [b, n, n].
+        text, text_mask: [b, s, m, d] and [b, s, m].
+    """
+    if xp is np:
+        params, x, text = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x, text))
+
+    def projected(name, y):
+        y = y @ params[name]["kernel"]
+        y = y.reshape(*y.shape[:-1], heads, y.shape[-1] // heads)
+        if f"{name}_norm" in params:
+            y = y - y.mean(-1, keepdims=True)
+            scale = params[f"{name}_norm"]["scale"].reshape(*(1,) * (y.ndim - 1), -1)
+            y = y / xp.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * scale
+        return y
+
+    batch, tokens, dim = x.shape
+    query, key, value = (projected(name, x) for name in ("query", "key", "value"))
+    q, k = (turned(y, places[..., 1:]) for y in (query, key)) if relative == "rotary" else (query, key)
+    logits = xp.einsum("bqhd,bkhd->bhqk", q, k)
+    if relative == "bias":
+        table = params["relative_bias"].reshape(*(2 * bound - 1 for bound in bounds), heads)
+        offsets = xp.where(sees[..., None], places[:, :, None, 1:] - places[:, None, :, 1:], 0)
+        dt, dy, dx = xp.moveaxis(offsets + np.array(bounds) - 1, -1, 0)
+        logits = logits + math.sqrt(dim // heads) * xp.moveaxis(table[dt, dy, dx], -1, 1)
+    visible = sees
+    if text is not None:
+        clips, words = text.shape[1:3]
+        text = text.reshape(batch, clips * words, dim)
+        logits = xp.concatenate([logits, xp.einsum("bqhd,bkhd->bhqk", query, projected("key", text))], -1)
+        value = xp.concatenate([value, projected("value", text)], 1)
+        own = np.repeat(np.arange(clips), words)[None, None] == places[:, :, :1]
+        visible = xp.concatenate([sees, own & text_mask.reshape(batch, 1, -1)], -1)
+    logits = xp.where(visible[:, None], logits / math.sqrt(dim // heads), -np.inf)
+    weights = xp.exp(logits - logits.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return xp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, dim) @ params["out"]["kernel"]

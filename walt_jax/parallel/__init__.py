@@ -1,0 +1,1 @@
+"""Programs without a device to run them on: what they cost."""

@@ -1,0 +1,183 @@
+"""What a config is made of and what it costs, from its shapes alone: nothing is allocated, no data is read."""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from walt_jax.generation.codec import TrainedTokenizer
+from walt_jax.generation.latent_diffusion import LatentDiffusion
+from walt_jax.parallel.cost import flops, flops_by_module, module_of
+from walt_jax.text.vocabulary import PAD
+from walt_jax.tokenizer.autoencoder import Tokenizer
+from walt_jax.training.loop import ShapeConfig, StageConfig
+from walt_jax.training.run_config import RunConfig, clip_shape, make_model, make_task
+from walt_jax.training.tasks import Task
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """Counts a config's parameters and floating-point operations.
+
+    Returns:
+        `params` {"tokenizer", "text_encoder", "denoiser"}; `forward_flops_per_clip` of the same, of one clip of the
+        data's shape once through (a multiplication and an addition are two); `train_flops_per_step` of the last stage,
+        with everything that is recomputed or run frozen; `stages`, the same of each with its parameters; `modules`,
+        both by module; `protocol`, what is counted.
+    """
+    key = jax.random.key(0)
+    clip = clip_shape(config.data, ShapeConfig())
+    video = jax.ShapeDtypeStruct((1, *clip, 3), jnp.float32)
+    tokenizer = Tokenizer(config.tokenizer)
+    variables = {"tokenizer": _unboxed(jax.eval_shape(tokenizer.init, key, video))}
+    costs = {"tokenizer": flops_by_module(tokenizer.apply, variables["tokenizer"], video)}
+    if config.denoiser is not None:
+        model = make_model(config, _vocab_size(config))
+        params = _unboxed(jax.eval_shape(model.init, key))
+        variables["denoiser"] = params["denoiser"]
+        costs["denoiser"] = _denoiser_flops(model, params)
+        if config.text is not None:
+            variables["text_encoder"] = params["text"]
+            ids = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
+            costs["text_encoder"] = flops_by_module(
+                lambda params, ids: model.text.apply({"params": params}, ids, ids != PAD), params["text"], ids
+            )
+    stages = {name: _stage(config, name, stage) for name, stage in config.stages.items()}
+    return {
+        "params": {name: _size(tree) for name, tree in variables.items()},
+        "forward_flops_per_clip": {name: sum(cost.values()) for name, cost in costs.items()},
+        "train_flops_per_step": list(stages.values())[-1]["train_flops_per_step"],
+        "stages": stages,
+        "modules": {name: _modules(_sizes(tree), costs[name]) for name, tree in variables.items()},
+        "protocol": (
+            f"matrix products and convolutions alone, a multiplication with its addition counted as two; a clip is "
+            f"{clip[0]} frames of {clip[1]} × {clip[2]} pixels, once through each model: encoded and decoded, denoised "
+            "once, its caption read once. A training step: forward and backward, with self-conditioning's first pass"
+        ),
+    }
+
+
+def _modules(sizes: dict[str, int], costs: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Both of each module that has either."""
+    names = dict.fromkeys([*sizes, *costs])
+    return {name: {"params": sizes.get(name, 0), "forward_flops_per_clip": costs.get(name, 0)} for name in names}
+
+
+def _denoiser_flops(model: LatentDiffusion, params: Any) -> dict[str, int]:
+    """Of one pass over one clip, by module."""
+
+    def inputs():
+        ids = jnp.ones((1, 1, 1), jnp.int32)
+        noisy, mask = (model.tokens(jnp.zeros((1, *model.latent_shape[:3], c))) for c in (model.latent_shape[3], 1))
+        time = jnp.zeros((1, 1))
+        words = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), {k: v for k, v in params.items() if k == "text"}
+        )
+        return noisy, time, model.condition(words, ids, noisy, mask, jnp.zeros((1, *model.low_shape)), time)
+
+    def forward(params, inputs):
+        return model.denoiser.apply({"params": params}, *inputs, model.layout)
+
+    return flops_by_module(forward, params["denoiser"], jax.eval_shape(inputs))
+
+
+def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
+    """{"params", "train_flops_per_step"} of a stage; of several shapes of batches the mean."""
+    task = make_task(config, name, _vocab_size(config))
+    params, moving = jax.tree.map(
+        lambda leaf: leaf, jax.eval_shape(lambda: tuple(map(_unboxed, task.init(jax.random.key(0)))))
+    )
+    shapes = list(stage.shapes.values()) or [ShapeConfig()]
+    weights = [shape.weight for shape in shapes]
+    if stage.pack is None:
+        steps = [
+            _gradients(
+                config,
+                task,
+                params,
+                moving,
+                clip_shape(config.data, shape),
+                shape.batch_size or stage.batch_size,
+                stage,
+            )
+            for shape in shapes
+        ]
+        cost = sum(weight * step for weight, step in zip(weights, steps, strict=True)) / sum(weights)
+    else:
+        # Of a token, in clips of the pack's shapes one by one; a pack's filling costs as much.
+        steps, tokens = [], []
+        for shape in shapes:
+            clip = clip_shape(config.data, shape)
+            latents = config.tokenizer.latent_shape(*clip)
+            alone = dataclasses.replace(task, model=_of_shape(task.model, latents))
+            steps.append(_gradients(config, alone, params, moving, clip, 1, stage))
+            tokens.append(math.prod(config.denoiser.grid(latents[:3])))
+        total = sum(weight * step for weight, step in zip(weights, steps, strict=True))
+        each = total / sum(weight * count for weight, count in zip(weights, tokens, strict=True))
+        cost = each * stage.pack.tokens * stage.batch_size
+    return {"params": _size(params), "train_flops_per_step": round(cost)}
+
+
+def _of_shape(model: LatentDiffusion, latents: tuple[int, int, int, int]) -> LatentDiffusion:
+    """The model for clips of one shape, with windows that divide them: each size the next one that does."""
+    config, grid = model.denoiser.config, model.denoiser.config.grid(latents[:3])
+    windows = tuple(
+        tuple(
+            size and next(s for s in range(min(size, axis), axis + 1) if axis % s == 0)
+            for size, axis in zip(w, grid, strict=True)
+        )
+        for w in config.windows
+    )
+    denoiser = model.denoiser.clone(config=dataclasses.replace(config, windows=windows))
+    return dataclasses.replace(model, denoiser=denoiser, latent_shape=latents)
+
+
+def _gradients(
+    config: RunConfig,
+    task: Task,
+    params: Any,
+    moving: Any,
+    clip: tuple[int, int, int],
+    batch_size: int,
+    stage: StageConfig,
+) -> int:
+    """Operations of one step's gradients on clips of one shape."""
+    shape = config.tokenizer.latent_shape(*clip)
+    batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
+    frozen = None
+    if stage.task == "denoiser":
+        words = 1 if config.text is None else config.text.length
+        batch["text"] = jax.ShapeDtypeStruct((batch_size, words), jnp.int32)
+        if stage.cached_clips:
+            batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
+        channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+        video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
+        variables = jax.eval_shape(Tokenizer(config.tokenizer).init, jax.random.key(0), video)
+        frozen = TrainedTokenizer(_unboxed(variables), channels, channels)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return flops(task.gradients, params, moving, frozen, batch, jax.eval_shape(jax.random.key, 0), step)
+
+
+def _vocab_size(config: RunConfig) -> int:
+    """At most so many pieces; how many there are shows when the captions are read."""
+    return 0 if config.text is None else config.text.vocab_size
+
+
+def _unboxed(tree: Any) -> Any:
+    return nn.meta.unbox(tree)
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _sizes(tree: Any) -> dict[str, int]:
+    """Parameters by module, named as `cost.module_of` names them."""
+    sizes: dict[str, int] = collections.Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [str(entry.key) for entry in path if str(entry.key) not in ("params", "codebook")]
+        sizes[module_of("/".join(names[:-1]))] += math.prod(leaf.shape)
+    return sizes

@@ -1,0 +1,170 @@
+"""What a run is made of: a config file's knobs, and the modules that they describe."""
+
+import dataclasses
+import math
+from typing import Annotated
+
+from walt_jax.config import Positive, Range
+from walt_jax.data.pipeline import DataConfig
+from walt_jax.denoiser.layout import Grid
+from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.denoiser.windows import Window
+from walt_jax.diffusion.objective import DiffusionConfig
+from walt_jax.evaluation.evaluate import EvaluationConfig
+from walt_jax.generation.codec import Codec
+from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.text.t5 import T5Config, T5Encoder
+from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
+from walt_jax.tokenizer.inflation import Placement
+from walt_jax.tokenizer.losses import LossConfig
+from walt_jax.tokenizer.perceptual import load_features
+from walt_jax.training.loop import ShapeConfig, StageConfig
+from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
+from walt_jax.training.tokenizer_task import TokenizerTask
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How captions are read.
+
+    Attributes:
+        vocab_size: at most this many sentencepiece pieces, trained on the captions.
+        length: tokens of a caption; what is longer is cut.
+        encoder: of the token embeddings, trained with the denoiser.
+    """
+
+    vocab_size: Positive
+    length: Positive
+    encoder: T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made of; a config file's knobs are these fields.
+
+    Without `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `text` is there where the
+    denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
+    tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
+    """
+
+    seed: Annotated[int, Range(0, 2**31 - 1)]
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    stages: dict[str, StageConfig]
+    evaluation: EvaluationConfig
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    inflation: Placement = "last"
+    text: TextConfig | None = None
+    denoiser: DenoiserConfig | None = None
+    diffusion: DiffusionConfig | None = None
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
+    sampling: SamplingConfig | None = None
+
+    def __post_init__(self):
+        tasks = [stage.task for stage in self.stages.values()]
+        wanted = {"tokenizer"} if self.denoiser is None else {"tokenizer", "denoiser"}
+        if sorted(tasks, reverse=True) != tasks or set(tasks) != wanted:
+            also = "" if self.denoiser is None else " and then at least one for the denoiser"
+            raise ValueError(f"stages are at least one for the tokenizer{also}")
+        groups = {name: getattr(self, name) is not None for name in ("denoiser", "diffusion", "sampling")}
+        if len(set(groups.values())) > 1:
+            missing = next(name for name, given in groups.items() if not given)
+            raise ValueError(f"{missing} is missing; denoiser, diffusion and sampling go together")
+        if (self.text is not None) != (self.denoiser is not None and self.denoiser.cross_attention):
+            raise ValueError("text and denoiser.cross_attention go together: give both or neither")
+        shape = self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
+        for name, stage in self.stages.items():
+            for kind, changed in stage.shapes.items():
+                try:
+                    self.tokenizer.latent_shape(*clip_shape(self.data, changed))
+                except ValueError as error:
+                    raise ValueError(f"stages.{name}.shapes.{kind}: {error}") from error
+        tokenizers = [name for name, stage in self.stages.items() if stage.task == "tokenizer"]
+        if self.makes_images(tokenizers[-1]):
+            raise ValueError(
+                f"stages.{tokenizers[-1]} is the last of the tokenizer and has images alone; let one on video follow, "
+                "or make a tokenizer of images: tokenizer.taps=1, no stride in time, data.frames=1"
+            )
+        if self.denoiser is not None:
+            self._check_denoiser(shape)
+
+    def makes_images(self, stage: str) -> bool:
+        """Whether a stage trains the tokenizer of images that the next one inflates."""
+        config = self.stages[stage]
+        return config.task == "tokenizer" and config.of_images and self.tokenizer.taps > 1
+
+    def _check_denoiser(self, shape: tuple[int, ...]) -> None:
+        denoiser, conditioning = self.denoiser, self.conditioning
+        grid = denoiser.grid(shape[:3])
+        for window in denoiser.windows:
+            Window(*window).sizes(grid)
+        if denoiser.classes and denoiser.cross_attention:
+            raise ValueError("denoiser.classes and cross_attention exclude each other: a caption is a class, or a text")
+        if (self.diffusion.self_conditioning > 0) != denoiser.self_conditioning:
+            raise ValueError(
+                f"denoiser.self_conditioning is {denoiser.self_conditioning} and its probability, "
+                f"diffusion.self_conditioning, {self.diffusion.self_conditioning:g}; one asks for the other"
+            )
+        if bool(conditioning.frames) != denoiser.frame_prediction or bool(conditioning.frames) != (
+            conditioning.probability > 0
+        ):
+            raise ValueError("denoiser.frame_prediction, conditioning.frames and its probability go together")
+        if conditioning.frames and (denoiser.patch_size[0] > 1 or max(conditioning.frames) >= shape[0]):
+            raise ValueError(
+                f"conditioning.frames {conditioning.frames} should be fewer than the {shape[0]} latent frames, and "
+                "denoiser.patch_size 1 in time"
+            )
+        scale = denoiser.upscale
+        if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
+            raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
+        for name, stage in self.stages.items():
+            if stage.task == "denoiser" and scale > 1 and stage.cached_clips:
+                raise ValueError(f"stages.{name}.cached_clips: what upscales needs the clips, not their latents")
+            if stage.pack is None:
+                continue
+            if self.diffusion.adaptive > 0:
+                raise ValueError(f"diffusion.adaptive is for clips of one size; stages.{name} has packs")
+            for kind, changed in stage.shapes.items():
+                clip = math.prod(denoiser.grid(self.tokenizer.latent_shape(*clip_shape(self.data, changed))[:3]))
+                if clip > stage.pack.tokens:
+                    raise ValueError(
+                        f"stages.{name}.shapes.{kind} has {clip} tokens a clip, which overflow packs of "
+                        f"{stage.pack.tokens}; raise stages.{name}.pack.tokens"
+                    )
+
+    @property
+    def bounds(self) -> Grid:
+        """Tokens along (t, h, w) of the largest clip that the denoiser sees."""
+        shapes = [ShapeConfig()]
+        for stage in self.stages.values():
+            if stage.task == "denoiser":
+                shapes += stage.shapes.values()
+        latents = [self.tokenizer.latent_shape(*clip_shape(self.data, shape))[:3] for shape in shapes]
+        t, h, w = (max(axis) for axis in zip(*map(self.denoiser.grid, latents), strict=True))
+        return t, h, w
+
+
+def clip_shape(data: DataConfig, changed: ShapeConfig) -> tuple[int, int, int]:
+    """(frames, height, width) of a shape's clips."""
+    return changed.frames or data.frames, changed.height or data.height, changed.width or data.width
+
+
+def make_model(config: RunConfig, vocab_size: int) -> LatentDiffusion:
+    """The models that sample; `vocab_size` is read where the config has text."""
+    text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
+    shape = config.tokenizer.latent_shape(*clip_shape(config.data, ShapeConfig()))
+    denoiser = Denoiser(config.denoiser, config.bounds)
+    return LatentDiffusion(Codec(Tokenizer(config.tokenizer)), text, denoiser, config.diffusion, shape)
+
+
+def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
+    """What a stage trains.
+
+    Raises:
+        UserError: if the perceptual loss's weights can't be read.
+    """
+    if config.stages[stage].task == "denoiser":
+        return DenoiserTask(make_model(config, vocab_size), config.conditioning)
+    shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
+    path = config.losses.perceptual_weights
+    return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)
