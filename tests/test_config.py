@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from walt_jax.config import Fraction, Positive, build
 from walt_jax.errors import UserError
-from walt_jax.training.run import RunConfig
+from walt_jax.training.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--config.data.width=24"], ["config.data", "width=24"]),
         ([TINY, "--workdir=W", "--config.data.frames=6"], ["frames", "1 + 4n"]),
         ([TINY, "--workdir=W", "--config.stages.denoiser.optimizer.name=adan"], ["adan", "adamw"]),
-        ([TINY, "--workdir=W", "--config.diffusion.schedule=lineal"], ["lineal", "linear"]),
+        ([TINY, "--workdir=W", "--config.diffusion.schedule.name=lineal"], ["lineal", "linear"]),
         ([TINY, "--workdir=W", "--config.denoiser.windows=((None, 3, 3),)"], ["window", "(None, 3, 3)"]),
         ([TINY, "--workdir=W", "--config.tokenizer.norm_groups=3"], ["norm_groups=3"]),
         ([CLIPS, "--workdir=W"], ["config.data.source"]),

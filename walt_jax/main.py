@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
-MODES = ("train", "sample", "evaluate", "reconstruct", "plan")
+MODES = ("train", "sample", "evaluate", "reconstruct", "plan", "benchmark")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -272,13 +272,38 @@ def plan(values: flags.FlagValues) -> None:
     print(f"wrote {workdir / 'plan.json'}")
 
 
+def benchmark(values: flags.FlagValues) -> None:
+    """Times the config's parts, or those of the workdir's run, on this machine; reads no data."""
+    from walt_jax.workdir import write_atomically
+
+    run, _ = open_run(values)
+
+    from walt_jax.training.benchmark import benchmark
+
+    rows = benchmark(run.config)
+    for row in rows:
+        mfu = f"{row['mfu']:6.1%} of peak" if "mfu" in row else ""
+        rate = f"{row['tokens_per_second']:12,.0f} tokens a second" if "tokens_per_second" in row else ""
+        print(f"{row['name']:36} {row['seconds_median']:9.4f} s {mfu:15} {rate}")
+    print(f"peak: {rows[0]['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s, {rows[0]['peak']}")
+    write_atomically(run.workdir / "benchmark.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    print(f"wrote {run.workdir / 'benchmark.json'}")
+
+
 def main(argv: list[str]) -> int:
     """Runs a mode; returns the exit code."""
     try:
         values = parse(argv)
         if not values.workdir:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
-        modes = {"train": train, "sample": sample, "evaluate": evaluate, "reconstruct": reconstruct, "plan": plan}
+        modes = {
+            "train": train,
+            "sample": sample,
+            "evaluate": evaluate,
+            "reconstruct": reconstruct,
+            "plan": plan,
+            "benchmark": benchmark,
+        }
         modes[values.mode](values)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

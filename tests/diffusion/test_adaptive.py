@@ -91,7 +91,7 @@ def test_the_signal_is_raised_to_a_power(schedule, time, amount, strength):
 @given(time=st.floats(0, 1, width=32), amount=AMOUNTS, strength=st.floats(0, 2))
 def test_more_complex_never_means_less_noise(schedule, time, amount, strength):
     after = adapted(schedule, jnp.full((3,), time, jnp.float32), amount, strength)
-    assert (jnp.diff(after) >= 0).all()
+    assert (jnp.diff(after) >= -1e-6).all()
 
 
 @each

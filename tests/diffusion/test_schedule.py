@@ -46,8 +46,8 @@ def test_the_sum_is_kept_and_signal_is_lost(schedule, times, shift):
     for factor in (None, shift):
         alpha, sigma = levels(schedule, times, factor)
         np.testing.assert_allclose(alpha + sigma if schedule.name == "flow" else alpha**2 + sigma**2, 1, atol=1e-6)
-        assert (np.diff(alpha) <= 2e-7).all()
-        assert (np.diff(sigma) >= -2e-7).all()
+        assert (np.diff(alpha) <= 3e-7).all()
+        assert (np.diff(sigma) >= -3e-7).all()
 
 
 @each
@@ -133,7 +133,7 @@ def test_shifts_multiply_the_ratio_and_each_other(name, times, first, second):
 def test_the_time_of_an_alpha(schedule, times):
     alpha, _ = levels(schedule, times)
     back = compiled_time(schedule, jnp.asarray(alpha, jnp.float32))
-    np.testing.assert_allclose(back, times, atol=1e-3)  # near t = 0 α says little about t
+    np.testing.assert_allclose(back, times, atol=2e-3)  # near t = 0 α says little about t
     np.testing.assert_allclose(next(levels(schedule, back)), alpha, atol=1e-6)
 
 

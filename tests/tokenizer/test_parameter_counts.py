@@ -7,15 +7,15 @@ import jax
 import pytest
 
 from walt_jax.config import build
-from walt_jax.training.run import Run, RunConfig
+from walt_jax.training.run_config import RunConfig, make_task
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def counted(name: str, stage: str) -> dict[str, int]:
     knobs = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
-    run = Run(build(RunConfig, knobs, "config"), pathlib.Path("unused"))
-    params, _ = jax.eval_shape(run._task(stage).init, jax.random.key(0))
+    task = make_task(build(RunConfig, knobs, "config"), stage, vocab_size=0)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
     sizes = {**params, **params["tokenizer"]}
     return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in sizes.items()}
 

@@ -1,0 +1,185 @@
+"""Packs hold each clip once an epoch, overflow nothing, let no clip starve, waste little, and go on where stopped."""
+
+import collections
+import itertools
+import json
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from walt_jax.data.packing import Item, Packed, fill
+
+TOKENS, CLIPS = 20, 4
+SIZES = st.lists(st.integers(1, TOKENS), min_size=1, max_size=30)
+
+
+def in_order(sizes, seed=None):
+    """Endless epochs of clips of these sizes, shuffled where there is a seed."""
+    numbers = grain.MapDataset.range(len(sizes))
+    if seed is not None:
+        numbers = numbers.seed(seed).shuffle()
+    return numbers.repeat().map(lambda index: (int(index), int(sizes[index])))
+
+
+def packed(sizes, batch_size=2, tokens=TOKENS, clips=CLIPS, buffer=8, seed=None):
+    items = in_order(sizes, seed).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    return Packed(items, batch_size, tokens, clips, buffer)
+
+
+def taken(dataset, count):
+    return list(itertools.islice(iter(dataset), count))
+
+
+def clips_of(batches):
+    return [item for batch in batches for pack in batch for item in pack]
+
+
+def waiting_list(sizes):
+    return [Item(index, size) for index, size in enumerate(sizes)]
+
+
+def fill_twin(waiting, tokens, clips):
+    """Tries every clip for every place, and keeps the largest; a stable sort keeps the one that came first."""
+    pack, left = [waiting[0]], list(range(1, len(waiting)))
+    while len(pack) < clips:
+        room = tokens - sum(item.tokens for item in pack)
+        fitting = [place for place in left if waiting[place].tokens <= room]
+        candidates = sorted(fitting, key=lambda place: -waiting[place].tokens)
+        if not candidates:
+            break
+        pack.append(waiting[candidates[0]])
+        left.remove(candidates[0])
+    return pack, [waiting[place] for place in left]
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.integers(1, 6))
+def test_a_pack_is_the_slow_twins(sizes, clips):
+    waiting = waiting_list(sizes)
+    assert fill(waiting, TOKENS, clips) == fill_twin(waiting, TOKENS, clips)
+    assert waiting == waiting_list(sizes)  # left as it was
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.integers(1, 6))
+def test_a_pack_is_of_those_that_wait_overflows_nothing_and_has_no_room_for_another(sizes, clips):
+    waiting = waiting_list(sizes)
+    pack, rest = fill(waiting, TOKENS, clips)
+    total = sum(item.tokens for item in pack)
+    assert sorted(pack + rest) == waiting
+    assert rest == sorted(rest)  # still in the order of their coming
+    assert pack[0] == waiting[0]
+    assert total <= TOKENS
+    assert len(pack) <= clips
+    assert len(pack) == clips or all(item.tokens > TOKENS - total for item in rest)
+
+
+def test_by_hand():
+    pack, rest = fill([Item(7, 5), Item(1, 9), Item(2, 6), Item(3, 9), Item(4, 1)], 20, 3)
+    assert pack == [Item(7, 5), Item(1, 9), Item(2, 6)]
+    assert rest == [Item(3, 9), Item(4, 1)]
+
+
+def test_two_equal_clips_are_not_taken_for_one():
+    """An index comes again in the next epoch, and may wait beside itself."""
+    same = Item(0, 6)
+    assert fill([same, same, same, same], 20, 4) == ([same, same, same], [same])
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.integers(1, 3), st.integers(1, 12), st.integers(1, 6))
+def test_batches_are_packs_of_a_queue(sizes, batch_size, buffer, clips):
+    """Kept by hand: clips come in the data's order, the oldest always goes, and nothing is lost or taken twice."""
+    order, queue, come = in_order(sizes), [], 0
+    iterator = iter(packed(sizes, batch_size, TOKENS, clips, buffer))
+    for _ in range(8):
+        batch = next(iterator)
+        assert len(batch) == batch_size
+        for pack in batch:
+            while len(queue) < buffer:
+                queue.append(Item(*order[come]))
+                come += 1
+            assert pack[0] == queue[0]  # so a clip waits for at most `buffer` packs
+            assert len(pack) <= clips
+            assert sum(item.tokens for item in pack) <= TOKENS
+            for item in pack:
+                queue.remove(item)
+    assert [Item(*item) for item in iterator.get_state()["waiting"]] == queue
+
+
+@settings(max_examples=20, deadline=None)
+@given(SIZES, st.integers(1, 8))
+def test_each_clip_comes_once_an_epoch(sizes, buffer):
+    """Neighbouring epochs mix, as those that wait are overtaken; with what waits they are whole."""
+    iterator, seen = iter(packed(sizes, 1, buffer=buffer)), []
+    while len(seen) < 3 * len(sizes):
+        seen += clips_of([next(iterator)])
+    left = [Item(*item) for item in iterator.get_state()["waiting"]]
+    times = collections.Counter(item.index for item in seen + left)
+    assert set(times) == set(range(len(sizes)))
+    assert max(times.values()) - min(times.values()) <= 1
+    # With a buffer of one there is no choice: the data's order, an epoch after the other.
+    plain = [item.index for item in clips_of(taken(packed(sizes, 1, buffer=1), 2 * len(sizes)))]
+    for start in (0, len(sizes)):
+        assert sorted(plain[start : start + len(sizes)]) == list(range(len(sizes)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, TOKENS), st.integers(1, 12))
+def test_no_clip_starves(odd, buffer):
+    """One clip that never fits beside the others: it goes when it is the oldest."""
+    sizes = [10] * 9 + [odd]
+    batches = taken(packed(sizes, 1, TOKENS, 2, buffer), 30)
+    places = [number for number, batch in enumerate(batches) for item in batch[0] if item.index == 9]
+    assert places[0] <= 10
+    assert max(np.diff(places), default=0) <= 10 + buffer
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIZES, st.integers(0, 12), st.integers(1, 3), st.integers(1, 12))
+def test_from_a_state_an_iterator_goes_on_with_the_same_packs(sizes, before, batch_size, buffer):
+    dataset = packed(sizes, batch_size, buffer=buffer)
+    iterator = iter(dataset)
+    for _ in range(before):
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    expected = [next(iterator) for _ in range(6)]
+    other = iter(packed(sizes, batch_size, buffer=buffer))
+    next(other)  # wherever it stands
+    other.set_state(json.loads(state))
+    assert [next(other) for _ in range(6)] == expected
+    assert json.loads(json.dumps(other.get_state())) == json.loads(json.dumps(iterator.get_state()))
+
+
+def test_a_state_is_a_copy():
+    iterator = iter(packed([3, 5, 7, 11, 13]))
+    next(iterator)
+    state = iterator.get_state()
+    kept = json.dumps(state)
+    next(iterator)
+    assert json.dumps(state) == kept
+
+
+def test_the_seed_changes_the_packs():
+    sizes = np.random.default_rng(0).integers(1, TOKENS, 50).tolist()
+    first, again, other = (taken(packed(sizes, seed=seed), 5) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens"),
+    [
+        ([5 * 16 * 16, 16 * 16, 3 * 12 * 20, 5 * 12 * 20, 9 * 15, 2 * 16 * 28], 4096),
+        (list(range(64, 1281, 16)), 4096),
+    ],
+)
+def test_nearly_all_of_a_pack_is_clips(sizes, tokens):
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(sizes, 2000).tolist()
+    batches = taken(packed(drawn, 4, tokens, 32, 256), 50)
+    used = sum(item.tokens for item in clips_of(batches))
+    assert used / (50 * 4 * tokens) >= 0.97

@@ -1,0 +1,281 @@
+"""How fast the parts of a config are on the machine at hand, in one run, so that their ratios can be trusted."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from walt_jax.denoiser.attention import WindowAttention
+from walt_jax.denoiser.grouping import scores_computed, scores_needed
+from walt_jax.denoiser.layout import Grid, Layout, make_pack, place_clips, row_lengths
+from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.denoiser.windows import Window, window_numbers
+from walt_jax.generation.codec import TrainedTokenizer
+from walt_jax.generation.latent_diffusion import LatentDiffusion
+from walt_jax.parallel.cost import flops
+from walt_jax.training.loop import ShapeConfig, StageConfig
+from walt_jax.training.optimizer import make_optimizer
+from walt_jax.training.run_config import RunConfig, clip_shape, make_model, make_task
+from walt_jax.training.state import COMPILER_OPTIONS, TrainState, make_train_step
+from walt_jax.training.tasks import DenoiserTask
+
+ROUNDS = 7
+# Of dense bfloat16 products, in operations a second, as the makers state them.
+STATED_PEAKS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+@dataclasses.dataclass
+class Part:
+    """Something to be timed.
+
+    Attributes:
+        name: in `benchmark.json`.
+        run: does it once and returns what to wait for.
+        flops: matrix products and convolutions of it, see `parallel.cost`.
+        tokens: that are of clips, if it is about tokens.
+        valid: their share of all tokens.
+        more: further figures.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    flops: int
+    tokens: int = 0
+    valid: float = 1.0
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def benchmark(config: RunConfig) -> list[dict[str, Any]]:
+    """Times training and sampling steps of random models on random latents; no data is read.
+
+    Parts are timed in turn, each once a round, so that a machine that is slow for a while is slow for all.
+
+    Returns:
+        For each part {"name", "seconds_median", "flops", "flops_per_second", "peak_flops_per_second", "peak", "mfu",
+        "tokens_per_second", "tokens_valid_fraction", "device"}; the last but one where it is about tokens.
+    """
+    dtype = (config.denoiser or config.tokenizer).dtype
+    parts = [_tokenizer(config), *([] if config.denoiser is None else _denoiser(config))]
+    product = _product(dtype)
+    with tqdm.tqdm(total=(ROUNDS + 1) * (len(parts) + 1), desc="timing", unit="run", dynamic_ncols=True) as progress:
+        seconds: dict[str, list[float]] = {part.name: [] for part in (product, *parts)}
+        for number in range(ROUNDS + 1):
+            for part in (product, *parts):
+                began = time.perf_counter()
+                jax.block_until_ready(part.run())
+                if number:  # the first run compiles
+                    seconds[part.name].append(time.perf_counter() - began)
+                progress.update()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    device = jax.devices()[0].device_kind
+    peak, named = product.flops / medians[product.name], f"measured here: {product.name}"
+    for kind, stated in STATED_PEAKS.items():
+        if device.startswith(kind) and dtype == "bfloat16":
+            peak, named = stated, f"stated for {kind}, dense bfloat16"
+    rows = []
+    for part in (product, *parts):
+        row = {
+            "name": part.name,
+            "seconds_median": medians[part.name],
+            "seconds_fastest": min(seconds[part.name]),
+            "peak_flops_per_second": peak,
+            "peak": named,
+            "device": device,
+        }
+        if part.flops:
+            rate = part.flops / medians[part.name]
+            row |= {"flops": part.flops, "flops_per_second": rate, "mfu": rate / peak}
+        if part.tokens:
+            row |= {
+                "tokens_per_second": part.tokens / medians[part.name],
+                "tokens_valid_fraction": part.valid,
+            }
+        rows.append({**row, **part.more})
+    return rows
+
+
+def _product(dtype: str) -> Part:
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((side, side), dtype)
+    multiply = jax.jit(jnp.matmul)
+    return Part(f"matmul {side}³ {dtype}", lambda: multiply(x, x), 2 * side**3)
+
+
+class _Training:
+    """A train step that is called again and again: its state is donated and replaced."""
+
+    def __init__(self, task: Any, stage: StageConfig, frozen: Any, batch: Any):
+        self.key, self.frozen, self.batch = jax.random.key(0), frozen, batch
+        optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, self.key)[0])
+        # Copied: what is donated must be this part's own.
+        params, moving = jax.tree.map(jnp.copy, nn.meta.unbox(jax.jit(task.init)(self.key)))
+        self.state = TrainState.create(params, moving, task, optimizer)
+        self.step = make_train_step(task, optimizer, stage.ema_decay)
+        self.flops = flops(task.gradients, params, moving, frozen, batch, self.key, self.state.step)
+
+    def __call__(self) -> Any:
+        self.state, metrics = self.step(self.state, self.frozen, self.batch, self.key)
+        return metrics
+
+
+def _tokenizer(config: RunConfig) -> Part:
+    name, stage = [(n, s) for n, s in config.stages.items() if s.task == "tokenizer"][-1]
+    shapes = list(stage.shapes.values()) or [ShapeConfig()]
+    clip = clip_shape(config.data, shapes[0])
+    count = shapes[0].batch_size or stage.batch_size
+    video = np.random.default_rng(0).integers(0, 255, (count, *clip, 3), dtype=np.uint8)
+    step = _Training(make_task(config, name, 0), stage, None, {"video": video})
+    latents = count * math.prod(config.tokenizer.latent_shape(*clip)[:3])
+    return Part("tokenizer_train_step", step, step.flops, latents, 1.0, {"clips": count, "clip": list(clip)})
+
+
+def _denoiser(config: RunConfig) -> list[Part]:
+    _, stage = [(n, s) for n, s in config.stages.items() if s.task == "denoiser"][-1]
+    model = make_model(config, 0 if config.text is None else config.text.vocab_size)
+    task = DenoiserTask(model, config.conditioning)
+    grid = model.layout.grid
+    tokens = math.prod(grid)
+    count = stage.batch_size
+    if stage.pack is not None:
+        count = max(1, stage.batch_size * stage.pack.tokens // tokens)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(count, *model.latent_shape)).astype(np.float32)
+    words = np.ones((count, 1 if config.text is None else config.text.length), np.int32)
+    frozen = _frozen(model)
+    batch = {"latents": latents, "text": words}
+    if config.denoiser.upscale > 1:
+        batch = {"video": np.zeros((count, *clip_shape(config.data, ShapeConfig()), 3), np.uint8), "text": words}
+    dense = _Training(task, stage, frozen, batch)
+    parts = [Part("denoiser_train_step", dense, dense.flops, count * tokens)]
+    full = dataclasses.replace(config.denoiser, windows=((None, None, None),) * len(config.denoiser.windows))
+    if full != config.denoiser:
+        other = _with(model, full)
+        step = _Training(DenoiserTask(other, config.conditioning), stage, frozen, batch)
+        parts.append(Part("denoiser_train_step_full_attention", step, step.flops, count * tokens))
+    if config.denoiser.upscale == 1:
+        together = next(size for size in range(min(count, max(1, 2048 // tokens)), 0, -1) if count % size == 0)
+        equal = [[grid] * together] * (count // together)
+        parts.append(_packed("denoiser_train_step_packed_equal", task, stage, frozen, equal, words, dense.flops))
+        mixed = [_filled(grid, together * tokens, rng) for _ in equal]
+        parts.append(_packed("denoiser_train_step_packed_mixed", task, stage, frozen, mixed, words, None))
+    parts.append(_sampling(model, dense.state.params, words, count * tokens))
+    return [*parts, *_attention(model)]
+
+
+def _frozen(model: LatentDiffusion) -> TrainedTokenizer:
+    tokenizer = model.codec.tokenizer
+    strides = tokenizer.config.strides
+    variables = jax.jit(tokenizer.init)(jax.random.key(0), jnp.zeros((1, 1, *strides[1:], 3)))
+    channels = model.latent_shape[3]
+    return TrainedTokenizer(nn.meta.unbox(variables), jnp.zeros(channels), jnp.ones(channels))
+
+
+def _with(model: LatentDiffusion, config: DenoiserConfig) -> LatentDiffusion:
+    return dataclasses.replace(model, denoiser=Denoiser(config, model.denoiser.bounds))
+
+
+def _packed(
+    name: str,
+    task: DenoiserTask,
+    stage: StageConfig,
+    frozen: TrainedTokenizer,
+    packs: list[list[Grid]],
+    words: np.ndarray,
+    cost: int | None,
+) -> Part:
+    """A train step on packs; `cost` is that of the same clips as a batch, where they are equal."""
+    config = task.model.denoiser.config
+    length, clips = max(sum(map(math.prod, pack)) for pack in packs), max(map(len, packs))
+    positions, sizes = place_clips(packs, length, clips)
+    windows = config.attention_windows
+    lengths = row_lengths(positions, sizes, windows, config.images_alone)
+    pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
+    width = task.model.latent_shape[3] * math.prod(config.patch_size)
+    tokens = np.random.default_rng(0).normal(size=(len(packs), length, width)).astype(np.float32)
+    text = np.broadcast_to(words[0], (len(packs), clips, words.shape[1])).copy()
+    step = _Training(task, stage, frozen, {"tokens": tokens, "text": text, "pack": pack})
+    valid = float((positions[..., 0] >= 0).mean())
+    scores = sum(map(scores_computed, pack.groups.values()))
+    more = {"packs": len(packs), "tokens_per_pack": length, "attention_scores_computed": scores}
+    # The trace counts the dearest row length for every chunk; what is not counted exactly is not given.
+    return Part(name, step, cost or 0, int(valid * tokens.shape[0] * length), valid, more)
+
+
+def _attention(model: LatentDiffusion) -> list[Part]:
+    """One layer of attention with its gradients on a pack of 1,024 to 16,384 tokens, and on one clip without windows."""
+    config, grid = model.denoiser.config, model.layout.grid
+    window = Window(*config.windows[-1])
+    parts = []
+    for tokens in (1024, 4096, 16384):
+        packs = [_filled(grid, tokens, np.random.default_rng(0))]
+        positions, sizes = place_clips(packs, tokens, len(packs[0]))
+        lengths = row_lengths(positions, sizes, [window])
+        pack = make_pack(positions, sizes, [window], lengths)
+        needed = scores_needed([window_numbers(positions[0], window)])
+        valid = float((positions[..., 0] >= 0).mean())
+        scores = {"attention_scores_computed_over_needed": scores_computed(pack.groups[window.name]) / needed}
+        run = _layer(config, window, grid, Layout(pack=pack), tokens)
+        parts.append(Part(f"attention_pack_of_{tokens}_tokens", run, 0, round(valid * tokens), valid, scores))
+    whole = Window(None, None, None)
+    for tokens in (1024, 4096):
+        run = _layer(config, whole, (1, 1, tokens), Layout(grid=(1, 1, tokens)), tokens)
+        parts.append(Part(f"full_attention_of_{tokens}_tokens", run, 0, tokens))
+    return parts
+
+
+def _layer(config: DenoiserConfig, window: Window, bounds: Grid, layout: Layout, tokens: int) -> Callable[[], Any]:
+    """A call of one attention layer and its gradients."""
+    relative = config.relative if layout.pack is not None else "none"
+    layer = WindowAttention(
+        config.heads, window, window.bounds(bounds), relative, config.qk_norm, jnp.dtype(config.dtype)
+    )
+    x = jax.random.normal(jax.random.key(0), (1, tokens, config.dim))
+    params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x, layout))
+    slope = jax.jit(jax.grad(lambda params, x, layout: jnp.square(layer.apply(params, x, layout)).sum(), (0, 1)))
+    return lambda: slope(params, x, layout)
+
+
+def _filled(grid: Grid, tokens: int, rng: np.random.Generator) -> list[Grid]:
+    """Clips of random sizes up to `grid`, images among them, of so many tokens or a few less."""
+    clips: list[Grid] = []
+    misses = 0
+    while misses < 20:
+        t, h, w = (int(rng.integers(max(1, axis // 2), axis + 1)) for axis in grid)
+        clip = (1 if rng.random() < 0.3 else t, h, w)
+        if sum(map(math.prod, clips)) + math.prod(clip) > tokens:
+            misses += 1
+        else:
+            clips.append(clip)
+    return clips
+
+
+def _sampling(model: LatentDiffusion, params: Any, words: np.ndarray, tokens: int) -> Part:
+    """One evaluation of the denoiser for as many clips as a training step has."""
+    noisy = model.tokens(jnp.zeros((len(words), *model.latent_shape)))
+    time = jnp.full((len(words), 1), 0.5)
+    mask = model.tokens(jnp.zeros((len(words), *model.latent_shape[:3], 1)))
+    low = jnp.zeros((len(words), *model.low_shape))
+
+    def evaluation(params, noisy):
+        condition = model.condition(params, jnp.asarray(words)[:, None], noisy, mask, low, time)
+        return model.denoise(params, condition, model.layout)(noisy, time, jnp.zeros_like(noisy))
+
+    params = jax.tree.map(jnp.copy, params)
+    compiled = jax.jit(evaluation, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+    cost = flops(evaluation, params, noisy)
+    return Part("denoiser_sampling_step", lambda: compiled(params, noisy), cost, tokens)
