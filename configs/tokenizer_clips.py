@@ -39,6 +39,7 @@ def get_config(head: str = "continuous") -> ConfigDict:
                 "residual_blocks": 1,
                 "norm_groups": 8,
                 "patch_size": 2,
+                "block_transform": True,
                 "dtype": "float32",
                 **HEADS[head],
             },

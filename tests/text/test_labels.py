@@ -58,7 +58,7 @@ def test_from_a_file(tmp_path):
     assert "東京" in path.read_text(encoding="utf-8")  # to be read by people, too
 
 
-@pytest.mark.parametrize("content", [None, b"", b'["cat", ', b"\xff\xfe", b"3"], ids=str)
+@pytest.mark.parametrize("content", [None, b"", b'["cat", ', b"\xff\xfe", b"3", b'{"cat": 0}'], ids=str)
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     path = tmp_path / "labels.json"
     if content is not None:

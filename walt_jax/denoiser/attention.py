@@ -16,6 +16,7 @@ from walt_jax.denoiser.windows import Window, merge, partition
 from walt_jax.layers import Linear
 
 Relative = Literal["bias", "rotary", "none"]
+NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that is not seen; not infinite, for a row may have no other
 
 
 def relative_index(
@@ -56,8 +57,18 @@ def attend(
     bias: Float[Array, "b heads q k"] | None = None,
     mask: Bool[Array, "b 1 q k"] | None = None,
 ) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
-    """Attention, and the logarithm of the sum that its softmax divides by."""
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, return_residual=True)
+    """Attention, and the logarithm of the sum that its softmax divides by, both differentiable, the sum in float32.
+
+    (`jax.nn.dot_product_attention` stops the gradient of that sum, which `joined` needs.)
+    """
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) / query.shape[-1] ** 0.5
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, NEVER)
+    logsum = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - logsum[..., None]).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value), rearrange(logsum, "b heads q -> b q heads")
 
 
 Attended = tuple[Float[Array, "b n heads d"], Float[Array, "b n heads"]]
@@ -240,7 +251,7 @@ class WindowAttention(nn.Module):
         text_mask: Bool[Array, "b s m"] | None = None,
         images_alone: bool = False,
     ) -> Float[Array, "b n d"]:
-        """With `images_alone`, tokens of clips of one frame see themselves alone."""
+        """With `images_alone`, tokens of clips of one frame see themselves alone; not together with text."""
         dim = x.shape[-1]
 
         def project(name):
@@ -254,6 +265,10 @@ class WindowAttention(nn.Module):
 
         def heads(y):
             return rearrange(y, "... (heads d) -> ... heads d", heads=self.heads)
+
+        def out(y):
+            y = rearrange(y, "b n heads d -> b n (heads d)")
+            return Linear(dim, ("heads", "embed"), use_bias=False, dtype=self.dtype, name="out")(y)
 
         to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
         query = norm("query_norm")(heads(project("query")(x)))
@@ -270,7 +285,7 @@ class WindowAttention(nn.Module):
             groups, coordinates = layout.pack.groups[self.window.name], layout.coordinates()
             own = grouped(*turned, value, groups, coordinates, table, self.bounds)
         elif images_alone and layout.grid[0] == 1:
-            own = value, None
+            return out(value)
         else:
             own = reshaped(*turned, value, self.window, layout.grid, table, self.bounds)
         y = own[0]
@@ -278,5 +293,4 @@ class WindowAttention(nn.Module):
             rows = None if layout.pack is None else layout.pack.text
             others = key_norm(heads(to_key(text))), heads(to_value(text))
             y = joined(own, attend_to_text(query, *others, text_mask, rows))
-        y = rearrange(y, "b n heads d -> b n (heads d)")
-        return Linear(dim, ("heads", "embed"), use_bias=False, dtype=self.dtype, name="out")(y)
+        return out(y)

@@ -36,7 +36,7 @@ class Groups:
     lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-def choose_lengths(windows: Sequence[int], most: int = 8) -> tuple[int, ...]:
+def choose_lengths(windows: Sequence[int], most: int = 12) -> tuple[int, ...]:
     """At most `most` lengths of rows, such that windows of these lengths have the least padding.
 
     Args:
@@ -82,6 +82,12 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
         for kind, windows_of_kind in enumerate(_by_length(windows, lengths)):
             rows[kind] += _rows(windows_of_kind, lengths[kind])
         offset += len(pack)
+    for kind, length in enumerate(lengths[:-1]):
+        # A last chunk that would be nearly empty costs more than its rows do among longer ones.
+        left = len(rows[kind]) % (slots // length)
+        if left * lengths[kind + 1] ** 2 < (slots // length) * length**2:
+            rows[kind + 1] += rows[kind][len(rows[kind]) - left :]
+            del rows[kind][len(rows[kind]) - left :]
     used = [math.ceil(len(rows[kind]) / (slots // length)) for kind, length in enumerate(lengths)]
     chunks = len(lengths) + math.ceil(SPARE * total / slots)
     while chunks < sum(used):

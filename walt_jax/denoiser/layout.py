@@ -142,7 +142,7 @@ def row_lengths(
     sizes: Int[np.ndarray, "b s 3"],
     windows: Sequence[Window],
     images_alone: bool = False,
-    most: int = 8,
+    most: int = 12,
 ) -> dict[str, tuple[int, ...]]:
     """Lengths of rows for each window, by its name, that suit packs like these; see `grouping.choose_lengths`."""
     lengths = {}

@@ -80,8 +80,9 @@ class DenoiserConfig:
             raise ValueError(f"layers={self.layers} is not a multiple of the {len(self.windows)} windows")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
-        if self.relative == "rotary" and (self.dim // self.heads) % 2:
-            raise ValueError(f"relative='rotary' turns pairs of features; heads have {self.dim // self.heads}")
+        features = self.dim // self.heads
+        if self.relative == "rotary" and (features % 2 or features < 6):
+            raise ValueError(f"relative='rotary' turns pairs of features, at least 3; heads have {features} features")
         if self.adaln == "separate" and self.adaln_rank != DenoiserConfig.adaln_rank:
             raise ValueError("adaln_rank is for adaln='lora'")
 
@@ -242,9 +243,10 @@ class Denoiser(nn.Module):
         """`time` is in 0 (clean) to 1 (noise); `estimate`, of the clean latents, is zeros where there is none."""
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         patch = noisy.shape[-1]
-        x = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="patch_in")(
-            jnp.concatenate(self._inputs(noisy, condition, estimate), axis=-1)
-        )
+        inputs = jnp.concatenate(self._inputs(noisy, condition, estimate), axis=-1)
+        # Whatever a pack is filled up with: no gradient may become NaN by it.
+        inputs = jnp.where(layout.valid()[..., None], inputs, 0)
+        x = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="patch_in")(inputs)
         x = x + self._positions(layout).astype(dtype)
 
         text, text_mask = condition.text, condition.text_mask

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from walt_jax.config import Positive
 from walt_jax.layers import Linear
+from walt_jax.tokenizer.block_transform import Analysis, Synthesis
 from walt_jax.tokenizer.convolution import Cache, CausalConv, Downsample, Route, Upsample, part
 from walt_jax.tokenizer.quantizers import Head, HeadConfig, Quantized
 
@@ -33,6 +34,8 @@ class TokenizerConfig:
         taps: frames that a convolution sees, 3 in the paper; 1 for a tokenizer of images.
         head: what is between encoder and decoder.
         route: how convolutions are computed, see `convolution.convolve`.
+        block_transform: whether there is a linear way beside encoder and decoder, see `block_transform`; not in the
+            paper.
     """
 
     latent_channels: Positive
@@ -46,6 +49,7 @@ class TokenizerConfig:
     taps: Positive = 3
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
     route: Route = "auto"
+    block_transform: bool = False
 
     def __post_init__(self):
         if len(self.downsample) != len(self.channel_multipliers) - 1:
@@ -185,8 +189,13 @@ class Encoder(nn.Module):
         for block in range(cfg.residual_blocks):
             x = run(ResidualBlock(widths[-1], cfg, name=f"last_block{block}"), x)
         x = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_out")(x))
-        x = Linear(self.features, ("channels_in", "latent"), dtype=dtype, name="conv_out")(x)
-        return x.astype(jnp.float32), after
+        init = nn.initializers.zeros if cfg.block_transform else nn.initializers.lecun_normal()
+        x = Linear(self.features, ("channels_in", "latent"), kernel_init=init, dtype=dtype, name="conv_out")(x)
+        x = x.astype(jnp.float32)
+        if cfg.block_transform:
+            blocks = Analysis(cfg.latent_channels, cfg.strides, name="blocks")(video, cache is None)
+            x = x + jnp.pad(blocks, ((0, 0),) * 4 + ((0, self.features - cfg.latent_channels),))
+        return x, after
 
 
 class Decoder(nn.Module):
@@ -217,9 +226,13 @@ class Decoder(nn.Module):
                 below, strides = widths[scale - 1], cfg.downsample[scale - 1]
                 x = run(Upsample(below, strides, cfg.taps, cfg.route, dtype, name=f"scale{scale}_up"), x)
         x = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_out")(x))
-        pixels = CausalConv(3 * cfg.patch_size**2, axes=("channels_in", "pixel"), **kernel, name="conv_out")
+        init = nn.initializers.zeros if cfg.block_transform else nn.initializers.lecun_normal()
+        axes = ("channels_in", "pixel")
+        pixels = CausalConv(3 * cfg.patch_size**2, axes=axes, kernel_init=init, **kernel, name="conv_out")
         x = run(pixels, x).astype(jnp.float32)
         x = rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=cfg.patch_size, q=cfg.patch_size)
+        if cfg.block_transform:
+            x = x + Synthesis(cfg.strides, name="blocks")(latents, cache is None)
         return x, after
 
 

@@ -217,7 +217,7 @@ def _packed(
 
 
 def _attention(model: LatentDiffusion) -> list[Part]:
-    """One layer of attention with its gradients on a pack of 1,024 to 16,384 tokens, and on one clip without windows."""
+    """A layer of attention with its gradients on packs of 1,024 to 16,384 tokens, and on one clip without windows."""
     config, grid = model.denoiser.config, model.layout.grid
     window = Window(*config.windows[-1])
     parts = []

@@ -99,7 +99,9 @@ def packed_batches(
     width = latents[0].shape[-1]
     longest = max(arrays["text"].shape[1] for arrays in shapes)
     windows = config.attention_windows
-    each = place_clips([[grids[owner]] for owner in owners[:: max(1, len(owners) // 512)]], tokens, 1)
+    # As many of each shape as there are in a few hundred, and one at least.
+    shares = [max(1, round(256 * len(rows) / len(owners))) for rows in latents]
+    each = place_clips([[grid] for grid, share in zip(grids, shares, strict=True) for _ in range(share)], tokens, 1)
     lengths = row_lengths(*each, windows, config.images_alone)
 
     def arrays_of(packs: list[list[Item]]) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""A plan's counts are those of models that are really made, of sums by hand and of the papers; nothing else is left."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import runpy
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from walt_jax.config import build
+from walt_jax.main import main
+from walt_jax.tokenizer.autoencoder import Tokenizer
+from walt_jax.training.loop import PackConfig, ShapeConfig
+from walt_jax.training.plan import plan
+from walt_jax.training.run_config import RunConfig, make_model
+from walt_jax.workdir import check_empty
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def config_of(name):
+    knobs = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    return build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config")
+
+
+TINY = config_of("walt_tiny")
+BATCH = TINY.stages["denoiser"].batch_size
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The workdir and what was printed, of data that aren't there."""
+    workdir, out = tmp_path_factory.mktemp("plan") / "run", io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main([f"--config={CONFIGS}/walt_tiny.py", f"--workdir={workdir}", "--mode=plan",
+                     "--config.data.source=/nowhere"])  # fmt: skip
+    assert code == 0
+    return workdir, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def counts(planned):
+    return json.loads((planned[0] / "plan.json").read_text())
+
+
+def test_the_command_leaves_a_plan_and_says_so(planned, counts):
+    workdir, out = planned
+    assert [path.name for path in workdir.iterdir()] == ["plan.json"]
+    assert f"wrote {workdir / 'plan.json'}" in out.splitlines()[-1]
+    for name in ("tokenizer", "denoiser", "text_encoder"):
+        assert f"{counts['params'][name]:,} parameters" in out
+
+
+def test_the_workdir_can_still_be_trained_in(planned):
+    check_empty(planned[0])
+
+
+def test_the_keys_of_a_plan(counts):
+    for group in ("params", "forward_flops_per_clip", "modules"):
+        assert set(counts[group]) == {"tokenizer", "denoiser", "text_encoder"}
+    assert list(counts["stages"]) == ["tokenizer", "denoiser"]
+    assert counts["train_flops_per_step"] == counts["stages"]["denoiser"]["train_flops_per_step"]
+    assert "counted as two" in counts["protocol"]
+    assert "5 frames of 16 × 16 pixels" in counts["protocol"]
+
+
+def test_without_a_config_or_a_run_there_is_nothing_to_plan(tmp_path, capsys):
+    assert main([f"--workdir={tmp_path}", "--mode=plan"]) == 1
+    assert "--config is missing" in capsys.readouterr().err
+
+
+def test_parameters_are_those_of_models_that_are_made(counts):
+    def size(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(tree)))
+
+    data, key = TINY.data, jax.random.key(0, impl="unsafe_rbg")  # which compiles in a tenth of the time
+    params = jax.jit(make_model(TINY, TINY.text.vocab_size).init)(key)
+    video = jnp.zeros((1, data.frames, data.height, data.width, 3))
+    tokenizer = jax.jit(Tokenizer(TINY.tokenizer).init)(key, video)
+    made = {"tokenizer": size(tokenizer), "denoiser": size(params["denoiser"]), "text_encoder": size(params["text"])}
+    assert counts["params"] == made
+    assert counts["stages"]["tokenizer"]["params"] == made["tokenizer"]
+    assert counts["stages"]["denoiser"]["params"] == made["denoiser"] + made["text_encoder"]
+
+
+def test_modules_add_up(counts):
+    for name in counts["params"]:
+        for column in ("params", "forward_flops_per_clip"):
+            assert sum(module[column] for module in counts["modules"][name].values()) == counts[column][name]
+
+
+def denoiser_by_hand():
+    """Twice the multiplications of one pass: 2 × 2 × 2 tokens, text of 16 beside them."""
+    dim, tokens, patch, words, width = 32, 8, 4 * 12, 16, 16
+    once = (
+        2 * patch * dim * tokens  # latents and estimate
+        + 256 * dim + dim * dim  # the time
+        + width * dim * words + dim * dim  # the text, and its mean
+        + 6 * dim * dim + 2 * dim * dim  # the modulation that blocks share, and that of the output
+        + dim * patch * tokens
+    )  # fmt: skip
+    lora = 2 * dim + 2 * 6 * dim
+    mlp = 2 * 4 * dim * dim * tokens
+    own, cross = 4 * dim * dim * tokens, 4 * dim * dim * tokens + 2 * dim * dim * words
+    # Scores and their use: each token with those of its frame, of its place in all frames, or of its frame and text.
+    scores = 2 * dim * tokens * (4 + 2) + 2 * (2 * dim * tokens * (4 + words))
+    return 2 * (once + 2 * (lora + mlp + own + cross) + scores)
+
+
+def text_encoder_by_hand():
+    """One layer on 16 words of width 16: four projections, scores and their use, and the three matrices of the MLP."""
+    return 2 * (4 * 16**3 + 2 * 16**3 + 3 * 16**3)
+
+
+def test_forward_operations_are_those_by_hand(counts):
+    assert counts["forward_flops_per_clip"]["text_encoder"] == text_encoder_by_hand()
+    assert counts["forward_flops_per_clip"]["denoiser"] == denoiser_by_hand()
+
+
+def denoiser_step_by_hand():
+    """Self-conditioning's first pass, and one with gradients, but for those of latents and sinusoids."""
+    first_layers = 2 * (2 * 48 * 32 * 8 + 256 * 32)
+    return BATCH * ((1 + 3) * denoiser_by_hand() - first_layers + 3 * text_encoder_by_hand())
+
+
+def test_a_step_of_the_denoiser_is_that_by_hand(counts):
+    assert counts["train_flops_per_step"] == denoiser_step_by_hand()
+
+
+def test_a_step_of_the_tokenizer_is_three_passes_without_the_gradient_of_pixels(counts):
+    first = counts["modules"]["tokenizer"]["encoder/conv_in"]["forward_flops_per_clip"]
+    clip = 3 * counts["forward_flops_per_clip"]["tokenizer"] - first
+    assert counts["stages"]["tokenizer"]["train_flops_per_step"] == TINY.stages["tokenizer"].batch_size * clip
+
+
+def test_packs_of_equal_clips_cost_what_those_clips_do():
+    """Two clips of eight tokens a pack."""
+    stage = dataclasses.replace(
+        TINY.stages["denoiser"], shapes={"clip": ShapeConfig()}, pack=PackConfig(16, 4), batch_size=BATCH // 2
+    )
+    config = dataclasses.replace(TINY, stages={**TINY.stages, "denoiser": stage})
+    assert plan(config)["train_flops_per_step"] == denoiser_step_by_hand()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("walt_l", 313e6),
+        ("walt_xl", 460e6),
+        ("walt_l_imagenet", 460e6),
+        ("walt_l_k600", 313e6),
+        ("walt_l_t2v", 419e6),
+        ("walt_3b", 3.05e9),
+        ("walt_sr_2x", 1.3e9),
+        ("walt_sr_4x", 419e6),
+    ],
+)
+def test_the_papers_denoisers_have_the_papers_size(name, parameters):
+    config = config_of(name)
+    model = make_model(config, config.text.vocab_size if config.text else 0)
+    denoiser = jax.eval_shape(model.init, jax.random.key(0))["denoiser"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(denoiser)) == pytest.approx(parameters, rel=0.01)

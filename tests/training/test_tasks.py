@@ -1,0 +1,322 @@
+"""The denoiser's task: packs give the clips' gradients, what is given is not learned, low resolution is the clip's."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from walt_jax.denoiser.layout import make_pack, place_clips, row_lengths
+from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.diffusion import objective
+from walt_jax.diffusion.adaptive import adapted_time, complexity
+from walt_jax.diffusion.objective import DiffusionConfig
+from walt_jax.diffusion.schedule import Schedule
+from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.latent_diffusion import LatentDiffusion
+from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
+from walt_jax.training.tasks import ConditioningConfig, DenoiserTask
+
+CODEC = Codec(Tokenizer(TokenizerConfig(2, 4, (1,), (), 1, 4, patch_size=2, taps=1)))
+CONFIG = DenoiserConfig(
+    dim=16, heads=2, layers=2, windows=((1, None, None), (None, 1, 1)), positions="fractional", relative="rotary",
+    cross_attention=False, classes=4,
+)  # fmt: skip
+VIDEO, IMAGE = (3, 2, 2), (1, 2, 2)
+CHANNELS, CLASSES = 2, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def model_of(config, shape, diffusion, kind=LatentDiffusion):
+    return kind(CODEC, None, Denoiser(config, config.grid(VIDEO)), diffusion, (*shape, CHANNELS))
+
+
+def filled(model):
+    """All parameters random: what is zero at initialisation would hide mistakes."""
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0))))
+    return tree.unflatten([0.3 * normal(index, *leaf.shape) for index, leaf in enumerate(leaves)])
+
+
+def pack_of(packs, tokens, clips, config):
+    places = place_clips(packs, tokens, clips)
+    windows = config.attention_windows
+    return make_pack(*places, windows, row_lengths(*places, windows, config.images_alone), config.images_alone, 16)
+
+
+# A pack of a video, an image and a video beside a place without a clip; four tokens fill it up. The second clip's label
+# is dropped.
+GRIDS, TOKENS = [VIDEO, IMAGE, VIDEO], 32
+OWN = [slice(0, 12), slice(12, 16), slice(16, 28)]
+LABELS = np.array([[0, CLASSES, 2, 0]], np.int32)
+TIMES = np.array([[0.2, 0.5, 0.9, 0.7]], np.float32)
+LATENTS, NOISE = normal(0, 1, TOKENS, CHANNELS), normal(1, 1, TOKENS, CHANNELS)
+WEIGHTED = DiffusionConfig(Schedule("cosine"), self_conditioning=1.0, base_tokens=4, min_snr=5.0)
+
+
+def results(shape, time, noise, *batches):
+    """(gradients, what moves, metrics) of each batch, at these times with this noise: all else is without chance."""
+    task = DenoiserTask(model_of(CONFIG, shape, WEIGHTED), ConditioningConfig())
+    params, gradients = filled(model_of(CONFIG, VIDEO, WEIGHTED)), jax.jit(task.gradients)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "sample_times", lambda config, key, shape: jnp.asarray(time).reshape(shape))
+        patch.setattr(jax.random, "normal", lambda key, shape: jnp.asarray(noise).reshape(shape))
+        return [gradients(params, {}, None, batch, jax.random.key(0), 0) for batch in batches]
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """Results of the pack, and of the same with other latents where it is filled up."""
+    batch = {"text": LABELS[..., None], "pack": pack_of([GRIDS], TOKENS, 4, CONFIG)}
+    other = LATENTS.copy()
+    other[:, 28:] = 1e3
+    return results(VIDEO, TIMES, NOISE, {**batch, "tokens": LATENTS}, {**batch, "tokens": other})
+
+
+def equal_clips(clips):
+    """Results of clips of one size."""
+    grid = GRIDS[clips[0]]
+    latents, noise = (np.concatenate([x[:, OWN[clip]] for clip in clips]) for x in (LATENTS, NOISE))
+    batch = {"latents": latents.reshape(-1, *grid, CHANNELS), "text": LABELS[0, clips, None]}
+    return results(grid, TIMES[0, clips], noise, batch)[0]
+
+
+def test_a_packs_gradients_are_those_of_its_clips_alone(packed):
+    """Two videos of 12 tokens and an image of 4: each token's share is the same."""
+    (grads, moving, metrics), _ = packed
+    (video_grads, _, videos), (image_grads, _, images) = equal_clips([0, 2]), equal_clips([1])
+    assert moving == {}
+    assert set(videos) == {"loss"}
+    assert metrics["loss"] == pytest.approx(float(24 * videos["loss"] + 4 * images["loss"]) / 28, rel=1e-4)
+    expected = jax.tree.map(lambda video, image: (24 * video + 4 * image) / 28, video_grads, image_grads)
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        scale = float(abs(other).max())
+        np.testing.assert_allclose(leaf / scale, other / scale, atol=1e-3, err_msg=jax.tree_util.keystr(path))
+
+
+def test_every_parameter_learns(packed):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(packed[0][0]):
+        assert (leaf != 0).any(), jax.tree_util.keystr(path)
+
+
+def test_what_fills_a_pack_up_does_not_matter(packed):
+    jax.tree.map(np.testing.assert_array_equal, *packed)
+    assert np.isfinite(packed[0][2]["loss"])
+
+
+def test_a_label_is_its_row_and_a_dropped_one_the_last(packed):
+    grads = np.asarray(packed[0][0]["denoiser"]["label_embedding"])
+    assert grads.shape == (CLASSES + 1, 16)
+    assert [bool(row.any()) for row in grads] == [True, False, True, False, True]
+
+
+def test_the_share_of_tokens_that_are_clips_is_logged_of_packs(packed):
+    assert packed[0][2]["tokens_valid_fraction"] == 28 / 32
+
+
+class Recorder(LatentDiffusion):
+    """Notes what the denoiser is told and asked; instead of it a plain function answers, all the same to all labels."""
+
+    calls = []  # noqa: RUF012
+
+    def condition(self, params, ids, **given):
+        condition = super().condition(params, ids, **given)
+        self.calls.append({"condition": condition})
+        return condition
+
+    def denoise(self, params, condition, layout):
+        def answer(noisy, time, estimate):
+            self.calls[-1] |= {"noisy": noisy, "time": time}
+            return params["answer"] + 0 * noisy
+
+        return answer
+
+
+@pytest.fixture
+def record():
+    Recorder.calls.clear()
+
+    def run(config, conditioning, batch, diffusion=None, frozen=None, answer=0.0, seed=0, shape=VIDEO):
+        """(what was noted, gradients, metrics)"""
+        model = model_of(config, shape, diffusion or DiffusionConfig(Schedule("cosine"), "x0"), Recorder)
+        task, key = DenoiserTask(model, conditioning), jax.random.key(seed)
+        # The clips' answers are a parameter.
+        grads, _, metrics = task.gradients({"answer": jnp.asarray(answer)}, {}, frozen, batch, key, 0)
+        return Recorder.calls[-1], grads["answer"], metrics
+
+    return run
+
+
+PATCHED = dataclasses.replace(
+    CONFIG,
+    classes=0,
+    patch_size=(1, 2, 2),
+    windows=((1, None, None), (None, None, None)),
+    self_conditioning=False,
+    frame_prediction=True,
+)
+
+
+def batch_of(clips, shape=(3, 2, 2)):
+    return {"latents": normal(5, clips, *shape, CHANNELS), "text": np.zeros((clips, 1), np.int32)}
+
+
+@pytest.mark.parametrize(("probability", "frames"), [(0.6, (1, 2)), (1.0, (2,)), (0.25, (1,))])
+def test_so_many_clips_are_given_their_first_frames(record, probability, frames):
+    batch = batch_of(800)
+    noted, _, _ = record(PATCHED, ConditioningConfig(frames, probability), batch)
+    mask = np.asarray(noted["condition"].known_mask)
+    assert mask.shape == (800, 3, 4)  # a token a frame, of four latent positions
+    assert set(np.unique(mask)) <= {0, 1}
+    count = mask[..., 0].sum(1).astype(int)
+    np.testing.assert_array_equal(mask, np.broadcast_to((np.arange(3) < count[:, None])[..., None], mask.shape))
+    shares = np.bincount(count, minlength=4) / 800
+    expected = np.zeros(4)
+    expected[0] = 1 - probability
+    expected[list(frames)] = probability / len(frames)
+    np.testing.assert_allclose(shares, expected, atol=0.06)
+    # The clean latents there, zeros elsewhere.
+    known = batch["latents"].reshape(800, 3, 4, CHANNELS) * mask[..., None]
+    np.testing.assert_array_equal(noted["condition"].known, known.reshape(800, 3, 8))
+
+
+def test_in_packs_each_clip_is_given_frames_for_itself(record):
+    grids = [(3, 1, 2), (2, 2, 1), (4, 1, 1)]
+    pack = pack_of([grids] * 100, 16, 4, PATCHED)
+    batch = {"tokens": normal(0, 100, 16, 8), "text": np.zeros((100, 4, 1), np.int32), "pack": pack}
+    noted, grads, _ = record(PATCHED, ConditioningConfig((1, 2), 0.5), batch, answer=np.zeros((100, 16, 8)))
+    mask = np.asarray(noted["condition"].known_mask)
+    counts = np.zeros((100, 3), int)
+    for row, clip in np.ndindex(100, 3):
+        own = pack.positions[row, :, 0] == clip
+        frame = pack.positions[row, own, 1]
+        counts[row, clip] = len(np.unique(frame[mask[row, own, 0] == 1]))
+        np.testing.assert_array_equal(mask[row, own], np.repeat((frame < counts[row, clip])[:, None], 4, axis=1))
+    for clip in counts.T:
+        np.testing.assert_allclose(np.bincount(clip, minlength=3) / 100, [0.5, 0.25, 0.25], atol=0.15)
+    assert (abs(np.corrcoef(counts.T) - np.eye(3)) < 0.3).all()
+    # What is learned is the rest: neither what is given nor what fills up.
+    learned = (pack.positions[..., :1] >= 0) & (mask == 0)
+    np.testing.assert_array_equal(grads != 0, np.repeat(learned, CHANNELS, axis=-1))
+
+
+def test_what_is_given_is_not_learned(record):
+    batch = batch_of(6)
+    noted, grads, metrics = record(PATCHED, ConditioningConfig((1, 2), 0.7), batch, answer=np.zeros((6, 3, 8)))
+    mask = np.repeat(np.asarray(noted["condition"].known_mask), CHANNELS, axis=-1)
+    assert 0 < mask.mean() < 1
+    np.testing.assert_array_equal(grads == 0, mask == 1)
+    # x is predicted as zero: the mean square of what is not given.
+    wanted = batch["latents"].reshape(6, 3, 8)[mask == 0]
+    assert metrics["loss"] == pytest.approx(np.square(wanted).mean(), rel=1e-5)
+    assert set(metrics) == {"loss"}
+
+
+def test_what_is_given_may_be_answered_anyhow(record):
+    batch, conditioning = batch_of(6), ConditioningConfig((1,), 1.0)
+    wrong = np.zeros((6, 3, 8))
+    wrong[:, 0] = 1e3
+    losses = [record(PATCHED, conditioning, batch, answer=answer)[2]["loss"] for answer in (np.zeros((6, 3, 8)), wrong)]
+    assert losses[0] == losses[1]
+
+
+def test_complex_clips_are_trained_at_more_noise(record):
+    config = dataclasses.replace(PATCHED, frame_prediction=False)
+    latents = normal(5, 3, 3, 4, 4, CHANNELS)
+    latents[1] = latents[1].mean((0, 1, 2), keepdims=True) + 1e-2 * np.arange(4)[None, None, :, None]
+    batch = {"latents": latents, "text": np.zeros((3, 1), np.int32)}
+    schedule = Schedule("cosine")
+    times = [
+        record(config, ConditioningConfig(), batch, DiffusionConfig(schedule, adaptive=strength), shape=(3, 4, 4))[0][
+            "time"
+        ]
+        for strength in (0.0, 0.7)
+    ]
+    expected = adapted_time(schedule, times[0], complexity(jnp.asarray(latents))[:, None], 0.7)
+    np.testing.assert_allclose(times[1], expected, rtol=1e-6)
+    assert (times[1][::2] > times[0][::2]).all()
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    clip = jnp.zeros((1, 3, 8, 8, 3))
+    variables = nn.meta.unbox(jax.eval_shape(CODEC.tokenizer.init, jax.random.key(0), clip))
+    leaves, tree = jax.tree.flatten(variables)
+    variables = tree.unflatten([0.3 * normal(index, *leaf.shape) for index, leaf in enumerate(leaves)])
+    return TrainedTokenizer(variables, jnp.array([0.1, -0.2]), jnp.array([0.5, 2.0]))
+
+
+VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
+UPSCALING = dataclasses.replace(CONFIG, classes=0, upscale=2, positions="learned", self_conditioning=False)
+SMALL = np.round(VIDEOS.reshape(2, 3, 4, 2, 4, 2, 3).astype(np.float64).mean((3, 5))).astype(np.uint8)
+PIXELS = {"video": VIDEOS, "text": np.zeros((2, 1), np.int32)}
+LARGE = (3, 4, 4)  # of latents
+
+
+def test_clips_are_encoded_where_there_are_no_latents(record, frozen):
+    """A model that says just those latents has no loss."""
+    config = dataclasses.replace(UPSCALING, upscale=1)
+    latents, _ = CODEC.encode(frozen, VIDEOS)
+    answer = np.asarray(latents).reshape(2, 48, CHANNELS)
+    _, _, metrics = record(config, ConditioningConfig(), PIXELS, frozen=frozen, answer=answer, shape=LARGE)
+    assert metrics["loss"] == pytest.approx(0, abs=1e-8)
+    _, _, other = record(config, ConditioningConfig(), PIXELS, frozen=frozen, answer=0 * answer, shape=LARGE)
+    assert other["loss"] == pytest.approx(np.square(answer).mean(), rel=1e-5)
+
+
+def test_low_resolution_is_the_encoded_mean_of_pixels(record, frozen):
+    noted, _, _ = record(UPSCALING, ConditioningConfig(), PIXELS, frozen=frozen, shape=LARGE)
+    condition = noted["condition"]
+    np.testing.assert_allclose(condition.low, CODEC.encode(frozen, SMALL)[0], atol=1e-5)
+    np.testing.assert_array_equal(condition.low_time, np.zeros((2, 1)))
+
+
+def test_low_resolution_has_the_noise_that_the_model_is_told(record, frozen):
+    clean = np.asarray(CODEC.encode(frozen, SMALL)[0], np.float64)
+    conditioning, times, noises = ConditioningConfig(low_noise=0.4), [], []
+    for seed in range(40):
+        noted, _, _ = record(UPSCALING, conditioning, PIXELS, frozen=frozen, seed=seed, shape=LARGE)
+        time = np.asarray(noted["condition"].low_time, np.float64)
+        assert time.shape == (2, 1)
+        angle = 0.5 * np.pi * time[..., None, None, None]
+        noises.append((np.asarray(noted["condition"].low) - np.cos(angle) * clean) / np.sin(angle))
+        times.append(time[:, 0])
+    times, noises = np.array(times), np.array(noises)
+    assert 0 <= times.min() < 0.05
+    assert 0.35 < times.max() < 0.4
+    assert abs(np.corrcoef(times.T)[0, 1]) < 0.4  # a time a clip
+    late = noises[times > 0.1]  # where dividing by σ is exact
+    assert abs(late.mean()) < 0.05
+    assert late.std() == pytest.approx(1, abs=0.05)
+
+
+def test_upscaling_trains(frozen):
+    diffusion = DiffusionConfig(Schedule("linear"))
+    model = LatentDiffusion(CODEC, None, Denoiser(UPSCALING, LARGE), diffusion, (*LARGE, CHANNELS))
+    task, params = DenoiserTask(model, ConditioningConfig(low_noise=0.3)), filled(model)
+    grads, _, metrics = jax.jit(task.gradients)(params, {}, frozen, PIXELS, jax.random.key(0), 0)
+    assert np.isfinite(metrics["loss"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        assert (leaf != 0).any(), jax.tree_util.keystr(path)
+
+
+def test_what_is_trained_is_what_is_served():
+    task = DenoiserTask(model_of(CONFIG, VIDEO, WEIGHTED), ConditioningConfig())
+    assert task.served({"a": 1}, {}) == {"a": 1}
+    assert task.start({"a": 1}, {}, {"a": 2}) == ({"a": 2}, {})
+    params, moving = jax.eval_shape(task.init, jax.random.key(0))
+    assert set(params) == {"denoiser"}
+    assert moving == {}
