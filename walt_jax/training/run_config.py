@@ -85,6 +85,8 @@ class RunConfig:
                 f"stages.{tokenizers[-1]} is the last of the tokenizer and has images alone; let one on video follow, "
                 "or make a tokenizer of images: tokenizer.taps=1, no stride in time, data.frames=1"
             )
+        if self.tokenizer.block_transform and any(map(self.makes_images, tokenizers)):
+            raise ValueError("tokenizer.block_transform can't be inflated from images; leave their stage out, or it")
         if self.denoiser is not None:
             self._check_denoiser(shape)
 
