@@ -2,8 +2,8 @@
 
     python -m walt_jax.main --config=configs/walt_3b.py --config.data.source=FOLDER --workdir=runs/walt_3b
 
-52 layers, 16 heads (table 8). The table's "hidden size 9216" would give some 70B; a width of 1920 with an MLP of 4
-times that gives 3.07B, as does 1792 with an MLP of 9216. 550,000 steps of 512 clips and images with Adafactor at 2e-4,
+52 layers, 16 heads (table 8). The table's "hidden size 9216" would give some 70B; as the MLP's, with a width of 1792,
+it makes blocks of 3.05B, 3.09B with everything around them. 550,000 steps of 512 clips and images with Adafactor at 2e-4,
 without an average; then the paper goes on at 5 × 16 × 28 latents. Frames are given to some clips, so that one model
 makes video from text and from an image (how often is not stated: a third here). Not run here.
 """
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l_t2v.py")))["get_config"]()
-    config.denoiser.update(dim=1920, layers=52, frame_prediction=True, remat="block")
+    config.denoiser.update(dim=1792, mlp_ratio=9216 / 1792, layers=52, frame_prediction=True, remat="block")
     config.conditioning = {"frames": (1, 2), "probability": 1 / 3}
     config.stages.denoiser.update(ema_decay=0.0)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 2e-4, "warmup_steps": 5000}

@@ -181,7 +181,6 @@ def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, se
     np.testing.assert_allclose(logsum[inside], masked_logsum[inside], **CLOSE)
 
 
-@pytest.mark.xfail(strict=True, reason="the grouped route gives 0 as the sum of tokens that see themselves alone")
 def test_by_both_routes_tokens_that_are_alone_have_the_sum_of_their_own_score():
     window, packs = Window(None, 2, 2), [[(1, 4, 4)]] + [[]] * 2
     q, k, v = projections()

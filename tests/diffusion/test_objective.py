@@ -30,8 +30,8 @@ LINEAR, PLAIN, COSINE, FLOW = (
     Schedule("cosine"),
     Schedule("flow"),
 )
-SCHEDULES = (LINEAR, PLAIN, COSINE, FLOW, Schedule("cosine", shift=2.0))
-PAIRS = [(kind, schedule) for kind in ("x0", "v", "flow") for schedule in SCHEDULES] + [("eps", PLAIN)]
+SCHEDULES = (LINEAR, FLOW, Schedule("cosine", shift=2.0))
+PAIRS = [(kind, schedule) for kind in ("x0", "v", "flow") for schedule in SCHEDULES] + [("eps", PLAIN), ("v", PLAIN)]
 # The estimate of the clean latents from a prediction about z, each clip with α and σ of its own.
 CLEAN = {
     "eps": lambda a, z, alpha, sigma: (z - sigma * a) / alpha,
@@ -135,7 +135,7 @@ def test_the_loss_is_the_mean_squared_error_of_values_that_count(kind, schedule,
 def test_the_noise_is_normal_and_the_same_whatever_is_predicted_and_at_what_level():
     drawn = []
     for options in OPTIONS.values():
-        for kind, schedule in PAIRS[::4]:
+        for kind, schedule in PAIRS[::3]:
             config, model = DiffusionConfig(schedule, kind, **options), Recorder()
             loss(config, model)
             drawn.append(noise_of(config, *model.calls[-1][:2])[VALID])

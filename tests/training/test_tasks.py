@@ -93,7 +93,7 @@ def packed(params, clips, filling=0.0):
         "pack": pack_of([[GRIDS[clip] for clip in clips]], TOKENS, CLIPS, CONFIG),
     }
     time = np.pad(TIMES[clips], (0, CLIPS - len(clips)), constant_values=0.7)
-    return results(params, batch, time[None], np.pad(noise, rest, constant_values=1.0)[None])
+    return jax.device_get(results(params, batch, time[None], np.pad(noise, rest, constant_values=1.0)[None]))
 
 
 def assert_equal(results, expected):
@@ -118,7 +118,7 @@ def test_a_packs_gradients_are_those_of_its_clips_one_by_one(params):
 def test_a_packs_gradients_are_those_of_a_batch_of_equal_clips(params):
     latents, noise = (np.stack([x[OWN[clip]] for clip in (0, 2)]) for x in (LATENTS, NOISE))
     batch = {"latents": latents.reshape(2, *VIDEO, CHANNELS), "text": np.array([[LABELS[0]], [LABELS[2]]], np.int32)}
-    expected = results(params, batch, TIMES[[0, 2], None], noise)
+    expected = jax.device_get(results(params, batch, TIMES[[0, 2], None], noise))
     assert_equal(packed(params, [0, 2]), expected)
     assert expected[1] == {}
     assert set(expected[2]) == {"loss"}
@@ -170,7 +170,7 @@ def record():
         task, key = DenoiserTask(model, conditioning), jax.random.key(seed)
         # The clips' answers are a parameter.
         grads, _, metrics = task.gradients({"answer": jnp.asarray(answer)}, {}, frozen, batch, key, 0)
-        return Recorder.calls[-1], grads["answer"], metrics
+        return jax.device_get((Recorder.calls[-1], grads["answer"], metrics))
 
     return run
 
@@ -323,7 +323,7 @@ def test_upscaling_trains(frozen):
     diffusion = DiffusionConfig(Schedule("linear"))
     model = LatentDiffusion(CODEC, None, Denoiser(UPSCALING, LARGE), diffusion, (*LARGE, CHANNELS))
     task, params = DenoiserTask(model, ConditioningConfig(low_noise=0.3)), filled(model)
-    grads, _, metrics = jax.jit(task.gradients)(params, {}, frozen, PIXELS, jax.random.key(0), 0)
+    grads, _, metrics = jax.device_get(jax.jit(task.gradients)(params, {}, frozen, PIXELS, jax.random.key(0), 0))
     assert np.isfinite(metrics["loss"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)

@@ -1,7 +1,7 @@
 """The denoiser of W.A.L.T: blocks with a window each, AdaLN-LoRA, cross-attention to text, self-conditioning."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from walt_jax.config import Positive
+from walt_jax.config import Positive, Range
 from walt_jax.denoiser.attention import Relative, WindowAttention
 from walt_jax.denoiser.layout import Grid, Layout, to_tokens
 from walt_jax.denoiser.windows import Window
@@ -32,7 +32,7 @@ class DenoiserConfig:
         heads: attention heads.
         layers: number of blocks.
         windows: (time, height, width) of a block each, None for the whole axis; repeated until there are `layers`.
-        mlp_ratio: width of the MLP over `dim`.
+        mlp_ratio: width of the MLP over `dim`, rounded to a whole width.
         patch_size: (time, height, width) of latent positions in a token (1, 1, 1 in the paper).
         adaln: how a block gets its modulation: "lora" (W.A.L.T), or "separate", a layer of its own (DiT).
         adaln_rank: r of AdaLN-LoRA; 2 in the paper.
@@ -58,7 +58,7 @@ class DenoiserConfig:
     heads: Positive
     layers: Positive
     windows: tuple[tuple[Positive | None, Positive | None, Positive | None], ...]
-    mlp_ratio: Positive = 4
+    mlp_ratio: Annotated[float, Range(0.01)] = 4.0
     patch_size: tuple[Positive, Positive, Positive] = (1, 1, 1)
     adaln: Literal["lora", "separate"] = "lora"
     adaln_rank: Positive = 2
@@ -202,7 +202,7 @@ class Block(nn.Module):
             x = stored(x + attention(CROSS_WINDOW, "cross_attention")(h, layout, text, text_mask))
 
         h = modulate(layer_norm(x, dtype), scale_2, shift_2)
-        h = Linear(cfg.mlp_ratio * cfg.dim, ("embed", "mlp"), dtype=dtype, name="mlp_in")(h)
+        h = Linear(round(cfg.mlp_ratio * cfg.dim), ("embed", "mlp"), dtype=dtype, name="mlp_in")(h)
         h = nn.gelu(h, approximate=True)
         return stored(x + gate_2 * Linear(cfg.dim, ("mlp", "embed"), dtype=dtype, name="mlp_out")(h))
 
