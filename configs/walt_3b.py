@@ -3,9 +3,9 @@
     python -m walt_jax.main --config=configs/walt_3b.py --config.data.source=FOLDER --workdir=runs/walt_3b
 
 52 layers, 16 heads (table 8). The table's "hidden size 9216" would give some 70B; as the MLP's, with a width of 1792,
-it makes blocks of 3.05B, 3.09B with everything around them. 550,000 steps of 512 clips and images with Adafactor at 2e-4,
-without an average; then the paper goes on at 5 × 16 × 28 latents. Frames are given to some clips, so that one model
-makes video from text and from an image (how often is not stated: a third here). Not run here.
+it makes blocks of 3.05B, 3.09B with everything around them. 550,000 steps of 512 clips and images with Adafactor at
+2e-4, without an average; then the paper goes on at 5 × 16 × 28 latents. Frames are given to some clips, so that one
+model makes video from text and from an image (how often is not stated: a third here). Not run here.
 """
 
 import pathlib

@@ -139,7 +139,7 @@ def _extrapolated(grid: Grid, i: Index, x: Latents, before: Latents) -> Latents:
 
 
 def unipc(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
-    """UniPC-2 with B₂(h) = e^h − 1 and x-prediction (Zhao et al. 2023, algorithms 5 to 8); order 2, as a rule 3.
+    """UniPC-2 with B₂(h) = e^h − 1 and x-prediction (Zhao et al. 2023); order 2, as a rule 3.
 
     Each evaluation serves twice: it corrects the step that led to it (UniC), then predicts the next one (UniP, which
     for order 2 and B₂ is DPM-Solver++(2M)). The last step has no evaluation after it and is not corrected.

@@ -38,7 +38,7 @@ def sample_times(config: TimesConfig, key: PRNGKeyArray, shape: tuple[int, ...])
     """Times in 0..1, both ends left out, one for each entry of `shape`.
 
     They are stratified over all entries, one in each of as many parts of equal probability, which gives the same
-    expectation with less variance (Kingma et al. 2021, appendix I.1). Each entry alone follows the distribution.
+    expectation with less variance (Kingma et al. 2021). Each entry alone follows the distribution.
     """
     count = math.prod(shape)
     quantile = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
