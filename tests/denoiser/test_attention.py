@@ -181,15 +181,6 @@ def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, se
     np.testing.assert_allclose(logsum[inside], masked_logsum[inside], **CLOSE)
 
 
-def test_by_both_routes_tokens_that_are_alone_have_the_sum_of_their_own_score():
-    window, packs = Window(None, 2, 2), [[(1, 4, 4)]] + [[]] * 2
-    q, k, v = projections()
-    (_, logsum), _ = grouped_route(q, k, v, packed(packs, window, images_alone=True), *WEIGHTS)
-    numbers = np.full((PACKS, TOKENS), -1)
-    _, twin = masked_route(q, k, v, TABLE, numbers, packed(packs, window).coordinates())
-    np.testing.assert_allclose(logsum[0, :16], twin[0, :16], **CLOSE)
-
-
 def test_what_only_fills_a_pack_up_reaches_nothing():
     """Not even as NaN, and neither do its gradients."""
     layout = packed(MIXED, Window(None, 2, 4))

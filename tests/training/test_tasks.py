@@ -17,6 +17,7 @@ from walt_jax.diffusion.schedule import Schedule
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
+from walt_jax.training import tasks
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask
 
 CODEC = Codec(Tokenizer(TokenizerConfig(2, 4, (1,), (), 1, 4, patch_size=2, taps=1)))
@@ -225,6 +226,19 @@ def test_in_packs_each_clip_is_given_frames_for_itself(record):
     # What is learned is the rest: neither what is given nor what fills up.
     learned = (pack.positions[..., :1] >= 0) & (mask == 0)
     np.testing.assert_array_equal(grads != 0, np.repeat(learned, CHANNELS, axis=-1))
+
+
+def test_the_loss_is_told_how_many_tokens_each_clip_has(record, monkeypatch):
+    """Which shifts its noise."""
+    told = []
+    monkeypatch.setattr(tasks, "diffusion_loss", lambda *arguments: told.append(arguments[3]) or jnp.zeros(()))
+    config = dataclasses.replace(PATCHED, frame_prediction=False)
+    record(config, ConditioningConfig(), batch_of(5))
+    np.testing.assert_array_equal(told[0], np.full((5, 1), 3))
+    pack = pack_of([[(3, 1, 2), (2, 2, 1), (4, 1, 1)], [(2, 1, 3)]], 16, 4, config)
+    batch = {"tokens": normal(0, 2, 16, 8), "text": np.zeros((2, 4, 1), np.int32), "pack": pack}
+    record(config, ConditioningConfig(), batch)
+    np.testing.assert_array_equal(told[1], [[6, 4, 4, 0], [6, 0, 0, 0]])
 
 
 def test_what_is_given_is_not_learned(record):

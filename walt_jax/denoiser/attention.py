@@ -151,7 +151,10 @@ def grouped(
     table: Float[Array, "offsets heads"] | None,
     bounds: Grid,
 ) -> Attended:
-    """The route for packs: windows in chunks, see `grouping`. Tokens in no window see themselves alone."""
+    """The route for packs: windows in chunks, see `grouping`.
+
+    Tokens in no window see themselves alone; their sums are 0, for there is no text beside them to be joined with.
+    """
     batch, tokens, heads, features = query.shape
     chunks, slots = groups.slots.shape
     there, back = groups.slots.reshape(-1), groups.place
@@ -198,11 +201,7 @@ def grouped(
     out = rearranged(out.reshape(chunks * slots, heads * features), back, there).reshape(query.shape)
     logsum = rearranged(logsum.reshape(chunks * slots, heads), back, there).reshape(batch, tokens, heads)
     alone = (back == chunks * slots).reshape(batch, tokens, 1)
-    own = jnp.einsum("bnhd,bnhd->bnh", query, key, preferred_element_type=jnp.float32) / features**0.5
-    if table is not None:
-        here = np.zeros((1, 3), np.int32)
-        own = own + table[relative_index(here, here, bounds)[0, 0]][None, None]
-    return jnp.where(alone[..., None], value, out), jnp.where(alone, own, logsum)
+    return jnp.where(alone[..., None], value, out), logsum
 
 
 def attend_to_text(
