@@ -3,7 +3,8 @@
     python -m walt_jax.main --config=configs/walt_packed.py --config.data.source=FOLDER --workdir=runs/packed
 
 A clip sees itself alone, has a time of its own and keeps its place in the clip, whatever stands beside it. Positions
-are NaViT's fractions of a clip, and rotary within windows, so that sizes share what they learn.
+are NaViT's fractions of a clip, and rotary within windows, so that sizes share what they learn. Of a pack's tokens 0.99
+are of clips (computed for these shapes).
 """
 
 import pathlib
@@ -25,5 +26,5 @@ def get_config() -> ConfigDict:
     }
     config.denoiser.update(positions="fractional", relative="rotary", images_alone=True)
     config.stages.tokenizer.shapes = shapes
-    config.stages.denoiser.update(shapes=shapes, pack={"tokens": 512, "clips": 16}, batch_size=3, cached_clips=512)
+    config.stages.denoiser.update(shapes=shapes, pack={"tokens": 1536, "clips": 12}, batch_size=2, cached_clips=512)
     return config

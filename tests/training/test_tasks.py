@@ -29,12 +29,7 @@ VIDEO, IMAGE = (3, 2, 2), (1, 2, 2)
 CHANNELS, CLASSES = 2, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(seed, *shape):

@@ -87,6 +87,7 @@ def diffusion_loss(
     estimate = jnp.zeros_like(latents)
     if config.self_conditioning > 0:
         first = clean(config.parameterization, denoise(noisy, time, estimate), noisy, alpha, sigma)
+        first = jnp.where(alpha + sigma > 0, first, 0)  # of filling, which has no level, nothing follows
         chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, tokens.shape)
         estimate = jax.lax.stop_gradient(spread(chosen[..., None].astype(first.dtype)) * first)
     wanted = target(config.parameterization, latents, noise, alpha, sigma)

@@ -48,8 +48,8 @@ def _add(jaxpr: core.Jaxpr, prefix: str, times: int, totals: dict[str, int]) -> 
             kernel, out = equation.invars[1].aval, equation.outvars[0].aval
             numbers = params["dimension_numbers"]
             features = kernel.shape[numbers.rhs_spec[0]]
-            # With the batch in groups, as in a kernel's gradient, an output sees one group's share of it.
-            work = math.prod(out.shape) * math.prod(kernel.shape) // features
+            # Of an input that is spread out, as in a strided one's gradient, the zeros in between are no work.
+            work = math.prod(out.shape) * math.prod(kernel.shape) // features // math.prod(params["lhs_dilation"])
             totals[module_of(path)] += times * 2 * work
         elif name == "cond":
             branches = [_counted(branch.jaxpr, path) for branch in params["branches"]]

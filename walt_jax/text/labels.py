@@ -29,7 +29,10 @@ class Labels:
             UserError: if the file can't be read.
         """
         try:
-            return cls(json.loads(path.read_text(encoding="utf-8")))
+            names = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("it is no list of names")
+            return cls(names)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read ({error}); restore it, or start in another --workdir.") from error
 

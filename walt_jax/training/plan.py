@@ -38,7 +38,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         model = make_model(config, _vocab_size(config))
         params = _unboxed(jax.eval_shape(model.init, key))
         variables["denoiser"] = params["denoiser"]
-        costs["denoiser"] = _denoiser_flops(model, params)
+        costs["denoiser"] = _denoiser_flops(model, params, _words(config))
         if config.text is not None:
             variables["text_encoder"] = params["text"]
             ids = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
@@ -66,17 +66,16 @@ def _modules(sizes: dict[str, int], costs: dict[str, int]) -> dict[str, dict[str
     return {name: {"params": sizes.get(name, 0), "forward_flops_per_clip": costs.get(name, 0)} for name in names}
 
 
-def _denoiser_flops(model: LatentDiffusion, params: Any) -> dict[str, int]:
-    """Of one pass over one clip, by module."""
+def _denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str, int]:
+    """Of one pass over one clip with a caption of so many tokens, by module."""
 
     def inputs():
-        ids = jnp.ones((1, 1, 1), jnp.int32)
+        ids = jnp.ones((1, 1, words), jnp.int32)
         noisy, mask = (model.tokens(jnp.zeros((1, *model.latent_shape[:3], c))) for c in (model.latent_shape[3], 1))
         time = jnp.zeros((1, 1))
-        words = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), {k: v for k, v in params.items() if k == "text"}
-        )
-        return noisy, time, model.condition(words, ids, noisy, mask, jnp.zeros((1, *model.low_shape)), time)
+        encoder = {name: tree for name, tree in params.items() if name == "text"}
+        encoder = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), encoder)
+        return noisy, time, model.condition(encoder, ids, noisy, mask, jnp.zeros((1, *model.low_shape)), time)
 
     def forward(params, inputs):
         return model.denoiser.apply({"params": params}, *inputs, model.layout)
@@ -149,8 +148,7 @@ def _gradients(
     batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
     frozen = None
     if stage.task == "denoiser":
-        words = 1 if config.text is None else config.text.length
-        batch["text"] = jax.ShapeDtypeStruct((batch_size, words), jnp.int32)
+        batch["text"] = jax.ShapeDtypeStruct((batch_size, _words(config)), jnp.int32)
         if stage.cached_clips:
             batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
         channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
@@ -164,6 +162,11 @@ def _gradients(
 def _vocab_size(config: RunConfig) -> int:
     """At most so many pieces; how many there are shows when the captions are read."""
     return 0 if config.text is None else config.text.vocab_size
+
+
+def _words(config: RunConfig) -> int:
+    """Ids of a caption, or of a label."""
+    return 1 if config.text is None else config.text.length
 
 
 def _unboxed(tree: Any) -> Any:
