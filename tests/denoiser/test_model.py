@@ -469,7 +469,7 @@ def test_every_parameter_has_a_name_for_each_axis(changed):
         ({"layers": 3}, "layers=3 is not a multiple of the 2 windows"),
         ({"windows": ()}, "layers=2 is not a multiple of the 0 windows"),
         ({"heads": 3}, "heads=3 does not divide dim=16"),
-        ({"dim": 6, "relative": "rotary"}, "relative='rotary' turns pairs of features; heads have 3"),
+        ({"dim": 6, "relative": "rotary"}, "relative='rotary' turns pairs of features, at least 3; heads have 3"),
         ({"adaln": "separate", "adaln_rank": 3}, "adaln_rank is for adaln='lora'"),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.denoiser.layout import Layout
+from walt_jax.denoiser.model import Condition, Denoiser, DenoiserConfig
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer, muon_dimensions
@@ -28,8 +29,9 @@ def shape(*sizes, dtype=jnp.float32):
 
 def denoiser(heads, scan):
     config = DenoiserConfig(16 * heads, heads, 4, ((1, None, None), (None, 4, 4)), adaln_rank=16, scan=scan)
-    inputs = shape(1, 5, 16, 16, 8), shape(1), shape(1, 3, 32), shape(1, 3, dtype=bool)
-    return jax.eval_shape(Denoiser(config).init, jax.random.key(0), *inputs)["params"]
+    condition = Condition(text=shape(1, 1, 3, 32), text_mask=shape(1, 1, 3, dtype=bool))
+    inputs = shape(1, 1280, 8), shape(1, 1), condition, Layout(grid=(5, 16, 16))
+    return jax.eval_shape(Denoiser(config, (5, 16, 16)).init, jax.random.key(0), *inputs)["params"]
 
 
 def text(heads):
