@@ -3,8 +3,8 @@
     python -m walt_jax.main --config=configs/tokenizer_clips.py --config.data.source=FOLDER --workdir=runs/tokenizer
     python -m walt_jax.main --workdir=runs/tokenizer --mode=reconstruct --video=IN --out=OUT.mp4
 
-It starts as a cosine transform of blocks (`tokenizer.block_transform`), which the convolutions improve on: held-out clips
-of a folder of 40 very different ones have 25.7 dB before the first step and 26.4 dB after 780 (continuous).
+It starts as a cosine transform of blocks (`tokenizer.block_transform`), which the convolutions improve on: held-out
+clips of a folder of 40 very different ones have 25.7 dB before the first step and 26.4 dB after 780 (continuous).
 
 Heads: `--config.tokenizer.head.name=fsq` and so on; `docs/tokenizer.md` compares them.
 """
