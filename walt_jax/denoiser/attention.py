@@ -164,6 +164,7 @@ def grouped(
     places = jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0).reshape(chunks, slots, 3)
 
     def rows_of(length: int):
+        """Attention in a chunk whose rows have this length."""
         rows = slots // length
 
         def cut(x):

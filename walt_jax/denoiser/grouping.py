@@ -107,9 +107,14 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
                     start += len(window)
             kinds[chunk] = kind + 1
             chunk += 1
-    place = np.full(total + 1, chunks * slots, np.int32)
-    place[table.ravel()] = np.arange(chunks * slots)
-    return Groups(table, row_window, kinds, place[:-1], tuple(lengths))
+    return Groups(table, row_window, kinds, _places(table, total), tuple(lengths))
+
+
+def _places(slots: Int[np.ndarray, "rows slots"], tokens: int) -> Int[np.ndarray, " n"]:
+    """Each token's slot, and the number of all slots for tokens that have none: the inverse of `slots`."""
+    places = np.full(tokens + 1, slots.size, np.int32)  # the last one is that of empty slots
+    places[slots.ravel()] = np.arange(slots.size)
+    return places[:-1]
 
 
 def _by_length(windows: Sequence[Int[np.ndarray, " l"]], lengths: tuple[int, ...]) -> list[list[Int[np.ndarray, " l"]]]:
@@ -185,6 +190,4 @@ def text_rows(segments: Int[np.ndarray, "b n"], clips: int, slots: int = 64) -> 
                 table[row, : len(part)] = part
                 clip[row] = pack * clips + segment
                 row += 1
-    place = np.full(total + 1, rows * slots, np.int32)
-    place[table.ravel()] = np.arange(rows * slots)
-    return TextRows(table, clip, place[:-1])
+    return TextRows(table, clip, _places(table, total))

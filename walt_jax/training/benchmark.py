@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ from walt_jax.denoiser.layout import Grid, Layout, make_pack, place_clips, row_l
 from walt_jax.denoiser.model import Denoiser, DenoiserConfig
 from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion
+from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops
 from walt_jax.training.loop import ShapeConfig, StageConfig
 from walt_jax.training.optimizer import make_optimizer
@@ -123,7 +122,7 @@ class _Training:
         self.key, self.frozen, self.batch = jax.random.key(0), frozen, batch
         optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, self.key)[0])
         # Copied: what is donated must be this part's own.
-        params, moving = jax.tree.map(jnp.copy, nn.meta.unbox(jax.jit(task.init)(self.key)))
+        params, moving = jax.tree.map(jnp.copy, unboxed(jax.jit(task.init)(self.key)))
         self.state = TrainState.create(params, moving, task, optimizer)
         self.step = make_train_step(task, optimizer, stage.ema_decay)
         self.flops = flops(task.gradients, params, moving, frozen, batch, self.key, self.state.step)
@@ -146,7 +145,7 @@ def _tokenizer(config: RunConfig) -> Part:
 
 def _denoiser(config: RunConfig) -> list[Part]:
     _, stage = [(n, s) for n, s in config.stages.items() if s.task == "denoiser"][-1]
-    model = make_model(config, 0 if config.text is None else config.text.vocab_size)
+    model = make_model(config, config.most_pieces)
     task = DenoiserTask(model, config.conditioning)
     grid = model.layout.grid
     tokens = math.prod(grid)
@@ -155,7 +154,7 @@ def _denoiser(config: RunConfig) -> list[Part]:
         count = max(1, stage.batch_size * stage.pack.tokens // tokens)
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(count, *model.latent_shape)).astype(np.float32)
-    words = np.ones((count, 1 if config.text is None else config.text.length), np.int32)
+    words = np.ones((count, config.words), np.int32)
     frozen = _frozen(model)
     batch = {"latents": latents, "text": words}
     if config.denoiser.upscale > 1:
@@ -182,7 +181,7 @@ def _frozen(model: LatentDiffusion) -> TrainedTokenizer:
     strides = tokenizer.config.strides
     variables = jax.jit(tokenizer.init)(jax.random.key(0), jnp.zeros((1, 1, *strides[1:], 3)))
     channels = model.latent_shape[3]
-    return TrainedTokenizer(nn.meta.unbox(variables), jnp.zeros(channels), jnp.ones(channels))
+    return TrainedTokenizer(unboxed(variables), jnp.zeros(channels), jnp.ones(channels))
 
 
 def _with(model: LatentDiffusion, config: DenoiserConfig) -> LatentDiffusion:
@@ -245,7 +244,7 @@ def _layer(config: DenoiserConfig, window: Window, bounds: Grid, layout: Layout,
         config.heads, window, window.bounds(bounds), relative, config.qk_norm, jnp.dtype(config.dtype)
     )
     x = jax.random.normal(jax.random.key(0), (1, tokens, config.dim))
-    params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x, layout))
+    params = unboxed(jax.jit(layer.init)(jax.random.key(0), x, layout))
     slope = jax.jit(jax.grad(lambda params, x, layout: jnp.square(layer.apply(params, x, layout)).sum(), (0, 1)))
     return lambda: slope(params, x, layout)
 

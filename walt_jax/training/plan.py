@@ -5,12 +5,11 @@ import dataclasses
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion
+from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops, flops_by_module, module_of
 from walt_jax.text.vocabulary import PAD
 from walt_jax.tokenizer.autoencoder import Tokenizer
@@ -32,13 +31,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
     clip = clip_shape(config.data, ShapeConfig())
     video = jax.ShapeDtypeStruct((1, *clip, 3), jnp.float32)
     tokenizer = Tokenizer(config.tokenizer)
-    variables = {"tokenizer": _unboxed(jax.eval_shape(tokenizer.init, key, video))}
+    variables = {"tokenizer": unboxed(jax.eval_shape(tokenizer.init, key, video))}
     costs = {"tokenizer": flops_by_module(tokenizer.apply, variables["tokenizer"], video)}
     if config.denoiser is not None:
-        model = make_model(config, _vocab_size(config))
-        params = _unboxed(jax.eval_shape(model.init, key))
+        model = make_model(config, config.most_pieces)
+        params = unboxed(jax.eval_shape(model.init, key))
         variables["denoiser"] = params["denoiser"]
-        costs["denoiser"] = _denoiser_flops(model, params, _words(config))
+        costs["denoiser"] = _denoiser_flops(model, params, config.words)
         if config.text is not None:
             variables["text_encoder"] = params["text"]
             ids = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
@@ -85,10 +84,8 @@ def _denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str
 
 def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
     """{"params", "train_flops_per_step"} of a stage; of several shapes of batches the mean."""
-    task = make_task(config, name, _vocab_size(config))
-    params, moving = jax.tree.map(
-        lambda leaf: leaf, jax.eval_shape(lambda: tuple(map(_unboxed, task.init(jax.random.key(0)))))
-    )
+    task = make_task(config, name, config.most_pieces)
+    params, moving = map(unboxed, jax.eval_shape(task.init, jax.random.key(0)))
     shapes = list(stage.shapes.values()) or [ShapeConfig()]
     weights = [shape.weight for shape in shapes]
     if stage.pack is None:
@@ -148,29 +145,15 @@ def _gradients(
     batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
     frozen = None
     if stage.task == "denoiser":
-        batch["text"] = jax.ShapeDtypeStruct((batch_size, _words(config)), jnp.int32)
+        batch["text"] = jax.ShapeDtypeStruct((batch_size, config.words), jnp.int32)
         if stage.cached_clips:
             batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
         channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
         video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
         variables = jax.eval_shape(Tokenizer(config.tokenizer).init, jax.random.key(0), video)
-        frozen = TrainedTokenizer(_unboxed(variables), channels, channels)
+        frozen = TrainedTokenizer(unboxed(variables), channels, channels)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return flops(task.gradients, params, moving, frozen, batch, jax.eval_shape(jax.random.key, 0), step)
-
-
-def _vocab_size(config: RunConfig) -> int:
-    """At most so many pieces; how many there are shows when the captions are read."""
-    return 0 if config.text is None else config.text.vocab_size
-
-
-def _words(config: RunConfig) -> int:
-    """Ids of a caption, or of a label."""
-    return 1 if config.text is None else config.text.length
-
-
-def _unboxed(tree: Any) -> Any:
-    return nn.meta.unbox(tree)
 
 
 def _size(tree: Any) -> int:

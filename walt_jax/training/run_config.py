@@ -135,6 +135,16 @@ class RunConfig:
                     )
 
     @property
+    def most_pieces(self) -> int:
+        """The vocabulary has at most so many pieces; how many there are shows when the captions are read."""
+        return 0 if self.text is None else self.text.vocab_size
+
+    @property
+    def words(self) -> int:
+        """Ids of a caption, or of a label."""
+        return 1 if self.text is None else self.text.length
+
+    @property
     def bounds(self) -> Grid:
         """Tokens along (t, h, w) of the largest clip that the denoiser sees."""
         shapes = [ShapeConfig()]
