@@ -106,7 +106,7 @@ class Run:
             if images:
                 initial[stage.task] = inflate(trained.served, self.config.tokenizer, self.config.inflation)
             elif stage.task == "tokenizer":
-                tokenizer = _trained_tokenizer(trained)
+                tokenizer = self._trained_tokenizer(trained)
 
     def tokenizer(self) -> TrainedTokenizer:
         """The trained tokenizer.
@@ -114,7 +114,7 @@ class Run:
         Raises:
             UserError: if no stage of it is done, or the workdir's checkpoints are of another config.
         """
-        return _trained_tokenizer(self._restore("tokenizer"))
+        return self._trained_tokenizer(self._restore("tokenizer"))
 
     def generator(self) -> Generator:
         """The trained models.
@@ -225,6 +225,13 @@ class Run:
         some = batches(source, STATISTICS_BATCH, seed)
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
 
+    def _trained_tokenizer(self, trained: Trained) -> TrainedTokenizer:
+        if not self.config.normalise_latents:
+            channels = self.config.tokenizer.latent_channels
+            return TrainedTokenizer(trained.served, jnp.zeros(channels), jnp.ones(channels))
+        mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
+        return TrainedTokenizer(trained.served, mean, std)
+
     def _cached(self, name: str, stage: StageConfig, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """Batches of clips that are encoded once: of one size, or packs of several."""
         shapes = stage.shapes or {"clips": ShapeConfig()}
@@ -242,8 +249,3 @@ class Run:
         if stage.pack is None:
             return cached_batches(arrays[0], stage.batch_size, seed)
         return packed_batches(arrays, self.config.denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, seed)
-
-
-def _trained_tokenizer(trained: Trained) -> TrainedTokenizer:
-    mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
-    return TrainedTokenizer(trained.served, mean, std)

@@ -45,6 +45,8 @@ class RunConfig:
     Without `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `text` is there where the
     denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
     tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
+    `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and variance 1 over
+    training clips, or as the tokenizer leaves them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -54,6 +56,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     inflation: Placement = "last"
+    normalise_latents: bool = True
     text: TextConfig | None = None
     denoiser: DenoiserConfig | None = None
     diffusion: DiffusionConfig | None = None

@@ -1,0 +1,48 @@
+"""A smaller `walt_demo.py` in variants that differ in one idea each, to see what it brings: `docs/trends.md`.
+
+python -m walt_jax.main --config=configs/walt_trends.py:no_self_conditioning --workdir=runs/no_self_conditioning
+python benchmarks/trends.py --workdir=runs/trends  # all of them on one tokenizer, and the table
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+# What each variant changes of the base.
+VARIANTS = {
+    "base": {},
+    "no_self_conditioning": {"denoiser.self_conditioning": False, "diffusion.self_conditioning": 0.0},
+    "no_zero_terminal_snr": {"diffusion.schedule.zero_terminal_snr": False},
+    "no_latent_normalisation": {"normalise_latents": False},
+    "full_attention": {"denoiser.windows": ((None, None, None), (None, None, None))},
+    # As many tokens a step as the base's 16 clips of 80; half of the clips are the base's.
+    "packed": {
+        "stages.denoiser.shapes": {
+            "large": {"weight": 2.0},
+            "short": {"frames": 9, "weight": 1.0},
+            "small": {"height": 24, "width": 24, "weight": 1.0},
+            "image": {"frames": 1, "weight": 1.0},
+        },
+        "stages.denoiser.pack": {"tokens": 320, "clips": 16},
+        "stages.denoiser.batch_size": 4,
+    },
+}
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    """`--config=configs/walt_trends.py:VARIANT`, one of `VARIANTS`."""
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_demo.py")))["get_config"]()
+    config.normalise_latents = True
+    config.denoiser.update(dim=128, heads=2, layers=4)
+    config.diffusion.schedule.zero_terminal_snr = True
+    config.stages.denoiser.update(
+        steps=800, batch_size=16, shapes=ConfigDict(), pack=None, checkpoint_every=400, cached_clips=4096
+    )
+    for name, value in VARIANTS[variant].items():
+        *groups, knob = name.split(".")
+        group = config
+        for name in groups:
+            group = group[name]
+        group[knob] = ConfigDict(value) if isinstance(value, dict) else value
+    return config
