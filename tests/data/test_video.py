@@ -161,14 +161,14 @@ def test_max_frames_gives_the_first_ones(tmp_path):
 
 def test_decoding_stops_at_max_frames(tmp_path, monkeypatch):
     write_stamped(tmp_path / "clip.mp4", [0, 100, 200, 300, 400, 500], last=100)
-    decode, decoded = video._decode, []
+    decode, decoded = video.decoded, []
 
-    def counted(path):
-        for frame in decode(path):
+    def counted(*args):
+        for frame in decode(*args):
             decoded.append(frame)
             yield frame
 
-    monkeypatch.setattr(video, "_decode", counted)
+    monkeypatch.setattr(video, "decoded", counted)
     read_clip(tmp_path / "clip.mp4", max_frames=2)
     assert len(decoded) == 2
     read_clip(tmp_path / "clip.mp4", fps=10, max_frames=2)

@@ -1,23 +1,20 @@
 """Reads a video file into an array of frames: any format, any frame rate, and whatever decodes of a damaged file."""
 
 import contextlib
+import dataclasses
 import itertools
-import math
-import statistics
 from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from etils import epath
 
-# A longer silence between two time stamps is a broken clock: believing it would fill memory with one repeated frame.
-LONGEST_GAP_SECONDS = 10
-
-# What a frame lasts in a file that says nothing about time at all.
-DEFAULT_GAP_SECONDS = Fraction(1, 25)
+from walt_jax.data.clock import DEFAULT_GAP_SECONDS, NeedsAllFrames, resample, seconds_between
+from walt_jax.data.decode import decoded, opened, packets
+from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
+from walt_jax.data.seek import has_key_frames, resample_from
 
 HIGHEST_RATE = 240  # frames per second; a header that says more means its clock's ticks
 
@@ -25,9 +22,28 @@ HIGHEST_RATE = 240  # frames per second; a header that says more means its clock
 # without full chroma interpolation white comes out as 253.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
+DEFAULT_LIMITS = DecodeLimits()
 
-class ClipError(Exception):
-    """A file that cannot give frames. The message is the short reason, without the file's path."""
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+    """What a file holds. Its first frame decodes at this size; how much more of it does is not known.
+
+    Attributes:
+      frames: how many, at least 1: packets where `counted`, else what the header says.
+      fps: frames per second on average.
+      height: in pixels, upright.
+      width: in pixels, upright.
+      seconds: how long they last.
+      counted: whether packets were counted since the header says nothing.
+    """
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    seconds: float
+    counted: bool
 
 
 def read_clip(
@@ -36,8 +52,10 @@ def read_clip(
     max_frames: int | None = None,
     short_side: int | None = None,
     cover: tuple[int, int] | None = None,
+    start: int = 0,
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> np.ndarray:
-    """Decodes a video, an animated picture or a still picture.
+    """Decodes a video, an animated picture or a still picture, or a window of it.
 
     The clock is the time stamps, not the rate in the header: output frame k is the one on screen k / fps seconds after
     the first frame, and the last frame stays as long as it says. Frames come upright, and alpha is dropped. A packet
@@ -50,44 +68,68 @@ def read_clip(
       short_side: the output's shorter side in pixels; the aspect ratio is kept. None keeps the size.
       cover: (height, width) in pixels instead of `short_side`: the smallest output with the aspect ratio kept that is
         at least so high and so wide; `short_side=s` means `cover=(s, s)`.
+      start: leaves out so many output frames. With an fps, decoding begins at the key frame before where the file's
+        stamps allow it, and the frames are those that reading all of it gives. (A file may hide it when more than
+        LONGEST_GAP_SECONDS of frames before the window do not decode: the window is then right by the stamps.)
+      limits: what the file may ask for.
 
     Returns:
       uint8 [t, h, w, 3], RGB, with t ≥ 1. Where the size changes within the file, later frames are stretched to the
       first one's.
 
     Raises:
-      ClipError: the file gives no frame.
+      ClipError: the file gives no frame, ends before `start`, or exceeds the limits.
     """
     if short_side is not None:
         cover = (short_side, short_side)
-    return np.stack(list(itertools.islice(read_frames(path, fps, cover), max_frames)))
+    pictures = _pictures(path, fps, cover, start, limits, Stopwatch(limits.wall_seconds))
+    shape, pixels = (), bytearray()  # grows in place, where stacking a list would hold everything twice
+    for picture in itertools.islice(pictures, max_frames):
+        shape = picture.shape
+        if len(pixels) + picture.nbytes > limits.clip_bytes:
+            raise ClipError(f"more than {limits.clip_bytes} bytes at {shape[0]} x {shape[1]} pixels")
+        pixels += np.ascontiguousarray(picture).data
+    return np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
 
 
 def read_frames(
-    path: epath.PathLike, fps: float | Fraction | None = None, cover: tuple[int, int] | None = None
+    path: epath.PathLike,
+    fps: float | Fraction | None = None,
+    cover: tuple[int, int] | None = None,
+    start: int = 0,
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> Iterator[np.ndarray]:
     """`read_clip` frame by frame, in the memory of a few: uint8 [h, w, 3] each, at least one.
 
     Raises:
-      ClipError: the file gives no frame; on reading the first.
+      ClipError: as `read_clip`, on reading the first; where a limit is exceeded later, then.
     """
-    frames = _decode(path)
-    shown = ((frame, 1) for frame in frames) if fps is None else _resample(frames, Fraction(fps))
-    reformatter = VideoReformatter()
-    picture, size = None, None
-    try:
-        for frame, count in shown:
-            size = size or _covering(*_upright_size(frame), cover)
-            if not count:
-                continue
-            try:
-                picture = _to_rgb(frame, size, reformatter)
-            except av.FFmpegError as error:  # damage that only shows now: as if the frame had not decoded
-                if picture is None:
-                    raise ClipError(f"its frames don't convert to RGB: {error.strerror}") from error
-            yield from itertools.repeat(picture, count)
-    finally:
-        frames.close()
+    watch = Stopwatch(limits.wall_seconds)
+    for picture in _pictures(path, fps, cover, start, limits, watch):
+        yield picture
+        watch.restart()  # what the caller does with a frame is not the file's fault
+
+
+def describe(path: epath.PathLike, limits: DecodeLimits = DEFAULT_LIMITS) -> ClipInfo:
+    """Size, length and rate of a file, at the cost of its first frame.
+
+    The length is the header's and thus an estimate; where the header has none, all packets are read and counted.
+
+    Raises:
+      ClipError: the first frame does not decode, or the file exceeds the limits.
+    """
+    watch = Stopwatch(limits.wall_seconds)
+    with opened(path, limits, watch) as (container, stream):
+        reader = packets(container, stream)
+        again, ahead = itertools.tee(reader)
+        height, width = _upright_size(next(decoded(ahead, stream, limits, watch)))
+        del ahead  # or every packet would be kept for it
+        frames, seconds = stream.frames, (stream.duration or 0) * (stream.time_base or 0)
+        counted = frames < 1 or seconds <= 0
+        if counted:
+            frames, seconds = _count(again, stream, limits, watch)
+        reader.close()
+    return ClipInfo(frames, float(frames / seconds), height, width, float(seconds), counted)
 
 
 def frame_rate(path: epath.PathLike) -> Fraction:
@@ -96,114 +138,98 @@ def frame_rate(path: epath.PathLike) -> Fraction:
     Raises:
       ClipError: the file is no video.
     """
-    with _opened(path) as (_, stream):
+    with opened(path, DEFAULT_LIMITS, Stopwatch(DEFAULT_LIMITS.wall_seconds)) as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
     return rate if rate and 1 <= rate <= HIGHEST_RATE else 1 / DEFAULT_GAP_SECONDS
 
 
-def _decode(path: epath.PathLike) -> Iterator[av.VideoFrame]:
-    """Yields the frames of the first video stream in the order in which they are shown."""
-    with _opened(path) as (container, stream):
-        yield from _recover(container, stream)
-
-
-@contextlib.contextmanager
-def _opened(path: epath.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file's container and its first video stream."""
-    try:
-        file = epath.Path(path).open("rb")
-    except OSError as error:
-        raise ClipError(f"it can't be opened: {error.strerror}") from error
-    with file:
-        # An open file rather than a path: remote files work, and a name with a colon is not taken for a protocol.
+def _pictures(
+    path: epath.PathLike,
+    fps: float | Fraction | None,
+    cover: tuple[int, int] | None,
+    start: int,
+    limits: DecodeLimits,
+    watch: Stopwatch,
+) -> Iterator[np.ndarray]:
+    """Output frames from `start` on, from the cheapest route that gives what decoding everything would."""
+    fps = None if fps is None else Fraction(fps)
+    given = 0
+    for first in (start, 0):
         try:
-            if not file.read(1):
-                raise ClipError("empty file")
-            file.seek(0)
-            container = av.open(file, metadata_errors="ignore")
-        except (av.FFmpegError, OSError) as error:
-            raise ClipError(f"not a video: {error.strerror}") from error
-        with container:
-            # The cover picture of a sound file is a video stream too.
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise ClipError("no video stream")
-            yield container, streams[0]
+            for picture in _convert(_shown(path, fps, first, limits, watch), cover, start + given):
+                yield picture
+                given += 1
+        except NeedsAllFrames:
+            continue
+        if not given:
+            raise ClipError(f"it ends before frame {start}")
+        return
+    yield from itertools.islice(_pictures(path, fps, cover, 0, limits, watch), start + given, None)
 
 
-def _recover(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Yields every frame that can be had; `container.decode` would stop at the first bad packet."""
-    decoded, reason = 0, None
-    # Where the container breaks off, the decoder still holds frames; None asks for them.
-    packets = itertools.chain(container.demux(stream), [None])
-    while True:
+def _shown(
+    path: epath.PathLike, fps: Fraction | None, start: int, limits: DecodeLimits, watch: Stopwatch
+) -> Iterator[tuple[av.VideoFrame, int]]:
+    """Frames in the order in which they are shown, each with how many output frames it fills.
+
+    They are those that matter to output frames from `start` on; the first frame is always among them.
+    """
+    with opened(path, limits, watch) as (container, stream):
+        if start and fps and has_key_frames(stream):
+            yield from resample_from(container, stream, fps, start, limits, watch)
+            return
+        frames = decoded(packets(container, stream), stream, limits, watch)
+        yield from ((frame, 1) for frame in frames) if fps is None else resample(frames, fps, limits.seconds)
+
+
+def _convert(
+    shown: Iterator[tuple[av.VideoFrame, int]], cover: tuple[int, int] | None, skip: int
+) -> Iterator[np.ndarray]:
+    """The pictures of output frames from number `skip` on, at the size that the first frame decides.
+
+    Raises:
+      NeedsAllFrames: a frame does not convert, and the one that stays on screen in its place was skipped.
+      ClipError: no frame converts.
+    """
+    reformatter = VideoReformatter()
+    picture, size, skipped = None, None, False
+    for frame, count in shown:
+        size = size or _covering(*_upright_size(frame), cover)
+        left_out = min(count, skip)
+        skip, count = skip - left_out, count - left_out
+        if not count:
+            skipped = skipped or left_out > 0
+            continue
         try:
-            frames = stream.decode(next(packets))
-        except StopIteration:
-            break
-        except IndexError:  # PyAV at the end of a file in which a new stream turned up
-            continue
-        except (av.FFmpegError, OSError) as error:
-            reason = reason or error.strerror
-            continue
-        decoded += len(frames)
-        yield from frames
-    if not decoded:
-        raise ClipError(f"no frame decodes: {reason}")
+            picture = _to_rgb(frame, size, reformatter)
+        except av.FFmpegError as error:  # damage that only shows now: as if the frame had not decoded
+            if picture is None and skipped:
+                raise NeedsAllFrames from error
+            if picture is None:
+                raise ClipError(f"its frames don't convert to RGB: {error.strerror}") from error
+        yield from itertools.repeat(picture, count)
 
 
-def _resample(frames: Iterator[av.VideoFrame], fps: Fraction) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Pairs each frame with how many output frames at `fps` show it, which may be none."""
-    shown = 0
-    for frame, end in _until(frames):
-        count = max(0, math.ceil(end * fps) - shown)
-        shown += count
-        yield frame, count
-
-
-def _until(frames: Iterator[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-    """Pairs each frame with when it leaves the screen, in seconds after the first frame appeared."""
-    time, gaps, durations_hold = Fraction(0), [], True
-    for frame, following in itertools.pairwise(itertools.chain(_in_order(frames), [None])):
-        duration = _seconds(frame.duration, frame)
-        if following is None:
-            # FFmpeg makes up durations where a container has none, so believe this one only if the one before was true.
-            gap = duration if durations_hold else None
-        else:
-            stamped = None not in (frame.pts, following.pts)
-            gap = _seconds(following.pts - frame.pts, frame) if stamped else None
-            durations_hold = None not in (duration, gap) and abs(duration - gap) <= frame.time_base
-        if gap is not None:
-            gaps.append(gap)
-        else:  # a stamp is missing, jumps or starts anew: the clip goes on at its pace so far
-            gap = statistics.median(gaps) if gaps else duration or DEFAULT_GAP_SECONDS
-        time += gap
-        # Containers round time stamps to a tick (1 ms in Matroska, 10 ms in GIF), so a frame due within a tick is on
-        # time: or 30 fps read at 30 fps would repeat one frame and lose the next. A gap of one tick is not rounded.
-        rounded = frame.time_base is not None and gap > 2 * frame.time_base
-        yield frame, time - frame.time_base if rounded else time
-
-
-def _in_order(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Drops stragglers: decoders resume after damage with a frame or two out of turn."""
-    latest, straggler = None, None
-    for frame in frames:
-        late = None not in (latest, frame.pts) and frame.pts <= latest
-        if late and straggler is None:
-            straggler = frame
-            continue
-        if late:  # two in a row: not a straggler, the stamps start anew
-            yield straggler
-        straggler, latest = None, frame.pts
-        yield frame
-
-
-def _seconds(ticks: int | None, frame: av.VideoFrame) -> Fraction | None:
-    """A time in the frame's ticks in seconds; None where it is unknown or can't be true of neighbouring frames."""
-    if not ticks or frame.time_base is None:
-        return None
-    seconds = ticks * frame.time_base
-    return seconds if 0 < seconds <= LONGEST_GAP_SECONDS else None
+def _count(
+    packets: Iterator[av.Packet], stream: av.VideoStream, limits: DecodeLimits, watch: Stopwatch
+) -> tuple[int, Fraction]:
+    """How many frames a stream's packets announce, at least 1, and how many seconds they last."""
+    count, gaps, total, latest, duration = 0, 0, Fraction(0), None, None
+    # Where the file breaks off, so does the count.
+    with contextlib.suppress(av.FFmpegError, OSError):
+        for packet in itertools.islice(packets, limits.packets):
+            watch.check()
+            if not packet.size or packet.is_discard:
+                continue
+            gap = seconds_between(latest, packet.dts, stream.time_base)
+            if gap is not None:
+                gaps, total = gaps + 1, total + gap
+            count, latest, duration = count + 1, packet.dts, packet.duration
+    count = max(count, 1)
+    if gaps:  # the last frame, and those beside a broken stamp, last as long as the others
+        return count, total * count / gaps
+    gap = duration * stream.time_base if duration and stream.time_base else DEFAULT_GAP_SECONDS
+    return count, count * gap
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
