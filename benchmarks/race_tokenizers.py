@@ -25,7 +25,8 @@ import tqdm
 from torch import nn
 from torch.nn import functional as F
 
-from walt_jax.data.pipeline import DataConfig, batches, open_source
+from walt_jax.data.pipeline import Batches, Clips, Data, DataConfig
+from walt_jax.data.shapes import ClipShape
 from walt_jax.evaluation.reconstruction import psnr_db, ssim
 
 FRAMES, SIDE, CHANNELS, CLIPS, EVALUATION_SEED = 17, 64, 16, 64, 1234
@@ -113,13 +114,14 @@ def main() -> None:
         parser.error("give --steps or --minutes")
 
     torch.manual_seed(0)
-    data = DataConfig(source=flags.data, frames=FRAMES, height=SIDE, width=SIDE, max_bad_fraction=0.2)
+    data = Data(DataConfig(source=flags.data, frames=FRAMES, height=SIDE, width=SIDE, max_bad_fraction=0.2))
+    shapes = (ClipShape(FRAMES, SIDE, SIDE),)
     model, loss_of, reconstruct = make(flags.model)
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{flags.model}: {params:,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
     peak = LEARNING_RATES[flags.model]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    iterator = iter(batches(open_source(data, "train"), flags.batch_size, seed=0))
+    iterator = iter(Batches(Clips(data.source("train", shapes), seed=0), (flags.batch_size,)))
 
     def step() -> float:
         video = torch.from_numpy(next(iterator)["video"]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -147,7 +149,7 @@ def main() -> None:
         set_rate(done / steps, done + 1)
         losses.append(step())
 
-    source = open_source(data, "held_out")
+    source = data.source("held_out", shapes)
     chosen = (source.sample(i, np.random.default_rng([EVALUATION_SEED, i])) for i in range(min(CLIPS, len(source))))
     clips = [clip["video"] for clip in chosen if clip is not None]
     model.eval()

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The knobs; the other `walt_*` of the papers' sizes change some."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("magvit2_video.py")))["get_config"]()
-    config.data.update(caption_column="label", caption_dropout=0.1)
+    config.data.update(captions="label", caption_dropout=0.1)
     config.tokenizer.latent_channels = 8
     config.tokenizer.head = ConfigDict({"name": "continuous"})
     config.update(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
-    config.data.update(caption_column="caption")
+    config.data.update(captions="caption")
     config.denoiser.update(classes=0, frame_prediction=True)
     config.conditioning = {"frames": (2,), "probability": 0.9}
     config.stages.denoiser.update(steps=275_000, batch_size=512)

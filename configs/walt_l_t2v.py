@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
-    config.data.update(caption_column="caption")
+    config.data.update(captions="caption")
     config.text = {
         "vocab_size": 32_000,
         "length": 64,

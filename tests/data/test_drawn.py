@@ -20,6 +20,7 @@ from walt_jax.data.drawn import (
     draw,
     is_held_out,
 )
+from walt_jax.data.shapes import ClipShape
 
 COMBINATION, SEED = st.sampled_from(COMBINATIONS), st.integers(0, 10**6)
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -153,7 +154,7 @@ def test_places_sizes_and_speeds_vary():
 
 @pytest.mark.parametrize("split", ["train", "held_out", "all"])
 def test_a_source_has_an_entry_for_each_combination_of_its_split(split):
-    source = DrawnClips(split, frames=3, size=16)
+    source = DrawnClips(split, (ClipShape(3, 16, 16),))
     assert source.captions == [combination.caption for combination in combinations(split)]
     assert len(source) == len(source.captions)
     for index in (0, len(source) - 1):
@@ -164,6 +165,6 @@ def test_a_source_has_an_entry_for_each_combination_of_its_split(split):
 
 
 def test_an_image_is_a_clip_of_one_frame():
-    clip = DrawnClips("train", frames=1, size=16).sample(0, np.random.default_rng(0))["video"]
+    clip = DrawnClips("train", (ClipShape(1, 16, 16),)).sample(0, np.random.default_rng(0))["video"]
     assert clip.shape == (1, 16, 16, 3)
     assert clip.max() == 255

@@ -1,5 +1,8 @@
 """A folder as a source: which clips it has, what is held out, what a sample is, and what it says when it can't."""
 
+import collections
+import dataclasses
+import json
 import pathlib
 import pickle
 import string
@@ -9,10 +12,12 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from PIL import Image
 
 from walt_jax.data import folder as folder_lib
-from walt_jax.data.folder import FolderClips
+from walt_jax.data.folder import Folder, FolderClips
 from walt_jax.data.media import write_video
+from walt_jax.data.shapes import ClipShape
 from walt_jax.data.video import read_clip
 from walt_jax.errors import UserError
 
@@ -34,7 +39,7 @@ def write_table(folder, *lines):
 
 
 def source(folder, split="train", frames=5, fps=10, height=12, width=16, **options):
-    return FolderClips(folder, split, frames, fps, height, width, **options)
+    return FolderClips(Folder(folder, **options), split, [ClipShape(frames, height, width)], fps)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def test_without_a_table_every_video_is_a_clip_without_caption(tmp_path):
     train, held_out = source(tmp_path), source(tmp_path, "held_out")
     assert len(train) == 2 and len(held_out) == 1
     assert train.captions + held_out.captions == ["", "", ""]
-    assert train.skipped == held_out.skipped == []
+    assert train.folder.skipped == held_out.folder.skipped == []
 
 
 def test_with_a_table_its_rows_are_the_clips(tmp_path):
@@ -73,7 +78,7 @@ def test_with_a_table_its_rows_are_the_clips(tmp_path):
     both = source(tmp_path), source(tmp_path, "held_out")
     captions = [caption for part in both for caption in part.captions]
     assert sorted(captions) == sorted(['a comma, and "quotes"', "Zürich", "", "the same clip in other words"])
-    assert both[0].skipped == [{"file": "left.gif", "reason": "not in metadata.csv"}]
+    assert both[0].folder.skipped == [{"file": "left.gif", "reason": "not in metadata.csv"}]
     # Both captions of a file are on the same side.
     assert any({"", "the same clip in other words"} <= set(part.captions) for part in both)
 
@@ -152,9 +157,8 @@ def test_a_clip_is_resized_until_it_just_covers_the_crop(tmp_path, stored, size)
     write_clip(tmp_path / "clip.gif", 5, *stored)
     clip = read_clip(tmp_path / "clip.gif", 10, cover=size)
     assert clip.shape[1] == size[0] or clip.shape[2] == size[1]
-    video = source(tmp_path, frames=5, height=size[0], width=size[1]).center(0)["video"]
-    top, left = (clip.shape[1] - size[0]) // 2, (clip.shape[2] - size[1]) // 2
-    np.testing.assert_array_equal(video, clip[:, top : top + size[0], left : left + size[1]])
+    video = source(tmp_path, frames=5, height=size[0], width=size[1]).sample(0, np.random.default_rng(0))["video"]
+    assert video.tobytes() in windows(clip, 5, *size)
 
 
 def test_the_same_rng_gives_the_same_bytes(clips):
@@ -167,26 +171,27 @@ def test_the_same_rng_gives_the_same_bytes(clips):
 
 def test_writing_into_a_sample_changes_no_other(clips):
     data = source(clips)
-    before = data.center(0)["video"].copy()
-    data.center(0)["video"][:] = 0
-    np.testing.assert_array_equal(data.center(0)["video"], before)
+    before = data.sample(0, np.random.default_rng(0))["video"].copy()
+    data.sample(0, np.random.default_rng(0))["video"][:] = 0
+    np.testing.assert_array_equal(data.sample(0, np.random.default_rng(0))["video"], before)
 
 
 def test_the_cache_keeps_within_its_bytes_and_spares_decoding(clips, monkeypatch):
     data = source(clips)
     decoded = []
-    monkeypatch.setattr(folder_lib, "read_clip", lambda *args, **kw: decoded.append(args[0]) or read_clip(*args, **kw))
+    read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda *args: decoded.append(args[1]) or read(*args))
     one = 12 * 12 * 18 * 3
     for limit, want in ((one * 100, len(data)), (one * 4, 3 * len(data)), (0, 3 * len(data))):
-        data._cache = folder_lib._Cache(limit)
+        data.folder._cache = folder_lib._Cache(limit)
         decoded.clear()
         for _ in range(3):
             for i in range(len(data)):
                 data.sample(i, np.random.default_rng(0))
-                assert data._cache.bytes <= limit
-                assert data._cache.bytes == sum(array.nbytes for array in data._cache._arrays.values())
+                assert data.folder._cache.bytes <= limit
+                assert data.folder._cache.bytes == sum(array.nbytes for array in data.folder._cache._arrays.values())
         assert len(decoded) == want
-        assert data._cache.bytes == min(one * len(data), limit)
+        assert data.folder._cache.bytes == min(one * len(data), limit)
 
 
 def test_the_cache_drops_what_was_used_longest_ago():
@@ -199,12 +204,128 @@ def test_the_cache_drops_what_was_used_longest_ago():
     assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "c", "d"]
 
 
-def test_an_overlong_clip_is_used_up_to_a_limit(tmp_path, monkeypatch):
-    write_clip(tmp_path / "long.gif", frames=100, height=12, width=16)
-    monkeypatch.setattr(folder_lib, "LONGEST_CLIP_BYTES", 30 * 12 * 16 * 3)
-    data = source(tmp_path)
-    data.center(0)
-    assert data._cache.bytes == 30 * 12 * 16 * 3
+def test_of_a_long_clip_only_windows_are_decoded_and_they_are_the_same(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "long.mp4", rng.integers(0, 256, (60, 16, 16, 3), np.uint8), 10)
+    want = windows(read_clip(tmp_path / "long.mp4", 10), 5, 16, 16)
+    monkeypatch.setattr(folder_lib, "WHOLE_CLIP_BYTES", 30 * 16 * 16 * 3)
+    data = source(tmp_path, height=16, width=16)
+    got = {data.sample(0, rng)["video"].tobytes() for _ in range(40)}
+    assert got <= want and len(got) > 20
+    assert data.folder._cache.bytes == 0
+
+
+def test_a_header_that_promises_too_much_is_found_out(tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.gif", frames=8)
+    monkeypatch.setattr(folder_lib, "WHOLE_CLIP_BYTES", 0)
+    folder = Folder(tmp_path)
+    folder.info["clip.gif"] = dataclasses.replace(folder.info["clip.gif"], seconds=60.0, frames=600)
+    data = FolderClips(folder, "train", [ClipShape(5, 16, 24)], 10)
+    want = windows(read_clip(tmp_path / "clip.gif", 10), 5, 16, 24)
+    assert all(data.sample(0, np.random.default_rng(i))["video"].tobytes() in want for i in range(10))
+    with pytest.raises(UserError, match="too short: 8 of 9 frames"):
+        FolderClips(folder, "train", [ClipShape(9, 16, 24)], 10)
+
+
+# Shapes
+
+
+def test_a_side_keeps_the_aspect_ratio(tmp_path):
+    for name, (height, width) in {"wide": (36, 64), "tall": (64, 36), "square": (40, 40), "strip": (8, 80)}.items():
+        write_clip(tmp_path / f"{name}.gif", 5, height, width)
+    folder = Folder(tmp_path)
+    data = [FolderClips(folder, split, [ClipShape(5, side=32, unit=(8, 8))], 10) for split in ("train", "held_out")]
+    sizes = {}
+    for part in data:
+        for index in range(len(part)):
+            sizes[part.file(index)] = part.sample(index, np.random.default_rng(0))["video"].shape[1:3]
+    assert sizes == {"wide.gif": (24, 40), "tall.gif": (40, 24), "square.gif": (32, 32), "strip.gif": (16, 56)}
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+    st.integers(8, 512),
+    st.sampled_from([(1, 1), (8, 8), (8, 16), (16, 16)]),
+)
+def test_a_sides_sizes_are_whole_units_of_about_its_pixels(height, width, side, unit):
+    shape = ClipShape(1, side=side, unit=unit)
+    rows, columns = shape.size(height, width)
+    assert rows % unit[0] == columns % unit[1] == 0
+    if side >= 8 * max(unit):
+        assert 0.75 < rows * columns / side**2 < 1.35
+        aspect = min(max(height / width, 1 / 3), 3)
+        assert 0.8 < rows / columns / aspect < 1.25
+
+
+def test_a_sides_sizes_are_all_known_beforehand():
+    shape = ClipShape(1, side=96, unit=(16, 16))
+    sizes = shape.sizes()
+    assert {shape.size(h, w) for h in range(1, 200, 7) for w in range(1, 200, 7)} <= sizes
+    assert (96, 96) in sizes and len(sizes) < 30
+
+
+def test_a_stride_takes_every_other_frame(tmp_path):
+    write_clip(tmp_path / "clip.gif", frames=9, height=16, width=16)
+    clip = read_clip(tmp_path / "clip.gif", 10)
+    video = FolderClips(Folder(tmp_path), "train", [ClipShape(5, 16, 16, stride=2)], 10).sample(
+        0, np.random.default_rng(0)
+    )["video"]
+    np.testing.assert_array_equal(video, clip[::2])
+    with pytest.raises(UserError, match="too short: 9 of 11 frames"):
+        FolderClips(Folder(tmp_path), "train", [ClipShape(6, 16, 16, stride=2)], 10)
+
+
+def test_shapes_come_by_their_weights_and_short_clips_get_one_that_they_have(tmp_path):
+    write_table(tmp_path, "file_name,caption,split", "long.gif,,train", "still.png,,train")
+    write_clip(tmp_path / "long.gif", frames=12, height=16, width=16)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "still.png")
+    data = FolderClips(Folder(tmp_path), "train", [ClipShape(5, 8, 8, weight=3.0), ClipShape(1, 16, 16)], 10)
+    rng = np.random.default_rng(0)
+    taken = [data.sample(0, rng) for _ in range(200)]
+    assert abs(sum(clip["shape"] == 0 for clip in taken) - 150) < 4 * np.sqrt(200 * 3 / 16)
+    assert all(clip["video"].shape == ((5, 8, 8, 3), (1, 16, 16, 3))[clip["shape"]] for clip in taken)
+    assert {data.sample(1, rng)["shape"] for _ in range(20)} == {1}
+    assert data.folder.skipped == []
+
+
+# Captions and tables
+
+
+def test_captions_come_by_their_weights_and_never_empty(tmp_path):
+    write_table(tmp_path, "file_name,long,short", "a.gif,a long one,short", "b.gif,,alone")
+    for name in ("a.gif", "b.gif"):
+        write_clip(tmp_path / name)
+    parts = [source(tmp_path, split, captions={"long": 0.95, "short": 0.05}) for split in ("train", "held_out")]
+    rng, seen = np.random.default_rng(0), collections.Counter()
+    for part in parts:
+        assert len(part) == 1
+        seen.update(part.sample(0, rng)["caption"] for _ in range(400))
+    assert seen["alone"] == 400
+    assert abs(seen["short"] - 20) < 4 * np.sqrt(19) and seen["short"] + seen["a long one"] == 400
+    assert sorted(caption for part in parts for caption in part.captions) == ["a long one", "alone", "short"]
+
+
+def test_a_jsonl_table_and_tables_of_sub_folders(tmp_path):
+    for name in ("x/a.gif", "x/b.gif", "y/c.gif", "y/left.gif"):
+        write_clip(tmp_path / name)
+    rows = [{"file_name": "a.gif", "caption": "ä"}, {"file_name": "b.gif", "caption": None}]
+    (tmp_path / "x" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_table(tmp_path / "y", "file_name,caption", "c.gif,sea")
+    parts = source(tmp_path), source(tmp_path, "held_out")
+    assert sorted(caption for part in parts for caption in part.captions) == ["", "sea", "ä"]
+    assert parts[0].folder.skipped == [{"file": "y/left.gif", "reason": "not in metadata.csv"}]
+
+
+def test_links_in_a_circle_and_folders_named_like_files(tmp_path):
+    write_clip(tmp_path / "deep" / "a.gif")
+    (tmp_path / "deep" / "again").symlink_to(tmp_path)
+    (tmp_path / "b.mp4").mkdir()
+    write_clip(tmp_path / "line\nbreak.gif")
+    data = source(tmp_path, max_bad_fraction=0.5)
+    assert data.folder.skipped == [{"file": "b.mp4", "reason": "a folder, not a file"}]
+    assert {row.file for row in data.folder.rows} == {"deep/a.gif", "line\nbreak.gif"}
 
 
 def test_threads_get_what_one_would(clips):
@@ -219,10 +340,12 @@ def test_threads_get_what_one_would(clips):
 
 def test_a_copy_goes_to_another_process(clips):
     data = source(clips)
-    data.center(0)
+    data.sample(0, np.random.default_rng(0))
     copy = pickle.loads(pickle.dumps(data))
-    assert copy._cache.bytes == 0
-    np.testing.assert_array_equal(copy.center(0)["video"], data.center(0)["video"])
+    assert copy.folder._cache.bytes == 0
+    np.testing.assert_array_equal(
+        copy.sample(0, np.random.default_rng(0))["video"], data.sample(0, np.random.default_rng(0))["video"]
+    )
 
 
 # Clips that can't be used
@@ -236,8 +359,8 @@ def test_short_clips_are_skipped_and_count_as_good(tmp_path):
     data = source(tmp_path, frames=5)
     rng = np.random.default_rng(0)
     assert [data.sample(i, rng) is None for i in (0, 1, 2, 1)] == [False, True, True, True]
-    assert data.center(1) is None
-    assert data.skipped == [
+    assert data.sample(1, np.random.default_rng(0)) is None
+    assert data.folder.skipped == [
         {"file": "short.gif", "reason": "too short: 4 of 5 frames at 10 fps"},
         {"file": "still.gif", "reason": "too short: 1 of 5 frames at 10 fps"},
     ]
@@ -249,11 +372,11 @@ def test_a_file_that_breaks_later_is_skipped_until_none_is_left(tmp_path):
         write_clip(tmp_path / name)
     data = source(tmp_path, cache_bytes=0)
     (tmp_path / "b.gif").write_bytes(b"")
-    assert data.center(1) is None and data.center(0) is not None
-    assert data.skipped == [{"file": "b.gif", "reason": "empty file"}]
+    assert data.sample(1, np.random.default_rng(0)) is None and data.sample(0, np.random.default_rng(0)) is not None
+    assert data.folder.skipped == [{"file": "b.gif", "reason": "empty file"}]
     (tmp_path / "a.gif").unlink()
     with pytest.raises(UserError, match=r"train split gives 5 frames at 10 fps; a\.gif, for one, does not"):
-        data.center(0)
+        data.sample(0, np.random.default_rng(0))
 
 
 def test_bad_files_up_to_a_fraction(tmp_path):
@@ -269,7 +392,7 @@ def test_bad_files_up_to_a_fraction(tmp_path):
     )
     train, held_out = (source(tmp_path, split, max_bad_fraction=0.2) for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 8
-    assert [entry["file"] for entry in train.skipped] == ["empty.mp4", "page.mp4"]
+    assert [entry["file"] for entry in train.folder.skipped] == ["empty.mp4", "page.mp4"]
     (tmp_path / "page.mp4").unlink()
     with pytest.raises(UserError, match=r"1 of 9 files .*: remove it, or raise"):
         source(tmp_path)
@@ -284,7 +407,7 @@ def test_bad_files_up_to_a_fraction(tmp_path):
         (
             None,
             [],
-            "{folder} holds no video: put files in it that end in .mp4, .webm, .mov, .avi, .gif, .mkv, .ts, .m4v.",
+            "{folder} holds no video and no image: put files in it that end in .mp4, .webm, .mov, .avi, .gif, ",
         ),
         ("", [], "{folder}/metadata.csv names no clip: "),
         ("file_name,caption\n", ["a.gif"], "{folder}/metadata.csv names no clip: "),
@@ -337,7 +460,7 @@ def test_real_clips():
     data = source(SHARED / "actions", "held_out", frames=17, fps=8, height=32, width=56)
     assert 1 <= len(data) <= 14 and all(data.captions)
     assert data.sample(0, np.random.default_rng(0))["video"].shape == (17, 32, 56, 3)
-    assert data.skipped == []
+    assert data.folder.skipped == []
 
 
 def test_real_trouble():

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.folder import FolderClips
 from walt_jax.data.media import write_video
-from walt_jax.data.pipeline import DataConfig, batches, open_source
+from walt_jax.data.order import Progress, Share, redistribute
+from walt_jax.data.pipeline import Batches, Clips, Data, DataConfig, Mixture, weighted
+from walt_jax.data.shapes import ClipShape
 from walt_jax.errors import UserError
 
 
@@ -34,7 +36,26 @@ class Numbered:
     def sample(self, index, rng):
         if index in self.unusable:
             return None
-        return {"video": np.array([index, rng.integers(256)], np.uint8).reshape(1, 1, 2, 1), "caption": str(index)}
+        return {
+            "video": np.array([index, rng.integers(256)], np.uint8).reshape(1, 1, 2, 1),
+            "caption": str(index),
+            "shape": 0,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Several(Numbered):
+    """The same, a clip in one of three sizes that its generator draws."""
+
+    def sample(self, index, rng):
+        clip = Numbered.sample(self, index, rng)
+        shape = int(rng.integers(3))
+        return clip and {**clip, "video": np.repeat(clip["video"], shape + 1, axis=1), "shape": shape}
+
+
+def batches(source, batch_size, seed, encode=None, caption_dropout=0.0, share=Share()):  # noqa: B008
+    sizes = (batch_size,) if isinstance(batch_size, int) else batch_size
+    return Batches(Clips(Mixture((source,), (1.0,)), seed, encode, caption_dropout), sizes, share)
 
 
 def encode(captions):
@@ -87,7 +108,9 @@ def test_shapes_types_and_that_a_caption_stays_with_its_clip():
 @given(st.integers(0, 10_000))
 def test_the_seed_decides_every_byte(seed):
     def some(seed):
-        return taken(batches(DrawnClips("train", 2, 8), 5, seed, lambda c: np.array([[len(c[0])]]), 0.3), 4)
+        return taken(
+            batches(DrawnClips("train", (ClipShape(2, 8, 8),)), 5, seed, lambda c: np.array([[len(c[0])]]), 0.3), 4
+        )
 
     assert same(some(seed), some(seed))
     assert not all(np.array_equal(a["video"], b["video"]) for a, b in zip(some(seed), some(seed + 1), strict=True))
@@ -108,7 +131,9 @@ def test_a_restored_iterator_goes_on_with_the_same_bytes(before, batch_size, see
 
 
 def test_the_position_is_small():
-    iterator = iter(batches(DrawnClips("train", 17, 32), 8, 0, lambda c: np.zeros((1, 4), np.int32), 0.1))
+    iterator = iter(
+        batches(DrawnClips("train", (ClipShape(17, 32, 32),)), 8, 0, lambda c: np.zeros((1, 4), np.int32), 0.1)
+    )
     for _ in range(20):
         next(iterator)
     assert len(json.dumps(iterator.get_state())) < 1000
@@ -139,29 +164,113 @@ def test_a_dropped_caption_changes_nothing_about_the_clip():
         np.testing.assert_array_equal(one["video"], other["video"])
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 12), st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 1000))
+def test_clips_of_several_shapes_wait_for_their_like_and_a_state_remembers_them(before, sizes, seed):
+    source = Several(11, unusable=(2,))
+    iterator = iter(batches(source, sizes, seed, encode))
+    for _ in range(before):
+        next(iterator)
+    position = json.loads(json.dumps(iterator.get_state()))
+    expected = [next(iterator) for _ in range(8)]
+    fresh = iter(batches(source, sizes, seed, encode))
+    fresh.set_state(position)
+    assert same([next(fresh) for _ in range(8)], expected)
+    for batch in expected:
+        shape = batch["video"].shape[2] - 1
+        assert len(batch["video"]) == len(batch["text"]) == sizes[shape]
+        np.testing.assert_array_equal(batch["video"][:, 0, 0, 0, 0] + 1, batch["text"][:, 0])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 8])
+def test_hosts_together_have_each_clip_once_an_epoch(hosts):
+    shares = [Share(host, hosts) for host in range(hosts)]
+    several = [taken(batches(Numbered(24), 1, 5, encode, share=share), 48 // hosts) for share in shares]
+    assert collections.Counter(itertools.chain.from_iterable(map(indices, several))) == dict.fromkeys(range(24), 2)
+
+
+def test_another_number_of_hosts_goes_on_with_what_is_left():
+    """Three hosts stop with clips that wait; two go on. What a clip is depends on its number alone."""
+    source = Several(30)
+    whole = {}
+    clips = Clips(Mixture((source,), (1.0,)), 7, encode)
+    seen = []
+    progress = []
+    for share in (Share(host, 3) for host in range(3)):
+        iterator = iter(batches(source, (2, 3, 4), 7, encode, share=share))
+        seen += [next(iterator) for _ in range(3)]
+        state = iterator.get_state()
+        progress.append(Progress(Share.from_json(state["share"]), state["stream"]["next_index"], state["waiting"]))
+    for share in redistribute(progress, 2):
+        iterator = iter(batches(source, (1, 1, 1), 7, encode, share=share))
+        count = (60 - sum(len(batch["text"]) for batch in seen)) // 2
+        whole[share.host] = [next(iterator) for _ in range(count + 1)]
+    got = collections.Counter(
+        bytes([len(row), *row.ravel()[:4]]) for batch in [*seen, *whole[0], *whole[1]] for row in batch["video"][:, 0]
+    )
+    want = collections.Counter(
+        bytes([len(clips[number]["video"][0]), *clips[number]["video"].ravel()[:4]]) for number in range(80)
+    )
+    assert not got - want
+    first = collections.Counter(
+        bytes([len(clips[number]["video"][0]), *clips[number]["video"].ravel()[:4]]) for number in range(58)
+    )
+    assert not first - got
+
+
+def test_several_sources_are_one_and_take_turns_by_weight(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for index in range(6):
+            write_video(tmp_path / name / f"{index}.mp4", np.full((5, 8, 8, 3), 20 * index, np.uint8), 8)
+    shapes = (ClipShape(5, 8, 8),)
+    plain = Data(DataConfig(f"{tmp_path / 'a'}, {tmp_path / 'b'}", 5, 8, 8)).source("train", shapes)
+    assert len(plain) == 10 and len(plain.sources) == 2 and plain.weights == (5.0, 5.0)
+    assert plain.sample(9, np.random.default_rng(0))["video"].shape == (5, 8, 8, 3)
+    given = Data(DataConfig(f"{tmp_path / 'a'}*3, {tmp_path / 'b'}, drawn", 5, 8, 8)).source("train", shapes)
+    assert given.weights == (3.0, 1.0, 1.0)
+    order = Clips(given, 0)._order
+    assert collections.Counter(order[number].source for number in range(50)) == {0: 30, 1: 10, 2: 10}
+
+
+def test_an_older_versions_position_is_refused():
+    with pytest.raises(UserError, match="older version"):
+        iter(batches(Numbered(3), 1, 0)).set_state({"next_index": 3})
+
+
 def test_drawn_clips_are_opened():
-    config = DataConfig("drawn", frames=17, height=32, width=32)
-    assert open_source(config, "held_out") == DrawnClips("held_out", 17, 32)
-    assert open_source(config, "train", (1, 16, 16)) == DrawnClips("train", 1, 16)
+    shapes = (ClipShape(17, 32, 32), ClipShape(1, 16, 16))
+    data = Data(DataConfig("drawn", frames=17, height=32, width=32))
+    assert data.source("held_out", shapes) == Mixture((DrawnClips("held_out", shapes),), (9.0,))
+    assert data.skipped == []
 
 
-def test_a_folder_is_opened(tmp_path):
+def test_a_folder_is_opened_and_looked_through_once(tmp_path, monkeypatch):
     for index in range(12):
         write_video(tmp_path / f"{index}.mp4", np.full((9, 16, 24, 3), 20 * index, np.uint8), 8)
+    (tmp_path / "bad.mp4").write_bytes(b"")
     rows = "".join(f"{index}.mp4,clip {index}\n" for index in range(12))
     (tmp_path / "metadata.csv").write_text("file_name,caption\n" + rows)
-    config = DataConfig(str(tmp_path), frames=5, height=16, width=24)
-    parts = {split: open_source(config, split) for split in ("train", "held_out")}
-    assert all(isinstance(source, FolderClips) for source in parts.values())
-    captions = [caption for source in parts.values() for caption in source.captions]
+    data = Data(DataConfig(str(tmp_path), frames=5, height=16, width=24))
+    parts = {split: data.source(split, (ClipShape(5, 16, 24),)) for split in ("train", "held_out")}
+    assert all(isinstance(mixture.sources[0], FolderClips) for mixture in parts.values())
+    assert parts["train"].sources[0].folder is parts["held_out"].sources[0].folder
+    captions = [caption for mixture in parts.values() for caption in mixture.captions]
     assert sorted(captions) == sorted(f"clip {index}" for index in range(12))
     assert parts["train"].sample(0, np.random.default_rng(0))["video"].shape == (5, 16, 24, 3)
+    assert data.skipped == [{"file": str(tmp_path / "bad.mp4"), "reason": "not in metadata.csv"}]
 
 
 def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"config\.data\.source is not set; give a folder"):
-        open_source(DataConfig("", 17, 32, 32), "train")
+        Data(DataConfig("", 17, 32, 32)).source("train", (ClipShape(17, 32, 32),))
     with pytest.raises(UserError, match="Drawn clips are square; height=16 and width=32 differ"):
-        open_source(DataConfig("drawn", 17, 32, 32), "train", (1, 16, 32))
+        Data(DataConfig("drawn", 17, 32, 32)).source("train", (ClipShape(1, 16, 32),))
     with pytest.raises(ValueError, match="drawn clips are square; height=32 and width=48 differ"):
         DataConfig("drawn", 17, 32, 48)
+    for words in ("a*0", "a*-1", "a*x", "a*", "a*inf"):
+        with pytest.raises(ValueError, match=r"source: .* weight above 0 after the \*, as in a\*2"):
+            DataConfig(words, 17, 32, 32).parts  # noqa: B018
+    with pytest.raises(ValueError, match="captions names no column"):
+        DataConfig("drawn", 17, 32, 32, captions=" ,")
+    assert weighted("source", "gs://x/a b*2, c") == [("gs://x/a b", 2.0), ("c", None)]

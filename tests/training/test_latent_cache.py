@@ -131,50 +131,55 @@ def test_batches_of_one_size_have_each_row_once_an_epoch():
 
 
 class Source:
-    """Batches of three clips whose pixels are their number, and how many have been encoded."""
+    """Clips of two sizes whose pixels are their number, and how many have been encoded."""
 
-    def __init__(self, batches):
-        self.batches, self.encoded = batches, 0
+    def __init__(self):
+        self.encoded = 0
 
     def __call__(self):
-        for first in range(0, 3 * self.batches, 3):
-            numbers = np.arange(first, first + 3)
-            yield {"video": np.full((3, 1, 2, 2, 3), numbers[:, None, None, None, None], np.uint8),
-                   "text": numbers[:, None].astype(np.int32)}  # fmt: skip
+        for number in range(21):
+            height = 2 + 2 * (number % 3 == 0)
+            video = np.full((1, height, 2, 3), number, np.uint8)
+            yield {"video": video, "text": np.array([number], np.int32)}
 
     def encode(self, video):
+        assert len(video) == latent_cache.ENCODED_AT_ONCE
         self.encoded += len(video)
-        return video[:, :, :1, :1, :2].astype(np.float32) + np.array([0.5, 100], np.float32)
+        return video[:, :, ::2, :1, :2].astype(np.float32) + np.array([0.5, 100], np.float32)
 
 
 def test_clips_are_encoded_once_and_read_afterwards(tmp_path):
-    path, source = latents_path(tmp_path, "denoiser") / "clips.npz", Source(10)
-    arrays = encode_clips(path, source.encode, source, 7)
-    assert source.encoded == 9  # as many batches as it takes
-    np.testing.assert_array_equal(arrays["text"], np.arange(7)[:, None])
-    np.testing.assert_array_equal(arrays["latents"][:, 0, 0, 0], np.arange(7)[:, None] + np.array([[0.5, 100]]))
-    again = encode_clips(path, source.encode, source, 7)
-    assert source.encoded == 9
-    assert set(again) == {"latents", "text"}
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(again[name], array)
-        assert again[name].dtype == array.dtype == {"latents": np.float32, "text": np.int32}[name]
+    path, source = latents_path(tmp_path, "denoiser"), Source()
+    large, small = sorted(encode_clips(path, source.encode, source, 21), key=lambda arrays: len(arrays["text"]))
+    assert source.encoded == 3 * latent_cache.ENCODED_AT_ONCE  # 14 small ones in two batches, 7 large ones in one
+    np.testing.assert_array_equal(large["text"], np.arange(0, 21, 3)[:, None])
+    np.testing.assert_array_equal(small["text"][:, 0], [number for number in range(21) if number % 3])
+    assert large["latents"].shape == (7, 1, 2, 1, 2) and small["latents"].shape == (14, 1, 1, 1, 2)
+    for arrays in (large, small):
+        np.testing.assert_array_equal(arrays["latents"][:, 0, -1, 0], arrays["text"] + np.array([[0.5, 100]]))
+        assert arrays["latents"].dtype == np.float32 and arrays["text"].dtype == np.int32
+    again = sorted(encode_clips(path, source.encode, source, 21), key=lambda arrays: len(arrays["text"]))
+    assert source.encoded == 3 * latent_cache.ENCODED_AT_ONCE
+    for one, other in zip((large, small), again, strict=True):
+        assert set(one) == set(other) == {"latents", "text"}
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_an_interrupted_encoding_leaves_nothing(tmp_path):
-    path, source = tmp_path / "latents" / "clips.npz", Source(10)
+    path, source = latents_path(tmp_path, "denoiser"), Source()
 
     def interrupted(video):
-        if source.encoded >= 6:
+        if source.encoded >= 8:
             raise KeyboardInterrupt
         return source.encode(video)
 
     with pytest.raises(KeyboardInterrupt):
-        encode_clips(path, interrupted, source, 9)
+        encode_clips(path, interrupted, source, 21)
     assert not path.exists()
-    assert len(encode_clips(path, source.encode, source, 9)["text"]) == 9
+    assert sum(len(arrays["text"]) for arrays in encode_clips(path, source.encode, source, 21)) == 21
 
 
-def test_stages_have_a_folder_each(tmp_path):
+def test_stages_have_a_file_each(tmp_path):
     assert latents_path(tmp_path, "short") != latents_path(tmp_path, "long")
     assert tmp_path in latents_path(tmp_path, "short").parents

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import pytest
 
 from walt_jax.config import build
+from walt_jax.data.shapes import ShapeConfig
 from walt_jax.main import main
 from walt_jax.tokenizer.autoencoder import Tokenizer
-from walt_jax.training.loop import PackConfig, ShapeConfig
+from walt_jax.training.loop import PackConfig
 from walt_jax.training.plan import plan
 from walt_jax.training.run_config import RunConfig, make_model
 from walt_jax.workdir import check_empty

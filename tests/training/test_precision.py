@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from walt_jax.data.drawn import DrawnClips
+from walt_jax.data.shapes import ClipShape
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.discriminator import DiscriminatorConfig
@@ -16,7 +17,7 @@ from walt_jax.training.state import TrainState, make_train_step
 from walt_jax.training.tokenizer_task import TokenizerTask
 
 STEPS = 40
-CLIPS = DrawnClips("train", 5, 16)
+CLIPS = DrawnClips("train", (ClipShape(5, 16, 16),))
 
 
 def learn(dtype: str) -> tuple[TrainState, list[dict[str, float]]]:

@@ -9,6 +9,8 @@ import itertools
 
 import numpy as np
 
+from walt_jax.data.shapes import ClipShape, drawn_order
+
 COLOURS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
@@ -106,13 +108,11 @@ class DrawnClips:
 
     Attributes:
         split: "train", "held_out" or "all".
-        frames: frames a clip, 1 for images.
-        size: the frame's side in pixels.
+        shapes: of clips, square.
     """
 
     split: str
-    frames: int
-    size: int
+    shapes: tuple[ClipShape, ...]
 
     def __len__(self) -> int:
         return len(combinations(self.split))
@@ -122,6 +122,9 @@ class DrawnClips:
         return [c.caption for c in combinations(self.split)]
 
     def sample(self, index: int, rng: np.random.Generator) -> dict:
-        """Returns {"video": uint8 [frames, size, size, 3], "caption": str}."""
+        """Returns {"video": uint8 [frames, size, size, 3], "caption": str, "shape": its index}."""
         combination = combinations(self.split)[index]
-        return {"video": draw(combination, rng, self.frames, self.size), "caption": combination.caption}
+        number = drawn_order(self.shapes, rng)[0]
+        shape = self.shapes[number]
+        video = draw(combination, rng, shape.span, shape.size(1, 1)[0])[:: shape.stride]
+        return {"video": video, "caption": combination.caption, "shape": number}

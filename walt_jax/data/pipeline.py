@@ -1,16 +1,24 @@
-"""The Grain pipeline: a source's clips, shuffled, repeated, batched; its position is a JSON that checkpoints keep."""
+"""The pipeline: sources' clips in one order, decoded ahead, in batches of one shape each; its position is a JSON."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol
 
 import grain
 import numpy as np
 
 from walt_jax.config import Fraction, Positive, Range
 from walt_jax.data.drawn import DrawnClips
-from walt_jax.data.folder import FolderClips
+from walt_jax.data.folder import Folder, FolderClips
+from walt_jax.data.limits import DecodeLimits
+from walt_jax.data.order import Order, Share
+from walt_jax.data.shapes import ClipShape
 from walt_jax.errors import UserError
+
+DECODE_THREADS = 2
+PREFETCHED = 16  # clips that are decoded ahead
+ENDLESS = 2**62
 
 
 class Source(Protocol):
@@ -20,8 +28,36 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict | None:
-        """{"video": uint8 [t, h, w, 3], "caption": str}, or None where the clip can't be used."""
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
+        """{"video": uint8 [t, h, w, 3], "caption": str, "shape": its index}, or None for a clip that can't be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources as one.
+
+    Attributes:
+        sources: one or more.
+        weights: how often each one's turn comes, over their sum.
+    """
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption for source in self.sources for caption in source.captions]
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
+        """A clip by its index through all sources."""
+        for source in self.sources:
+            if index < len(source):
+                return source.sample(index, rng)
+            index -= len(source)
+        raise IndexError(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +65,18 @@ class DataConfig:
     """Where clips come from and what they are made into.
 
     Attributes:
-        source: "drawn" for the built-in shapes, or a folder of videos with a `metadata.csv`.
+        source: "drawn" for the built-in shapes, or a folder of videos and images with a `metadata.csv`, or several,
+            "FOLDER, FOLDER*2, drawn", with weights: how often each one's turn comes, 1 where none is given. Without any
+            weight a clip comes as often as any other.
         frames: frames a clip.
         height, width: in pixels.
         fps: frames a second.
-        caption_column: of a folder's `metadata.csv`; another one may name each clip's class.
+        captions: the columns of a folder's table that hold captions, with weights: how often each is taken where it
+            isn't empty, as in "long*0.95, short*0.05". One column may name each clip's class.
         caption_dropout: probability that a clip is trained without its caption, for classifier-free guidance.
         cache_bytes: decoded clips of a folder are kept in memory up to this.
         max_bad_fraction: a folder with a greater share of unreadable files stops the run.
+        limits: what a file may ask for.
     """
 
     source: str
@@ -44,83 +84,201 @@ class DataConfig:
     height: Positive
     width: Positive
     fps: Annotated[float, Range(0.001, 1000)] = 8.0
-    caption_column: str = "caption"
+    captions: str = "caption"
     caption_dropout: Fraction = 0.1
     cache_bytes: int = 2**30
     max_bad_fraction: Fraction = 0.0
+    limits: DecodeLimits = dataclasses.field(default_factory=DecodeLimits)
 
     def __post_init__(self):
-        if self.source == "drawn" and self.height != self.width:
+        if "drawn" in dict(self.parts) and self.height != self.width:
             raise ValueError(f"drawn clips are square; height={self.height} and width={self.width} differ")
+        if not self.columns:
+            raise ValueError("captions names no column")
+
+    @property
+    def parts(self) -> list[tuple[str, float | None]]:
+        """Each source, and its weight where one is given."""
+        return weighted("source", self.source)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """The captions' columns and weights."""
+        return {name: 1.0 if weight is None else weight for name, weight in weighted("captions", self.captions)}
 
 
-def open_source(config: DataConfig, split: str, shape: tuple[int, int, int] | None = None) -> Source:
-    """Opens the config's clips.
+def weighted(knob: str, words: str) -> list[tuple[str, float | None]]:
+    """The names in "one, other*2", and their weights where they have one.
+
+    Raises:
+        ValueError: if a weight isn't above 0.
+    """
+    found: list[tuple[str, float | None]] = []
+    for word in filter(None, map(str.strip, words.split(","))):
+        name, star, weight = word.rpartition("*")
+        if not star:
+            found.append((word, None))
+            continue
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{knob}: {word!r} should have a weight above 0 after the *, as in {name.strip()}*2")
+        found.append((name.strip(), number))
+    return found
+
+
+class Data:
+    """A config's clips; folders are listed and checked once.
 
     Args:
         config: see `DataConfig`.
-        split: "train" or "held_out"; drawn clips also have "all".
-        shape: (frames, height, width) of a clip, instead of the config's; 1 frame is an image.
-
-    Raises:
-        UserError: if a folder, its captions or too many of its videos can't be read.
     """
-    frames, height, width = shape or (config.frames, config.height, config.width)
-    if not config.source:
-        raise UserError("config.data.source is not set; give a folder of videos: --config.data.source=FOLDER.")
-    if config.source == "drawn":
-        if height != width:
-            raise UserError(f"Drawn clips are square; height={height} and width={width} differ in a stage's shapes.")
-        return DrawnClips(split, frames, height)
-    return FolderClips(
-        config.source,
-        split,
-        frames,
-        config.fps,
-        height,
-        width,
-        cache_bytes=config.cache_bytes,
-        max_bad_fraction=config.max_bad_fraction,
-        caption_column=config.caption_column,
-    )
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self._folder = functools.cache(self._open)
+        self.source = functools.cache(self._source)
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """What is left out and why, so far: a list of {`file`, `reason`}; files with their folders' paths."""
+        return [
+            {"file": str(folder.path / entry["file"]), "reason": entry["reason"]}
+            for folder in map(self._folder, dict.fromkeys(path for path, _ in self.config.parts if path != "drawn"))
+            for entry in folder.skipped
+        ]
+
+    def _open(self, path: str) -> Folder:
+        config = self.config
+        return Folder(path, config.columns, config.cache_bytes, config.max_bad_fraction, config.limits)
+
+    def _source(self, split: str, shapes: tuple[ClipShape, ...]) -> Mixture:
+        """The clips of a split, "train", "held_out" or, of drawn ones, "all", in given shapes.
+
+        Raises:
+            UserError: if a folder, its captions or too many of its files can't be read.
+        """
+        parts = self.config.parts
+        if not parts:
+            raise UserError("config.data.source is not set; give a folder of videos: --config.data.source=FOLDER.")
+        sources: list[Source] = []
+        for path, _ in parts:
+            if path == "drawn":
+                for shape in shapes:
+                    if shape.side is None and shape.height != shape.width:
+                        raise UserError(
+                            f"Drawn clips are square; height={shape.height} and width={shape.width} differ in a "
+                            "stage's shapes."
+                        )
+                sources.append(DrawnClips(split, shapes))
+            else:
+                sources.append(FolderClips(self._folder(path), split, shapes, self.config.fps))
+        given = any(weight is not None for _, weight in parts)
+        weights = [weight or 1.0 for _, weight in parts] if given else [float(len(source)) for source in sources]
+        return Mixture(tuple(sources), tuple(weights))
 
 
-def batches(
-    source: Source,
-    batch_size: int,
-    seed: int,
-    encode: Callable[[list[str]], np.ndarray] | None = None,
-    caption_dropout: float = 0.0,
-) -> grain.IterDataset:
-    """Endless batches {"video": uint8 [b, t, h, w, 3]}, with {"text": int32 [b, n]} where captions are encoded.
+Clip = dict[str, Any]
 
-    Every epoch has each clip once, in an order of its own. Order and randomness are functions of the seed and the
-    position alone: an iterator that is restored with `set_state` goes on with the same bytes.
+
+class Clips:
+    """Clips by their number in the order.
 
     Args:
-        source: the clips.
-        batch_size: clips a batch.
+        mixture: the sources.
         seed: of the order, of each clip's generator and of the dropped captions.
         encode: captions to ids, as `text.Vocabulary.encode`.
-        caption_column: of a folder's `metadata.csv`; another one may name each clip's class.
         caption_dropout: probability of an empty caption.
     """
 
-    def sample(index: int, rng: np.random.Generator) -> dict | None:
-        clip = source.sample(index, rng)
+    def __init__(
+        self,
+        mixture: Mixture,
+        seed: int,
+        encode: Callable[[list[str]], np.ndarray] | None = None,
+        caption_dropout: float = 0.0,
+    ):
+        self._mixture, self._seed, self._encode, self._dropout = mixture, seed, encode, caption_dropout
+        self._order = Order([len(source) for source in mixture.sources], mixture.weights, seed)
+
+    def __getitem__(self, number: int) -> Clip | None:
+        """{"number", "shape", "video": uint8 [t, h, w, 3]}, and "text": int32 [n] where captions are encoded."""
+        draw = self._order[number]
+        rng = np.random.default_rng([self._seed, number])
+        clip = self._mixture.sources[draw.source].sample(draw.index, rng)
         if clip is None:
             return None
-        if encode is None:
-            return {"video": clip["video"]}
-        caption = "" if rng.random() < caption_dropout else clip["caption"]
-        return {"video": clip["video"], "text": encode([caption])[0]}
+        given = {"number": number, "shape": clip["shape"], "video": clip["video"]}
+        if self._encode is None:
+            return given
+        caption = "" if rng.random() < self._dropout else clip["caption"]
+        return {**given, "text": self._encode([caption])[0]}
 
+
+def stream(clips: Clips, share: Share) -> grain.IterDataset:
+    """A host's clips one after the other, decoded ahead. Those that can't be used are left out."""
     return (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(sample)
-        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size))
-        .batch(batch_size)
+        grain.MapDataset.range(ENDLESS)
+        .map(lambda position: clips[share.number(int(position))])
+        .to_iter_dataset(grain.ReadOptions(num_threads=DECODE_THREADS, prefetch_buffer_size=PREFETCHED))
     )
+
+
+class Batches(grain.IterDataset):
+    """Endless batches of clips of one shape each: {"video": [b, t, h, w, 3]}, and "text": [b, n] where there is any.
+
+    A clip waits until there are enough of its shape. Order and randomness are functions of the seed and the position
+    alone: an iterator that is restored with `set_state` goes on with the same bytes.
+
+    Args:
+        clips: see `Clips`.
+        batch_sizes: clips a batch, for each of the shapes.
+        share: which of them are this host's.
+    """
+
+    def __init__(self, clips: Clips, batch_sizes: Sequence[int], share: Share = Share()):  # noqa: B008 (it is frozen)
+        super().__init__()
+        self.clips, self.batch_sizes, self.share = clips, tuple(batch_sizes), share
+
+    def __iter__(self) -> "_BatchesIterator":
+        return _BatchesIterator(self)
+
+
+class _BatchesIterator(grain.DatasetIterator):
+    def __init__(self, dataset: Batches):
+        super().__init__()
+        self._dataset = dataset
+        self._begin(dataset.share)
+
+    def _begin(self, share: Share) -> None:
+        self._share = share
+        self._stream = iter(stream(self._dataset.clips, share))
+        self._waiting: dict[tuple[int, ...], list[Clip]] = {}
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while True:
+            clip = next(self._stream)
+            alike = self._waiting.setdefault((clip["shape"], *clip["video"].shape), [])
+            alike.append(clip)
+            if len(alike) == self._dataset.batch_sizes[clip["shape"]]:
+                del self._waiting[clip["shape"], *clip["video"].shape]
+                return {name: np.stack([clip[name] for clip in alike]) for name in ("video", "text") if name in clip}
+
+    def get_state(self) -> dict[str, Any]:
+        waiting = [clip["number"] for alike in self._waiting.values() for clip in alike]
+        return {"share": self._share.to_json(), "stream": self._stream.get_state(), "waiting": waiting}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if "share" not in state:
+            raise UserError(
+                "The checkpoint's position in the data is of an older version of walt_jax; go on with that version, or "
+                "train in a new --workdir."
+            )
+        self._begin(Share.from_json(state["share"]))
+        self._stream.set_state(state["stream"])
+        for number in state["waiting"]:
+            clip = self._dataset.clips[number]
+            if clip is not None:  # a file that was there before may be gone
+                self._waiting.setdefault((clip["shape"], *clip["video"].shape), []).append(clip)

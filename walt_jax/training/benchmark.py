@@ -20,9 +20,9 @@ from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops
-from walt_jax.training.loop import ShapeConfig, StageConfig
+from walt_jax.training.loop import StageConfig
 from walt_jax.training.optimizer import make_optimizer
-from walt_jax.training.run_config import RunConfig, clip_shape, make_model, make_task
+from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.state import COMPILER_OPTIONS, TrainState, make_train_step
 from walt_jax.training.tasks import DenoiserTask
 
@@ -134,9 +134,7 @@ class _Training:
 
 def _tokenizer(config: RunConfig) -> Part:
     name, stage = [(n, s) for n, s in config.stages.items() if s.task == "tokenizer"][-1]
-    shapes = list(stage.shapes.values()) or [ShapeConfig()]
-    clip = clip_shape(config.data, shapes[0])
-    count = shapes[0].batch_size or stage.batch_size
+    clip, count = config.clip_shapes(name)[0].nominal, config.batch_sizes(name)[0]
     video = np.random.default_rng(0).integers(0, 255, (count, *clip, 3), dtype=np.uint8)
     step = _Training(make_task(config, name, 0), stage, None, {"video": video})
     latents = count * math.prod(config.tokenizer.latent_shape(*clip)[:3])
@@ -158,7 +156,7 @@ def _denoiser(config: RunConfig) -> list[Part]:
     frozen = _frozen(model)
     batch = {"latents": latents, "text": words}
     if config.denoiser.upscale > 1:
-        batch = {"video": np.zeros((count, *clip_shape(config.data, ShapeConfig()), 3), np.uint8), "text": words}
+        batch = {"video": np.zeros((count, *config.clip_shape().nominal, 3), np.uint8), "text": words}
     dense = _Training(task, stage, frozen, batch)
     parts = [Part("denoiser_train_step", dense, dense.flops, count * tokens)]
     full = dataclasses.replace(config.denoiser, windows=((None, None, None),) * len(config.denoiser.windows))

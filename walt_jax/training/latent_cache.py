@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grain
@@ -16,49 +16,70 @@ from walt_jax.denoiser.model import DenoiserConfig
 from walt_jax.workdir import write_atomically
 
 WAITING = 256  # clips among which a pack is chosen
+ENCODED_AT_ONCE = 8
 
 
 def latents_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    """The folder of a stage's encoded clips."""
-    return workdir / "latents" / stage
+    """The file of a stage's encoded clips."""
+    return workdir / "latents" / f"{stage}.npz"
 
 
 def encode_clips(
     path: pathlib.Path,
     encode: Callable[[np.ndarray], Float[np.ndarray, "b t h w c"]],
-    batches: Callable[[], grain.IterDataset],
-    clips: int,
-) -> dict[str, np.ndarray]:
-    """Encodes the first `clips` clips of `batches`, or reads them where an interrupted run has done so.
+    clips: Callable[[], Iterable[dict[str, Any]]],
+    count: int,
+) -> list[dict[str, np.ndarray]]:
+    """Encodes clips, or reads them where an interrupted run has done so.
 
     Args:
         path: an `.npz` to keep them in; it is complete or absent.
-        encode: uint8 video to normalised latents.
-        batches: of {"video", "text"}.
-        clips: how many.
+        encode: uint8 video [b, t, h, w, 3] to normalised latents.
+        clips: {"video", "text"} each, of any sizes; those of one size are encoded together.
+        count: how many there are, for the progress.
 
     Returns:
-        {"latents": float32 [clips, t, h, w, c], "text": int32 [clips, n]}.
+        Of each size {"latents": float32 [clips, t, h, w, c], "text": int32 [clips, n]}, in the order of sizes.
     """
-    if path.exists():
-        with np.load(path) as cached:
-            return dict(cached)
-    latents: list[Float[np.ndarray, "b t h w c"]] = []
-    text: list[Int[np.ndarray, "b n"]] = []
-    done = 0
-    with tqdm.tqdm(total=clips, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress:
-        for batch in batches():
-            latents.append(np.asarray(encode(batch["video"])))
-            text.append(batch["text"])
-            done += len(batch["text"])
-            progress.update(len(batch["text"]))
-            if done >= clips:
-                break
-    arrays = {"latents": np.concatenate(latents)[:clips], "text": np.concatenate(text)[:clips]}
+    if not path.exists():
+        write_atomically(path, _encoded(encode, clips(), count))
+    with np.load(path) as cached:
+        numbers = range(len(cached.files) // 2)
+        return [{name: cached[f"{name}_{number}"] for name in ("latents", "text")} for number in numbers]
+
+
+def _encoded(
+    encode: Callable[[np.ndarray], Float[np.ndarray, "b t h w c"]], clips: Iterable[dict[str, Any]], count: int
+) -> bytes:
+    """The file's content."""
+    waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    latents: dict[tuple[int, ...], list[Float[np.ndarray, "b t h w c"]]] = {}
+    text: dict[tuple[int, ...], list[Int[np.ndarray, " n"]]] = {}
+    progress = tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True)
+
+    def flush(size: tuple[int, ...]) -> None:
+        alike = waiting.pop(size)
+        # The last ones of a size are filled up, so that one program does for all.
+        video = np.stack([clip["video"] for clip in alike + alike[-1:] * (ENCODED_AT_ONCE - len(alike))])
+        latents.setdefault(size, []).append(np.asarray(encode(video))[: len(alike)])
+        text.setdefault(size, []).extend(clip["text"] for clip in alike)
+        progress.update(len(alike))
+
+    with progress:
+        for clip in clips:
+            size = clip["video"].shape
+            waiting.setdefault(size, []).append(clip)
+            if len(waiting[size]) == ENCODED_AT_ONCE:
+                flush(size)
+        for size in list(waiting):
+            flush(size)
     content = io.BytesIO()
+    arrays = {}
+    for number, size in enumerate(sorted(latents)):
+        arrays[f"latents_{number}"] = np.concatenate(latents[size])
+        arrays[f"text_{number}"] = np.stack(text[size])
     np.savez(content, **arrays)
-    write_atomically(path, content.getvalue())
-    return arrays
+    return content.getvalue()
 
 
 def cached_batches(arrays: dict[str, np.ndarray], batch_size: int, seed: int) -> grain.IterDataset:
@@ -85,7 +106,7 @@ def packed_batches(
     """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
 
     Args:
-        shapes: arrays as `encode_clips` returns them, of each size of clip.
+        shapes: arrays as `encode_clips` returns them.
         config: of the denoiser.
         batch_size: packs a batch.
         tokens: of a pack, at least those of the largest clip.

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from walt_jax.config import Fraction, Positive
+from walt_jax.data.shapes import ShapeConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.training.checkpoint import Checkpoints
@@ -24,27 +25,6 @@ from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.progress import Progress
 from walt_jax.training.state import TrainState, make_train_step
 from walt_jax.training.tasks import Task
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapeConfig:
-    """One kind of batch of a stage that mixes several.
-
-    Attributes:
-        frames, height, width: of a clip, instead of the data's; 1 frame is an image.
-        batch_size: clips a batch, instead of the stage's.
-        weight: of this shape among the stage's: how often its batches come, over the sum of all weights.
-    """
-
-    frames: Positive | None = None
-    height: Positive | None = None
-    width: Positive | None = None
-    batch_size: Positive | None = None
-    weight: float = 1.0
-
-    def __post_init__(self):
-        if self.weight <= 0:
-            raise ValueError(f"weight={self.weight:g} is not above 0; leave the shape out instead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +50,8 @@ class StageConfig:
         batch_size: clips a step.
         optimizer: see `OptimizerConfig`.
         shapes: sizes and lengths that clips come in, by names of your own; none is the data's. A tokenizer's batches
-            are of one each; with images alone it is a tokenizer of images that is trained, which the next stage
-            inflates. For a denoiser they go beside each other into packs.
+            are of one size each; with images alone it is a tokenizer of images that is trained, which the next stage
+            inflates. For a denoiser clips go beside each other into packs.
         pack: for a denoiser: how clips are packed; `batch_size` then counts packs.
         ema_decay: of the parameters' moving average.
         cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
@@ -156,7 +136,7 @@ def run_stage(
         # What was made from this stage's earlier end is void: it will be made again.
         for later in later_stages:
             shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
-            shutil.rmtree(latents_path(workdir, later), ignore_errors=True)
+            latents_path(workdir, later).unlink(missing_ok=True)
         iterator = iter(dataset())
         if position is not None:
             iterator.set_state(position)

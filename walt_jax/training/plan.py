@@ -13,8 +13,8 @@ from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops, flops_by_module, module_of
 from walt_jax.text.vocabulary import PAD
 from walt_jax.tokenizer.autoencoder import Tokenizer
-from walt_jax.training.loop import ShapeConfig, StageConfig
-from walt_jax.training.run_config import RunConfig, clip_shape, make_model, make_task
+from walt_jax.training.loop import StageConfig
+from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.tasks import Task
 
 
@@ -28,7 +28,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         both by module; `protocol`, what is counted.
     """
     key = jax.random.key(0)
-    clip = clip_shape(config.data, ShapeConfig())
+    clip = config.clip_shape().nominal
     video = jax.ShapeDtypeStruct((1, *clip, 3), jnp.float32)
     tokenizer = Tokenizer(config.tokenizer)
     variables = {"tokenizer": unboxed(jax.eval_shape(tokenizer.init, key, video))}
@@ -86,27 +86,21 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
     """{"params", "train_flops_per_step"} of a stage; of several shapes of batches the mean."""
     task = make_task(config, name, config.most_pieces)
     params, moving = map(unboxed, jax.eval_shape(task.init, jax.random.key(0)))
-    shapes = list(stage.shapes.values()) or [ShapeConfig()]
+    shapes, sizes = config.clip_shapes(name), config.batch_sizes(name)
     weights = [shape.weight for shape in shapes]
     if stage.pack is None:
         steps = [
-            _gradients(
-                config,
-                task,
-                params,
-                moving,
-                clip_shape(config.data, shape),
-                shape.batch_size or stage.batch_size,
-                stage,
-            )
-            for shape in shapes
+            _gradients(config, task, params, moving, shape.nominal, size, stage)
+            for shape, size in zip(shapes, sizes, strict=True)
         ]
+        # Weights count clips: a shape whose batches are larger has fewer of them.
+        weights = [weight / size for weight, size in zip(weights, sizes, strict=True)]
         cost = sum(weight * step for weight, step in zip(weights, steps, strict=True)) / sum(weights)
     else:
         # Of a token, in clips of the pack's shapes one by one; a pack's filling costs as much.
         steps, tokens = [], []
         for shape in shapes:
-            clip = clip_shape(config.data, shape)
+            clip = shape.nominal
             latents = config.tokenizer.latent_shape(*clip)
             alone = dataclasses.replace(task, model=_of_shape(task.model, latents))
             steps.append(_gradients(config, alone, params, moving, clip, 1, stage))

@@ -1,6 +1,7 @@
 """A run: a config, a workdir, and the stages in turn."""
 
 import functools
+import itertools
 import pathlib
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import walt_jax
-from walt_jax.data.pipeline import Source, batches, open_source
+from walt_jax.data.order import Share
+from walt_jax.data.pipeline import Batches, Clips, Data, Source, stream
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
@@ -22,8 +24,8 @@ from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.latent_cache import cached_batches, encode_clips, latents_path, packed_batches
-from walt_jax.training.loop import ShapeConfig, StageConfig, Trained, run_stage
-from walt_jax.training.run_config import RunConfig, clip_shape, make_model, make_task
+from walt_jax.training.loop import StageConfig, Trained, run_stage
+from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
@@ -43,12 +45,12 @@ class Run:
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.codec = Codec(Tokenizer(config.tokenizer))
-        # Opening a folder reads every file's head, and what it decodes is kept.
-        self._source = functools.cache(functools.partial(open_source, config.data))
+        self.data = Data(config.data)
 
     def unseen(self) -> Source:
         """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
-        return self._source("all" if self.config.data.source == "drawn" else "held_out")
+        split = "all" if self.config.data.source == "drawn" else "held_out"
+        return self.data.source(split, (self.config.clip_shape(),))
 
     def check_data(self) -> None:
         """Opens all that will be read.
@@ -57,9 +59,8 @@ class Run:
             UserError: if it can't be.
         """
         self.unseen()
-        for stage in self.config.stages.values():
-            for shape in stage.shapes.values() or [ShapeConfig()]:
-                self._source("train", clip_shape(self.config.data, shape))
+        for name in self.config.stages:
+            self.data.source("train", self.config.clip_shapes(name))
         if self.config.losses.perceptual_weights:
             load_features(self.config.losses.perceptual_weights)
         if self.config.evaluation.perceptual_weights:
@@ -91,7 +92,7 @@ class Run:
         tokenizer = None
         for index, (name, stage) in enumerate(self.config.stages.items()):
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-            dataset = functools.partial(self._batches, stage, index)
+            dataset = functools.partial(self._batches, name, index)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
@@ -163,7 +164,7 @@ class Run:
         """
         if self.config.denoiser is None:
             return None
-        captions = self._source("train", clip_shape(self.config.data, ShapeConfig())).captions
+        captions = self.data.source("train", (self.config.clip_shape(),)).captions
         if self.config.text is not None:
             return vocabulary.train(captions, self.config.text.vocab_size)
         if not self.config.denoiser.classes:
@@ -172,7 +173,7 @@ class Run:
         if len(names) != self.config.denoiser.classes:
             raise UserError(
                 f"The clips have {len(names)} distinct captions and config.denoiser.classes is "
-                f"{self.config.denoiser.classes}; set it to that, or --config.data.caption_column to the column that "
+                f"{self.config.denoiser.classes}; set it to that, or --config.data.captions to the column that "
                 "names each clip's class."
             )
         return Labels(names).dump()
@@ -195,34 +196,25 @@ class Run:
     def _vocab_size(self) -> int:
         return 0 if self.config.text is None else self._captions().size
 
-    def _batches(self, stage: StageConfig, index: int) -> grain.IterDataset:
-        """A stage's batches; where it has several shapes, of one after the other, as often as their weights say."""
-        shapes = list(stage.shapes.values()) or [ShapeConfig()]
-        datasets = [self._batches_of(stage, index, number) for number in range(len(shapes))]
-        if len(datasets) == 1:
-            return datasets[0]
-        return grain.IterDataset.mix(datasets, [shape.weight for shape in shapes])
+    def _batches(self, name: str, index: int) -> grain.IterDataset:
+        """A stage's batches of clips, of one shape each."""
+        clips = self._clips(name, index)
+        return Batches(clips, self.config.batch_sizes(name))
 
-    def _batches_of(self, stage: StageConfig, index: int, number: int) -> grain.IterDataset:
-        """Batches of one of a stage's shapes, the only one where it names none."""
+    def _clips(self, name: str, index: int) -> Clips:
+        """A stage's clips, in its shapes."""
         config = self.config
-        shapes = list(stage.shapes.values()) or [ShapeConfig()]
-        shape = shapes[number]
-        return batches(
-            self._source("train", clip_shape(config.data, shape)),
-            shape.batch_size or stage.batch_size,
-            (config.seed + index) * len(shapes) + number,
-            self._captions().encode if stage.task == "denoiser" else None,
-            config.data.caption_dropout,
-        )
+        encode = self._captions().encode if config.stages[name].task == "denoiser" else None
+        source = self.data.source("train", config.clip_shapes(name))
+        return Clips(source, config.seed + index, encode, config.data.caption_dropout)
 
     def _statistics(self, state: TrainState) -> dict:
         """The latents' mean and deviation, which normalise them for the denoiser."""
         channels = self.config.tokenizer.latent_channels
         raw = TrainedTokenizer(state.ema, jnp.zeros(channels), jnp.ones(channels))
         seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
-        source = self._source("train", clip_shape(self.config.data, ShapeConfig()))
-        some = batches(source, STATISTICS_BATCH, seed)
+        source = self.data.source("train", (self.config.clip_shape(),))
+        some = Batches(Clips(source, seed), (STATISTICS_BATCH,))
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
 
     def _trained_tokenizer(self, trained: Trained) -> TrainedTokenizer:
@@ -234,18 +226,13 @@ class Run:
 
     def _cached(self, name: str, stage: StageConfig, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """Batches of clips that are encoded once: of one size, or packs of several."""
-        shapes = stage.shapes or {"clips": ShapeConfig()}
-        weights = sum(shape.weight for shape in shapes.values())
-        arrays = [
-            encode_clips(
-                latents_path(self.workdir, name) / f"{kind}.npz",
-                lambda video: self.codec.encode(tokenizer, video)[0],
-                functools.partial(self._batches_of, stage, index, number),
-                max(1, round(stage.cached_clips * shape.weight / weights)),
-            )
-            for number, (kind, shape) in enumerate(shapes.items())
-        ]
+        shapes = encode_clips(
+            latents_path(self.workdir, name),
+            lambda video: self.codec.encode(tokenizer, video)[0],
+            lambda: itertools.islice(stream(self._clips(name, index), Share()), stage.cached_clips),
+            stage.cached_clips,
+        )
         seed = self.config.seed + index
         if stage.pack is None:
-            return cached_batches(arrays[0], stage.batch_size, seed)
-        return packed_batches(arrays, self.config.denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, seed)
+            return cached_batches(shapes[0], stage.batch_size, seed)
+        return packed_batches(shapes, self.config.denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, seed)

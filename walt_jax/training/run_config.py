@@ -6,6 +6,7 @@ from typing import Annotated
 
 from walt_jax.config import Positive, Range
 from walt_jax.data.pipeline import DataConfig
+from walt_jax.data.shapes import ClipShape, ShapeConfig
 from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser, DenoiserConfig
 from walt_jax.denoiser.windows import Window
@@ -18,7 +19,7 @@ from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.inflation import Placement
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import load_features
-from walt_jax.training.loop import ShapeConfig, StageConfig
+from walt_jax.training.loop import StageConfig
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
 from walt_jax.training.tokenizer_task import TokenizerTask
 
@@ -79,7 +80,7 @@ class RunConfig:
         for name, stage in self.stages.items():
             for kind, changed in stage.shapes.items():
                 try:
-                    self.tokenizer.latent_shape(*clip_shape(self.data, changed))
+                    self.latent_shapes(changed)
                 except ValueError as error:
                     raise ValueError(f"stages.{name}.shapes.{kind}: {error}") from error
         tokenizers = [name for name, stage in self.stages.items() if stage.task == "tokenizer"]
@@ -130,7 +131,7 @@ class RunConfig:
             if self.diffusion.adaptive > 0:
                 raise ValueError(f"diffusion.adaptive is for clips of one size; stages.{name} has packs")
             for kind, changed in stage.shapes.items():
-                clip = math.prod(denoiser.grid(self.tokenizer.latent_shape(*clip_shape(self.data, changed))[:3]))
+                clip = max(math.prod(denoiser.grid(latents[:3])) for latents in self.latent_shapes(changed))
                 if clip > stage.pack.tokens:
                     raise ValueError(
                         f"stages.{name}.shapes.{kind} has {clip} tokens a clip, which overflow packs of "
@@ -154,20 +155,40 @@ class RunConfig:
         for stage in self.stages.values():
             if stage.task == "denoiser":
                 shapes += stage.shapes.values()
-        latents = [self.tokenizer.latent_shape(*clip_shape(self.data, shape))[:3] for shape in shapes]
-        t, h, w = (max(axis) for axis in zip(*map(self.denoiser.grid, latents), strict=True))
+        grids = [self.denoiser.grid(latents[:3]) for shape in shapes for latents in self.latent_shapes(shape)]
+        t, h, w = (max(axis) for axis in zip(*grids, strict=True))
         return t, h, w
 
+    def clip_shape(self, changed: ShapeConfig | None = None) -> ClipShape:
+        """A shape that clips are made into; the data's where nothing is changed."""
+        patch = (1, 1) if self.denoiser is None else self.denoiser.patch_size[1:]
+        _, height, width = self.tokenizer.strides
+        unit = (height * patch[0], width * patch[1])
+        return (changed or ShapeConfig()).resolve(self.data.frames, self.data.height, self.data.width, unit)
 
-def clip_shape(data: DataConfig, changed: ShapeConfig) -> tuple[int, int, int]:
-    """(frames, height, width) of a shape's clips."""
-    return changed.frames or data.frames, changed.height or data.height, changed.width or data.width
+    def clip_shapes(self, stage: str) -> tuple[ClipShape, ...]:
+        """The shapes of a stage's clips."""
+        return tuple(map(self.clip_shape, self.stages[stage].shapes.values())) or (self.clip_shape(),)
+
+    def batch_sizes(self, stage: str) -> tuple[int, ...]:
+        """Clips a batch, for each of a stage's shapes."""
+        config = self.stages[stage]
+        return tuple(shape.batch_size or config.batch_size for shape in config.shapes.values()) or (config.batch_size,)
+
+    def latent_shapes(self, changed: ShapeConfig) -> list[tuple[int, int, int, int]]:
+        """(t, h, w, c) of a shape's latents, of each size that its clips may have.
+
+        Raises:
+            ValueError: if the tokenizer's strides don't divide one.
+        """
+        shape = self.clip_shape(changed)
+        return [self.tokenizer.latent_shape(shape.frames, *size) for size in sorted(shape.sizes())]
 
 
 def make_model(config: RunConfig, vocab_size: int) -> LatentDiffusion:
     """The models that sample; `vocab_size` is read where the config has text."""
     text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
-    shape = config.tokenizer.latent_shape(*clip_shape(config.data, ShapeConfig()))
+    shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     denoiser = Denoiser(config.denoiser, config.bounds)
     return LatentDiffusion(Codec(Tokenizer(config.tokenizer)), text, denoiser, config.diffusion, shape)
 
