@@ -11,7 +11,14 @@ from typing import Any
 from walt_jax.errors import UserError
 
 CONFIG = "config.json"
-OURS = ("lock", f"{CONFIG}.tmp", "plan.json", "benchmark.json")  # what may be in a workdir before a run is
+OURS = (
+    "lock",
+    f"{CONFIG}.tmp",
+    "plan.json",
+    "benchmark.json",
+    "data.json",
+    "data.png",
+)  # what may be in a workdir before a run is
 # What may differ between two commands on one run: none of it changes what is trained.
 FREE_GROUPS = ("sampling", "evaluation")
 FREE_KNOBS = ("log_every", "checkpoint_every", "cache_bytes")

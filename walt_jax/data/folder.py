@@ -248,6 +248,15 @@ class FolderClips:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def kept(self) -> int:
+        """How many clips can be used, as far as they have been read."""
+        return sum(row.file not in self._skipped for row in self._rows)
+
+    def files(self) -> list[ClipInfo]:
+        """What the headers of the clips' files say, of each file once."""
+        return [self.folder.info[file] for file in dict.fromkeys(row.file for row in self._rows)]
+
     def file(self, index: int) -> str:
         """A clip's file, relative to the folder."""
         return self._rows[index].file

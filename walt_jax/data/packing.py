@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import grain
+import numpy as np
 
 
 class Item(NamedTuple):
@@ -13,24 +14,36 @@ class Item(NamedTuple):
 
 
 def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list[Item]]:
-    """One pack, and what still waits: the clip that has waited longest, then always the largest that fits.
+    """One pack, and what still waits: the clip that has waited longest, and those that fill the rest best.
+
+    Which ones is a knapsack problem, solved exactly: of `waiting` clips and so many tokens it takes their product of
+    steps. Of equally full packs it is one of the fewest clips.
 
     Args:
         waiting: at least one clip, none of more than `tokens`, in the order of their coming.
         tokens: of a pack.
         clips: most of a pack.
     """
-    pack, room = [waiting[0]], tokens - waiting[0].tokens
-    rest = waiting[1:]
-    while len(pack) < clips:
-        fitting = [item for item in rest if item.tokens <= room]
-        if not fitting:
-            break
-        largest = max(fitting, key=lambda item: item.tokens)  # of equal ones the first
-        rest.remove(largest)
-        pack.append(largest)
-        room -= largest.tokens
-    return pack, rest
+    first, rest = waiting[0], waiting[1:]
+    room = tokens - first.tokens
+    # The fewest clips that have exactly so many tokens, and for each clip where it made them fewer.
+    fewest = np.full(room + 1, clips, np.int64)
+    fewest[0] = 0
+    taken = np.zeros((len(rest), room + 1), bool)
+    for number, item in enumerate(rest):
+        if item.tokens <= room:
+            with_it = fewest[: room + 1 - item.tokens] + 1
+            taken[number, item.tokens :] = with_it < fewest[item.tokens :]
+            fewest[item.tokens :] = np.minimum(fewest[item.tokens :], with_it)
+    left = int(np.flatnonzero(fewest < clips)[-1])
+    chosen = []
+    for number in range(len(rest) - 1, -1, -1):
+        if taken[number, left]:
+            chosen.append(number)
+            left -= rest[number].tokens
+    chosen.reverse()
+    kept = set(range(len(rest))).difference(chosen)
+    return [first, *(rest[number] for number in chosen)], [rest[number] for number in sorted(kept)]
 
 
 class Packed(grain.IterDataset):

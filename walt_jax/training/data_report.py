@@ -1,0 +1,193 @@
+"""What training would read: which clips there are, what they become, how packs fill, and how fast that is."""
+
+import io
+import itertools
+import math
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tqdm
+from matplotlib.figure import Figure
+from PIL import Image
+
+from walt_jax.data.folder import FolderClips
+from walt_jax.data.media import contact_sheet
+from walt_jax.data.order import Share
+from walt_jax.data.packing import Item, fill
+from walt_jax.data.pipeline import Clips, Data, Mixture, stream
+from walt_jax.training.latent_cache import WAITING
+from walt_jax.training.run_config import RunConfig
+
+LEAST, MOST = 1024, 4096  # clips that are read, so that packs are many and large data sets take no hours
+SHOWN_CLIPS, SHOWN_PACKS = 24, 24
+
+
+def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str, Any]:
+    """Reads the last stage's clips as training would, an epoch at least where it isn't too long.
+
+    Args:
+        config: see `RunConfig`.
+        data: the config's.
+        sheet: a PNG to draw clips, packs and histograms into.
+
+    Returns:
+        {"clips_kept", "clips_skipped" [{"file", "reason"}], "tokens_valid_fraction", "clips_per_second",
+        "frames_per_second", "clips_read", "sources", "shapes", "packs", "protocol"}.
+
+    Raises:
+        UserError: if the data can't be read.
+    """
+    name, stage = list(config.stages.items())[-1]
+    source = data.source("train", config.clip_shapes(name))
+    held_out = data.source("held_out", config.clip_shapes(name))
+    count = min(max(LEAST, len(source)), MOST)
+    shown, sizes, timed = [], [], None
+    began = time.perf_counter()
+    clips = stream(Clips(source, config.seed + len(config.stages) - 1), Share())
+    for clip in tqdm.tqdm(itertools.islice(clips, count), "reading clips", count, unit="clip", dynamic_ncols=True):
+        sizes.append(clip["video"].shape[:3])
+        if len(shown) < min(SHOWN_CLIPS, len(source)):
+            shown.append(clip)
+        if len(sizes) == min(len(source), count):
+            # Of the first epoch: later ones find short clips decoded.
+            timed = {"clips": len(sizes), "frames": sum(size[0] for size in sizes)}
+            seconds = time.perf_counter() - began
+    for index in range(min(len(held_out), MOST)):
+        held_out.sample(index, np.random.default_rng(index))
+    tokens = [_tokens(config, size) for size in sizes]
+    packs: list[list[Item]] = []
+    if stage.pack is not None:
+        packs = _packs([Item(*item) for item in enumerate(tokens)], stage.pack.tokens, stage.pack.clips)
+    used = sum(item.tokens for pack in packs for item in pack)
+    captions = _captions(config, source, len(shown))
+    labels = [
+        f"{' × '.join(map(str, clip['video'].shape[:3]))}  {caption}"
+        for clip, caption in zip(shown, captions, strict=True)
+    ]
+    pictures = [contact_sheet([clip["video"] for clip in shown], labels, frames_per_clip=4, columns=3, scale=1)]
+    pictures.append(_plots(packs, sizes, stage.pack.tokens if stage.pack else 0, (source, held_out)))
+    _below(pictures).save(sheet)
+    kinds = {size: sizes.count(size) for size in sorted(set(sizes))}
+    return {
+        "clips_kept": _kept(source) + _kept(held_out),
+        "clips_skipped": data.skipped,
+        "tokens_valid_fraction": used / (len(packs) * stage.pack.tokens) if packs else 1.0,
+        "clips_per_second": timed["clips"] / seconds,
+        "frames_per_second": timed["frames"] / seconds,
+        "clips_read": len(sizes),
+        "sources": [
+            {"source": path, "weight": weight, "train_clips": len(train), "held_out_clips": len(unseen)}
+            for (path, _), weight, train, unseen in zip(
+                config.data.parts, source.weights, source.sources, held_out.sources, strict=True
+            )
+        ],
+        "shapes": [
+            {"frames": size[0], "height": size[1], "width": size[2], "tokens": _tokens(config, size), "clips": number}
+            for size, number in kinds.items()
+        ],
+        "packs": {
+            "packs": len(packs),
+            "tokens_per_pack": stage.pack.tokens if stage.pack else None,
+            "clips_per_pack": sum(map(len, packs)) / len(packs) if packs else None,
+        },
+        "protocol": (
+            f"{len(sizes)} clips of stage {name}, in its order, decoded by this process; rates over the first "
+            f"{timed['clips']}, each decoded for the first time; packs of a buffer of {WAITING} clips that is full; "
+            "without packs every token is a clip's"
+        ),
+    }
+
+
+def _tokens(config: RunConfig, size: tuple[int, int, int]) -> int:
+    """Of a clip of (frames, height, width); latent positions where there is no denoiser."""
+    latents = config.tokenizer.latent_shape(*size)[:3]
+    return math.prod(latents if config.denoiser is None else config.denoiser.grid(latents))
+
+
+def _packs(items: list[Item], tokens: int, clips: int) -> list[list[Item]]:
+    """Packs as training makes them, as long as there are enough clips to choose from."""
+    packs, waiting, coming = [], items[:WAITING], items[WAITING:]
+    while coming:
+        pack, waiting = fill(waiting, tokens, clips)
+        packs.append(pack)
+        missing = WAITING - len(waiting)
+        waiting, coming = waiting + coming[:missing], coming[missing:]
+    return packs
+
+
+def _kept(mixture: Mixture) -> int:
+    return sum(source.kept if isinstance(source, FolderClips) else len(source) for source in mixture.sources)
+
+
+def _captions(config: RunConfig, source: Mixture, count: int) -> list[str]:
+    """Of the first clips in the order, as training would draw them."""
+    seen: list[str] = []
+
+    def remember(captions: list[str]) -> np.ndarray:
+        seen.append(captions[0])
+        return np.zeros((1, 1), np.int32)
+
+    clips = Clips(source, config.seed + len(config.stages) - 1, remember)
+    number = 0
+    while len(seen) < count:
+        clips[number]
+        number += 1
+    return seen
+
+
+def _plots(
+    packs: Sequence[Sequence[Item]], sizes: Sequence[tuple[int, int, int]], tokens: int, mixtures: Sequence[Mixture]
+) -> Image.Image:
+    """Packs as rows of blocks, a clip each; histograms of the files' lengths, sizes and rates."""
+    rows = min(len(packs), SHOWN_PACKS)
+    heights = [max(0.25 * rows, 0.1), 2.4]
+    figure = Figure(figsize=(12, sum(heights) + 1.6), dpi=100)
+    grid = figure.add_gridspec(2, 3, height_ratios=heights, hspace=0.5)
+    if rows:
+        axes = figure.add_subplot(grid[0, :])
+        colours = matplotlib.colormaps["tab20"].colors
+        for row, pack in enumerate(packs[:rows]):
+            left = 0
+            for number, item in enumerate(pack):
+                axes.barh(row, item.tokens, left=left, color=colours[number % 20], height=0.85)
+                if item.tokens > tokens / 14:
+                    label = "×".join(map(str, sizes[item.index]))
+                    axes.text(left + item.tokens / 2, row, label, ha="center", va="center", fontsize=7)
+                left += item.tokens
+        axes.set(
+            xlim=(0, tokens), ylim=(rows - 0.5, -0.5), xlabel="tokens", ylabel="pack", title="Packs, a block a clip"
+        )
+    files = [
+        info
+        for mixture in mixtures
+        for source in mixture.sources
+        if isinstance(source, FolderClips)
+        for info in source.files()
+    ]
+    for column, (title, values) in enumerate(
+        {
+            "seconds a file": [info.seconds for info in files],
+            "√(height × width), pixels a file": [math.sqrt(info.height * info.width) for info in files],
+            "frames a second of a file": [info.fps for info in files],
+        }.items()
+    ):
+        axes = figure.add_subplot(grid[1, column])
+        axes.hist(values, bins=30)
+        axes.set(xlabel=title, ylabel="files")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", bbox_inches="tight")
+    return Image.open(content).convert("RGB")
+
+
+def _below(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures one under another."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
