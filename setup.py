@@ -4,6 +4,9 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# Without OpenCV's windows, which servers lack the libraries of.
+PREPARE = ["apache-beam>=2.70", "scenedetect-headless>=0.7"]
+
 setup(
     name="walt_jax",
     version="0.1.0",
@@ -38,8 +41,9 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
-        "prepare": ["apache-beam", "scenedetect"],
+        "prepare": PREPARE,
+        "race": ["magvit2-pytorch==0.5.1", "torch"],  # benchmarks/race_tokenizers.py
         "tpu": ["jax[tpu]"],
-        "test": ["hypothesis", "pytest", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", *PREPARE],
     },
 )

@@ -1,4 +1,7 @@
-"""For all tests: arrays of different rank are never broadcast silently."""
+"""For all tests: arrays of different rank are never broadcast silently; programs are compiled once."""
+
+import os
+import pathlib
 
 import jax
 import pytest
@@ -12,3 +15,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> pathlib.Path:
+    """Where commands keep what they compile; processes that share the tests share it."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    path.mkdir(exist_ok=True)
+    return path

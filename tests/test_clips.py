@@ -30,7 +30,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("captioned", [True, False])
-def test_a_folder_of_clips(captioned, tmp_path, tmp_path_factory):
+def test_a_folder_of_clips(captioned, tmp_path, cache):
     folder = tmp_path / "clips"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_a_folder_of_clips(captioned, tmp_path, tmp_path_factory):
             table.writerows(rows)
 
     flags = [*SMALL, f"--config.data.source={folder}", f"--workdir={tmp_path / 'run'}"]
-    code, _, err = commands.run(*flags, cache=tmp_path_factory.getbasetemp() / "compiled_clips")
+    code, _, err = commands.run(*flags, cache=cache)
     assert code == 0, err
     evaluation = json.loads((tmp_path / "run" / "evaluate.json").read_text())
     metric = evaluation["metrics"][0]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from walt_jax.config import Fraction, Positive, build
+from walt_jax.data import prepare_config
 from walt_jax.errors import UserError
 from walt_jax.training.run_config import RunConfig
 
@@ -165,9 +166,18 @@ def test_numbers_out_of_their_range_are_named_with_it():
     assert "config.rest is nan" in said(rest=float("nan"))
 
 
-@pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")), ids=str)
-def test_each_config_fits(path):
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_each_config_fits(name):
     """And through JSON, as a workdir keeps it."""
-    knobs = runpy.run_path(str(path))["get_config"]()
-    built = build(RunConfig, knobs, "config")
-    assert build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config") == built
+    knobs = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    kind = prepare_config.Knobs if name == "prepare" else RunConfig
+    built = build(kind, knobs, "config")
+    assert build(kind, json.loads(json.dumps(knobs.to_dict())), "config") == built
+
+
+@pytest.mark.parametrize("variant", runpy.run_path(str(CONFIGS / "walt_trends.py"))["VARIANTS"])
+def test_each_variant_fits(variant):
+    build(RunConfig, runpy.run_path(str(CONFIGS / "walt_trends.py"))["get_config"](variant), "config")

@@ -42,11 +42,6 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def flag(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("config") / "packed.py"
     path.write_text(CONFIG)

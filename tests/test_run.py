@@ -17,11 +17,6 @@ STEPS = [(stage, step) for stage in ("tokenizer", "denoiser") for step in range(
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache) -> pathlib.Path:
     """The workdir of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"

@@ -38,11 +38,6 @@ for stage, steps in {"images": 6, "video": 12}.items():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "magvit2"
     code, out, err = commands.run(*MAGVIT2, f"--workdir={workdir}", cache=cache)

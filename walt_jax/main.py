@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
-MODES = ("train", "sample", "evaluate", "reconstruct", "plan", "benchmark")
+MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "plan", "benchmark")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -251,6 +251,39 @@ def reconstruct(values: flags.FlagValues) -> None:
     print(f"wrote {count} frames to {out}; sound is not copied")
 
 
+def data(values: flags.FlagValues) -> None:
+    """Reads the config's data as training would, and tells what became of it."""
+    from walt_jax.training.data_report import report_data
+    from walt_jax.workdir import write_atomically
+
+    run, _ = open_run(values)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    found = report_data(run.config, run.data, run.workdir / "data.png")
+    write_atomically(run.workdir / "data.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    for entry in found["clips_skipped"]:
+        print(f"skipped {entry['file']}: {entry['reason']}")
+    print(
+        f"{found['clips_kept']:,} clips kept, {len(found['clips_skipped']):,} files skipped; "
+        f"{found['tokens_valid_fraction']:.1%} of tokens are of clips; {found['clips_per_second']:.1f} clips and "
+        f"{found['frames_per_second']:.0f} frames a second"
+    )
+    print(f"wrote {run.workdir / 'data.json'} and {run.workdir / 'data.png'}")
+
+
+def prepare(values: flags.FlagValues) -> None:
+    """Makes a data set of raw video; both may be remote."""
+    from etils import epath
+
+    out = epath.Path(values.workdir)
+    knobs = knobs_of(values, out)
+
+    from walt_jax.config import build
+    from walt_jax.data.prepare import prepare
+    from walt_jax.data.prepare_config import Knobs
+
+    print(prepare(build(Knobs, knobs, "config").prepare, out))
+
+
 def plan(values: flags.FlagValues) -> None:
     """Counts parameters and operations of the config, or of the workdir's run; reads no data."""
     from walt_jax.workdir import write_atomically
@@ -301,6 +334,8 @@ def main(argv: list[str]) -> int:
             "sample": sample,
             "evaluate": evaluate,
             "reconstruct": reconstruct,
+            "data": data,
+            "prepare": prepare,
             "plan": plan,
             "benchmark": benchmark,
         }

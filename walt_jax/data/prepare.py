@@ -1,0 +1,276 @@
+"""Raw video to a data set of scenes: ArrayRecord shards that TFDS reads, made on any runner of Apache Beam.
+
+A video's scenes are written first, and last of all the record that says what became of them. What has a record is
+done: a stopped run goes on with the others. Which scene lies where in which shard is a function of all records alone,
+and every file appears whole or not at all. So whatever was stopped, tried again or done twice, each scene is in the
+data set once, and the same videos make the same shards.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import tempfile
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from walt_jax.data.beam import publish, run_each
+from walt_jax.data.captioner import open_captioner
+from walt_jax.data.cutting import RECORDS, SCENES, cut_one
+from walt_jax.data.prepare_config import FREE_KNOBS, PrepareConfig
+from walt_jax.data.raw import RawVideo, list_raw
+from walt_jax.errors import UserError
+from walt_jax.workdir import CONFIG, check_empty, flatten, locked, read_config
+
+DATASET = "scenes"
+SPLIT = "train"
+REPORT = "prepare.json"
+WORK = "work"  # in the output folder until the data set is complete
+READ_THREADS = 16  # of small files, enough to hide a remote disk's latency
+
+
+def prepare(config: PrepareConfig, out: epath.PathLike) -> str:
+    """Makes the data set of the config's videos, or goes on making it.
+
+    Args:
+        config: see `PrepareConfig`.
+        out: the folder of the data set, local or remote. It gets the shards, TFDS's metadata and `prepare.json`.
+
+    Returns:
+        A sentence that says what was written.
+
+    Raises:
+        UserError: a package is missing, the source can't be listed, the folder holds something else, no scene is kept,
+            or the pipeline fails.
+    """
+    _check_installed()
+    out = epath.Path(out)
+    try:
+        # A remote folder has no lock, nor needs it: two runs write the same bytes to the same files.
+        with contextlib.nullcontext() if "://" in str(out) else locked(Path(out)):
+            return _prepare(config, out)
+    except ImportError as error:  # of what reads the scheme of a URI
+        raise UserError(f"{config.source} or {out} can't be opened ({error}); install that package.") from error
+
+
+def features() -> dict[str, Any]:
+    """What an example of the data set holds, as TFDS features; docs are in the data set itself.
+
+    `video` are the bytes of an mp4 (H.264, upright, no sound), of `height` × `width` pixels and `frames` frames at
+    `fps` frames a second; `source` is where it comes from, from `start_seconds` to `end_seconds`; `captions` may be
+    empty.
+    """
+    import tensorflow_datasets as tfds
+
+    def number(kind: type, doc: str) -> Any:
+        return tfds.features.Scalar(dtype=kind, doc=doc)
+
+    return {
+        "video": tfds.features.Text(doc="An encoded mp4."),
+        "captions": tfds.features.Sequence(tfds.features.Text(), doc="Of the scene, or of the video it is from."),
+        "source": tfds.features.Text(doc="Path or URI of the video that the scene is from."),
+        "start_seconds": number(np.float64, "Of the scene in its source."),
+        "end_seconds": number(np.float64, "Of the scene in its source."),
+        "fps": number(np.float64, "Frames a second."),
+        "frames": number(np.int64, "How many."),
+        "height": number(np.int64, "In pixels."),
+        "width": number(np.int64, "In pixels."),
+    }
+
+
+def _check_installed() -> None:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # Beam warns on import of what it could do with Google's packages
+    try:
+        import apache_beam  # noqa: F401
+        import scenedetect  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f'--mode=prepare needs the package {error.name}; run pip install -e ".[prepare]" in the repository.'
+        ) from error
+    finally:
+        logging.disable(level)
+
+
+def _prepare(config: PrepareConfig, out: epath.Path) -> str:
+    knobs = json.loads(json.dumps({"prepare": dataclasses.asdict(config)}))
+    before = read_config(out)
+    if before is not None:
+        _check_same(out, before, knobs)
+    elif out.exists():
+        check_empty(out)
+    open_captioner(config)  # now rather than in every worker
+    videos, again = list_raw(config.source)
+    work = out / WORK
+    if (out / REPORT).exists():
+        report = json.loads((out / REPORT).read_text())
+        _check_complete(out, report, videos)
+    else:
+        publish(out / CONFIG, json.dumps(knobs, indent=1) + "\n", work)
+        records = _cut(config, videos, work)
+        scenes = [scene for record in records for scene in record["scenes"] if scene["kept"]]
+        shards = _divide(sorted(scenes, key=lambda scene: scene["file"]), config.shard_bytes)
+        _write_shards(config, shards, out)
+        if shards:
+            _write_metadata(shards, out)
+        report = _report(config, records, again, shards)
+        publish(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n", work)
+    if work.exists():
+        work.rmtree()
+    if not report["scenes_kept"]:
+        raise UserError(
+            f"No scene of {config.source} was kept; {out / REPORT} says why. Change what drops them, and choose "
+            "another --workdir."
+        )
+    return (
+        f"wrote {report['scenes_kept']} scenes ({report['scenes_kept_seconds']:.0f} s, {report['data_set_bytes']:,} "
+        f"bytes) of {report['inputs_kept']} videos in {report['shards']} shards to {out}; {report['inputs_dropped']} "
+        f"videos and {report['scenes_dropped']} scenes were dropped, {REPORT} says why"
+    )
+
+
+def _check_same(out: epath.Path, before: dict[str, Any], knobs: dict[str, Any]) -> None:
+    old, new = flatten(before), flatten(knobs)
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name) and name.rsplit(".", 1)[-1] not in FREE_KNOBS:
+            raise UserError(
+                f"{out} was begun with config.{name}={old.get(name)!r}, not {new.get(name)!r}; choose another "
+                "--workdir, or the config it was begun with."
+            )
+
+
+def _check_complete(out: epath.Path, report: dict[str, Any], videos: list[RawVideo]) -> None:
+    """A complete data set stays as it is: its shards are numbered, so nothing can be added to it."""
+    old, new = {row["input"] for row in report["inputs"]}, {video.name for video in videos}
+    if old != new:
+        raise UserError(
+            f"{out} is a complete data set, but {sorted(old ^ new)[0]} is new in the source or gone from it; prepare "
+            "into another --workdir."
+        )
+
+
+# Videos to scenes
+
+
+def _cut(config: PrepareConfig, videos: list[RawVideo], work: epath.Path) -> list[dict[str, Any]]:
+    """Cuts up what has not been yet; returns the records of all videos, in turn."""
+    folder = work / RECORDS
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {path.name for path in folder.iterdir()}
+    todo = [dataclasses.asdict(video) for video in videos if f"{video.key}.json" not in done]
+    run_each(
+        config, work, "input", todo, functools.partial(cut_one, config=config, work=str(work)), folder, len(videos)
+    )
+    with futures.ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(lambda video: json.loads((folder / f"{video.key}.json").read_text()), videos))
+
+
+# Scenes to shards
+
+
+def _divide(scenes: list[dict[str, Any]], shard_bytes: int) -> list[list[dict[str, Any]]]:
+    """Lists of scenes in turn, one a shard, each of about `shard_bytes` of video; none empty."""
+    shards, size = [], 0
+    for scene in scenes:
+        if not shards or size + scene["size_bytes"] > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(scene)
+        size += scene["size_bytes"]
+    return shards
+
+
+def _write_shards(config: PrepareConfig, shards: list[list[dict[str, Any]]], out: epath.Path) -> None:
+    work = out / WORK
+    plan = work / "plan.json"
+    wanted = json.dumps([[scene["file"] for scene in shard] for shard in shards])
+    if not plan.exists() or plan.read_text() != wanted:  # shards of another listing of the source
+        for path in out.glob(f"{DATASET}-{SPLIT}.array_record-*"):
+            path.unlink()
+        publish(plan, wanted, work)
+    names = [_template(out).sharded_filepath(shard_index=i, num_shards=len(shards)).name for i in range(len(shards))]
+    there = {path.name for path in out.iterdir()}
+    todo = [{"name": name, "scenes": shard} for name, shard in zip(names, shards, strict=True) if name not in there]
+    run_each(
+        config, work, "shard", todo, functools.partial(_write_shard, out=str(out)), out, len(shards), ".array_record-"
+    )
+
+
+def _write_shard(line: str, out: str) -> None:
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    out, shard = epath.Path(out), json.loads(line)
+    kinds = tfds.features.FeaturesDict(features())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "shard"
+        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # as TFDS: each example by itself
+        for scene in shard["scenes"]:
+            example = {name: scene[name] for name in kinds if name in scene}
+            video = (out / WORK / SCENES / scene["file"]).read_bytes()
+            example.update(video=video, fps=scene["frames_per_second"])
+            proto = tf_example_pb2.Example.FromString(kinds.serialize_example(kinds.encode_example(example)))
+            # An example is a map, whose order is otherwise another one in each process.
+            writer.write(proto.SerializeToString(deterministic=True))
+        writer.close()
+        publish(out / shard["name"], file, out / WORK)
+
+
+def _template(out: epath.Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.core.ShardedFileTemplate(
+        data_dir=out, dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record"
+    )
+
+
+def _write_metadata(shards: list[list[dict[str, Any]]], out: epath.Path) -> None:
+    import tensorflow_datasets as tfds
+
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[len(shard) for shard in shards],
+        num_bytes=sum(scene["size_bytes"] for shard in shards for scene in shard),
+        filename_template=_template(out),
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=out,
+        features=features(),
+        split_infos=[split],
+        filename_template=_template(out),
+        check_data=False,  # it would read the shards with TensorFlow
+    )
+
+
+def _report(config: PrepareConfig, records: list[dict], again: list[str], shards: list[list[dict]]) -> dict[str, Any]:
+    """What `prepare.json` holds: totals, then a row for every input and for every scene."""
+    shard_of = {scene["file"]: index for index, shard in enumerate(shards) for scene in shard}
+    inputs = [{**record, "scenes": len(record["scenes"])} for record in records]
+    inputs += [{"input": name, "reason": "listed again", "dropped_by": "duplicate", "scenes": 0} for name in again]
+    scenes = [
+        {**{key: value for key, value in scene.items() if key != "file"}, "shard": shard_of.get(scene["file"])}
+        for record in records
+        for scene in record["scenes"]
+    ]
+    kept = [scene for scene in scenes if scene["kept"]]
+    dropped = collections.Counter(row["dropped_by"] for row in (*inputs, *scenes) if row["dropped_by"])
+    return {
+        "source": config.source,
+        "inputs_kept": sum(row["reason"] is None for row in inputs),
+        "inputs_dropped": sum(row["reason"] is not None for row in inputs),
+        "scenes_kept": len(kept),
+        "scenes_dropped": len(scenes) - len(kept),
+        "scenes_kept_seconds": sum(scene["end_seconds"] - scene["start_seconds"] for scene in kept),
+        "shards": len(shards),
+        "data_set_bytes": sum(scene["size_bytes"] for scene in kept),
+        "dropped_by": dict(sorted(dropped.items())),
+        "inputs": inputs,
+        "scenes": scenes,
+    }

@@ -1,0 +1,116 @@
+"""Lists raw videos: those of a folder, with their captions, or those that a text file names."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterable
+
+from etils import epath
+
+from walt_jax.errors import UserError
+
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".ts", ".mts", ".m2ts"),
+    *(".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ogv"),
+)
+TABLE = "metadata.csv"
+
+
+@dataclasses.dataclass(frozen=True)
+class RawVideo:
+    """A video to be cut up.
+
+    Attributes:
+        name: relative to the folder, or the line of the list, by which it is told from all others.
+        uri: where it is.
+        captions: of its `metadata.csv`; there may be none.
+    """
+
+    name: str
+    uri: str
+    captions: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A file name for what belongs to the video; in its order, videos are shuffled."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:32]
+
+
+def list_raw(source: epath.PathLike) -> tuple[list[RawVideo], list[str]]:
+    """The videos of a folder or of a text file with a path or URI a line, each once, in the order of their names.
+
+    Args:
+        source: local or remote. Of a folder, sub-folders too, but nothing hidden.
+
+    Returns:
+        The videos, and the names that were listed again.
+
+    Raises:
+        UserError: there is no such folder or file, it can't be read, or names no video.
+    """
+    source = epath.Path(source)
+    if source.is_dir():
+        return _of_folder(source), []
+    if source.is_file():
+        return _of_list(source)
+    raise UserError(f"config.prepare.source={source} is not there; name a folder of videos or a text file of paths.")
+
+
+def _of_folder(folder: epath.Path) -> list[RawVideo]:
+    captions = _captions(folder / TABLE)
+    names = sorted({*_videos(folder), *captions})
+    if not names:
+        raise UserError(f"{folder} holds no video; put files in it that end in {', '.join(SUFFIXES)}.")
+    return [RawVideo(name, str(folder / name), tuple(captions.get(name, ()))) for name in names]
+
+
+def _videos(folder: epath.Path) -> Iterable[str]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        # By the name first: on a remote disk, each `is_dir` is a message.
+        if path.suffix.lower() in SUFFIXES:
+            yield path.name
+        elif path.is_dir():
+            yield from (f"{path.name}/{name}" for name in _videos(path))
+
+
+def _captions(table: epath.Path) -> dict[str, list[str]]:
+    """The captions of each file that the table names, in turn; none where there is no table."""
+    if not table.exists():
+        return {}
+    rows = csv.DictReader(io.StringIO(_text(table), newline=""))
+    try:
+        if not {"file_name", "caption"} <= set(rows.fieldnames or ()):
+            raise UserError(f"{table} has no columns file_name and caption; its first line must name them.")
+        captions = {}
+        for row in rows:
+            name = (row["file_name"] or "").strip().removeprefix("./")
+            text = (row["caption"] or "").strip()
+            if name:
+                captions.setdefault(name, []).extend([text] if text else [])
+    except csv.Error as error:
+        raise UserError(f"{table} can't be read as CSV ({error}); write it anew.") from error
+    return captions
+
+
+def _of_list(file: epath.Path) -> tuple[list[RawVideo], list[str]]:
+    lines = [line.strip() for line in _text(file).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{file} names no video; write a path or URI a line.")
+    first, again = set(), []
+    for line in lines:
+        if line in first:
+            again.append(line)
+        first.add(line)
+    uri = {line: line if "://" in line else str(file.parent / line) for line in first}
+    return [RawVideo(line, uri[line]) for line in sorted(first)], again
+
+
+def _text(file: epath.Path) -> str:
+    try:
+        # utf-8-sig: spreadsheet programs put a byte-order mark in front.
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error

@@ -1,0 +1,185 @@
+"""Cuts a video into scenes, measures them, and says which are not worth training on."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+
+import numpy as np
+from etils import epath
+
+from walt_jax.data.prepare_config import PrepareConfig
+from walt_jax.data.video import ClipError, read_frames
+
+SHORT_SIDE = 144  # of the pictures that are looked at, in pixels
+SAMPLES_PER_SECOND = 4
+
+# Two cuts closer than this are a flash, not a scene: PySceneDetect's usual 15 frames at 25 a second.
+SHORTEST_SHOT_SECONDS = 0.6
+
+# Nothing changes while fewer pixels than STILL_PIXELS change by more than STILL_LEVELS of 255. Compression alone
+# changes many pixels a little; the smallest thing that moves changes some of them a lot.
+STILL_LEVELS = 8
+STILL_PIXELS = 1e-3
+
+BLACK_LEVELS = 24  # compressed black is seldom 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A stretch of a video between two cuts.
+
+    Attributes:
+        start, end: frames [start, end) of the video at the rate that it was read with.
+        motion: mean length of the optical flow, in short sides of the picture a second.
+        static_fraction: the share of its time in which nothing changes, in [0, 1].
+        border_fraction: the share of the picture that is a black border throughout, in [0, 1].
+    """
+
+    start: int
+    end: int
+    motion: float
+    static_fraction: float
+    border_fraction: float
+
+
+def frames_of(path: epath.PathLike, fps: Fraction, cover: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+    """`read_frames`, but whatever goes wrong in a file is a ClipError: one file out of millions must not end a run."""
+    try:
+        yield from read_frames(path, fps, cover)
+    except ClipError:
+        raise
+    except Exception as error:
+        raise ClipError(f"decoding failed: {type(error).__name__}: {error}") from error
+
+
+def find_scenes(path: epath.PathLike, fps: Fraction, cut_threshold: float | None, max_seconds: float) -> list[Scene]:
+    """The scenes of a video in turn; together they are all of it.
+
+    Args:
+        path: of the video.
+        fps: frames per second at which it is read.
+        cut_threshold: see `PrepareConfig`.
+        max_seconds: longer scenes are divided into equal pieces.
+
+    Raises:
+        ClipError: the file gives no frame.
+    """
+    watched = _Watched(frames_of(path, fps, (SHORT_SIDE, SHORT_SIDE)), max(1, round(fps / SAMPLES_PER_SECOND)))
+    cuts = _cuts(watched, fps, cut_threshold)
+    ends = [0, *cuts, watched.count]
+    return [
+        watched.scene(start, end, fps)
+        for shot in itertools.pairwise(ends)
+        for start, end in itertools.pairwise(_pieces(*shot, int(max_seconds * fps)))
+    ]
+
+
+def objection(scene: Scene, fps: Fraction, config: PrepareConfig) -> tuple[str, str] | None:
+    """(which filter, a sentence that says why) a scene is dropped, or None."""
+    seconds = float((scene.end - scene.start) / fps)
+    if seconds < config.min_seconds:
+        return "length", f"{seconds:.2f} s are fewer than min_seconds={config.min_seconds:g}"
+    if scene.border_fraction > config.max_border_fraction:
+        return "border", (
+            f"{scene.border_fraction:.1%} of the picture is a black border, more than "
+            f"max_border_fraction={config.max_border_fraction:g}"
+        )
+    if scene.static_fraction > config.max_static_fraction:
+        return "static", (
+            f"nothing changes for {scene.static_fraction:.1%} of its time, more than "
+            f"max_static_fraction={config.max_static_fraction:g}"
+        )
+    if scene.motion < config.min_motion:
+        return "motion", f"its motion of {scene.motion:.4f} a second is less than min_motion={config.min_motion:g}"
+    if config.max_motion is not None and scene.motion > config.max_motion:
+        return "motion", f"its motion of {scene.motion:.4f} a second is more than max_motion={config.max_motion:g}"
+    return None
+
+
+def _cuts(frames: Iterable[np.ndarray], fps: Fraction, threshold: float | None) -> list[int]:
+    """The first frames of all shots but the first; reads all frames."""
+    if threshold is None:
+        for _ in frames:
+            pass
+        return []
+
+    import cv2
+    from scenedetect import AdaptiveDetector, FrameTimecode
+
+    shortest = max(1, round(SHORTEST_SHOT_SECONDS * fps))
+    detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=shortest)
+    cuts = []
+    for index, frame in enumerate(frames):
+        cuts += detector.process_frame(FrameTimecode(index, fps), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    return [cut.frame_num for cut in cuts]
+
+
+def _pieces(start: int, end: int, longest: int) -> list[int]:
+    """The ends of equal pieces of [start, end), none longer than `longest` frames, with `start` in front."""
+    count = -(-(end - start) // max(1, longest))
+    return [start + (end - start) * piece // count for piece in range(count + 1)]
+
+
+class _Watched:
+    """Hands frames through, and keeps of every `stride`th what scenes are measured by.
+
+    Attributes:
+        count: how many frames there were.
+    """
+
+    def __init__(self, frames: Iterable[np.ndarray], stride: int):
+        self._frames, self._stride = frames, stride
+        self.count = 0
+        self._flows, self._still = [], []  # between a sample and the one before
+        self._brightest = []  # of each row, and of each column, of a sample
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        import cv2
+
+        cv2.setNumThreads(1)  # the runner's workers share the cores already
+        before = None
+        for frame in self._frames:
+            if self.count % self._stride == 0:
+                grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+                self._brightest.append((grey.max(1), grey.max(0)))
+                if before is not None:
+                    still = np.mean(cv2.absdiff(before, grey) > STILL_LEVELS) < STILL_PIXELS
+                    self._still.append(still)
+                    self._flows.append(0.0 if still else _flow(before, grey))
+                before = grey
+            self.count += 1
+            yield frame
+
+    def scene(self, start: int, end: int, fps: Fraction) -> Scene:
+        """The scene of frames [start, end). One that is too short for two samples counts as a still picture."""
+        first, last = -(-start // self._stride), (end - 1) // self._stride
+        flows, still = self._flows[first:last], self._still[first:last]
+        brightest = self._brightest[first : last + 1]
+        samples_per_second = float(fps / self._stride)
+        return Scene(
+            start,
+            end,
+            motion=float(np.mean(flows)) * samples_per_second if flows else 0.0,
+            static_fraction=float(np.mean(still)) if still else 1.0,
+            border_fraction=_border(*(np.max(lines, 0) for lines in zip(*brightest, strict=True))) if brightest else 0,
+        )
+
+
+def _flow(before: np.ndarray, after: np.ndarray) -> float:
+    """Mean length of Farnebäck's optical flow between two grey pictures, in short sides."""
+    import cv2
+
+    flow = cv2.calcOpticalFlowFarneback(
+        before, after, None, pyr_scale=0.5, levels=3, winsize=15, iterations=3, poly_n=5, poly_sigma=1.2, flags=0
+    )
+    return float(np.linalg.norm(flow, axis=-1).mean()) / min(before.shape)
+
+
+def _border(rows: np.ndarray, columns: np.ndarray) -> float:
+    """The black share of a picture, from the brightest level of each of its rows and columns."""
+    inside = 1.0
+    for lines in (rows, columns):
+        bright = np.flatnonzero(lines > BLACK_LEVELS)
+        inside *= (bright[-1] - bright[0] + 1) / len(lines) if len(bright) else 0
+    return 1.0 - inside
