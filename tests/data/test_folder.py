@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from walt_jax.data import folder as folder_lib
-from walt_jax.data.folder import Folder, FolderClips
+from walt_jax.data import clips as clips_lib
+from walt_jax.data import store as store_lib
+from walt_jax.data.clips import StoredClips
+from walt_jax.data.folder import Folder
 from walt_jax.data.media import write_video
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.video import read_clip
@@ -39,7 +41,7 @@ def write_table(folder, *lines):
 
 
 def source(folder, split="train", frames=5, fps=10, height=12, width=16, **options):
-    return FolderClips(Folder(folder, **options), split, [ClipShape(frames, height, width)], fps)
+    return StoredClips(Folder(folder, **options), split, [ClipShape(frames, height, width)], fps)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_without_a_table_every_video_is_a_clip_without_caption(tmp_path):
     train, held_out = source(tmp_path), source(tmp_path, "held_out")
     assert len(train) == 2 and len(held_out) == 1
     assert train.captions + held_out.captions == ["", "", ""]
-    assert train.folder.skipped == held_out.folder.skipped == []
+    assert train.store.skipped == held_out.store.skipped == []
 
 
 def test_with_a_table_its_rows_are_the_clips(tmp_path):
@@ -78,7 +80,7 @@ def test_with_a_table_its_rows_are_the_clips(tmp_path):
     both = source(tmp_path), source(tmp_path, "held_out")
     captions = [caption for part in both for caption in part.captions]
     assert sorted(captions) == sorted(['a comma, and "quotes"', "Zürich", "", "the same clip in other words"])
-    assert both[0].folder.skipped == [{"file": "left.gif", "reason": "not in metadata.csv"}]
+    assert both[0].store.skipped == [{"file": "left.gif", "reason": "not in metadata.csv"}]
     # Both captions of a file are on the same side.
     assert any({"", "the same clip in other words"} <= set(part.captions) for part in both)
 
@@ -99,15 +101,15 @@ names = st.sets(st.text(string.ascii_lowercase, min_size=1, max_size=6), min_siz
 @hypothesis.given(names, st.text(string.ascii_lowercase, min_size=1))
 @hypothesis.example({"j", "zau", "bbov"}, "a")  # the hash alone would hold out all three
 def test_the_split_leaves_no_side_empty_and_does_not_move_files(files, another):
-    held_out = folder_lib._held_out(files)
+    held_out = clips_lib._held_out(files)
     assert held_out < files and held_out
-    more = folder_lib._held_out(files | {another})
+    more = clips_lib._held_out(files | {another})
     if 1 < len(held_out) < len(files) - 1:  # so no file is there just to keep a side from being empty
         assert held_out <= more | {another} and more <= held_out | {another}
 
 
 def test_one_in_eight_is_held_out():
-    held_out = folder_lib._held_out({f"{i}.mp4" for i in range(4000)})
+    held_out = clips_lib._held_out({f"{i}.mp4" for i in range(4000)})
     assert abs(len(held_out) - 500) < 5 * np.sqrt(4000 * 7 / 64)
 
 
@@ -183,19 +185,19 @@ def test_the_cache_keeps_within_its_bytes_and_spares_decoding(clips, monkeypatch
     monkeypatch.setattr(Folder, "read", lambda *args: decoded.append(args[1]) or read(*args))
     one = 12 * 12 * 18 * 3
     for limit, want in ((one * 100, len(data)), (one * 4, 3 * len(data)), (0, 3 * len(data))):
-        data.folder._cache = folder_lib._Cache(limit)
+        data.store._cache = store_lib._Cache(limit)
         decoded.clear()
         for _ in range(3):
             for i in range(len(data)):
                 data.sample(i, np.random.default_rng(0))
-                assert data.folder._cache.bytes <= limit
-                assert data.folder._cache.bytes == sum(array.nbytes for array in data.folder._cache._arrays.values())
+                assert data.store._cache.bytes <= limit
+                assert data.store._cache.bytes == sum(array.nbytes for array in data.store._cache._arrays.values())
         assert len(decoded) == want
-        assert data.folder._cache.bytes == min(one * len(data), limit)
+        assert data.store._cache.bytes == min(one * len(data), limit)
 
 
 def test_the_cache_drops_what_was_used_longest_ago():
-    cache = folder_lib._Cache(100)
+    cache = store_lib._Cache(100)
     for key in "abc":
         cache.put(key, np.zeros(30, np.uint8))
     cache.get("a")
@@ -208,23 +210,23 @@ def test_of_a_long_clip_only_windows_are_decoded_and_they_are_the_same(tmp_path,
     rng = np.random.default_rng(0)
     write_video(tmp_path / "long.mp4", rng.integers(0, 256, (60, 16, 16, 3), np.uint8), 10)
     want = windows(read_clip(tmp_path / "long.mp4", 10), 5, 16, 16)
-    monkeypatch.setattr(folder_lib, "WHOLE_CLIP_BYTES", 30 * 16 * 16 * 3)
+    monkeypatch.setattr(store_lib, "WHOLE_CLIP_BYTES", 30 * 16 * 16 * 3)
     data = source(tmp_path, height=16, width=16)
     got = {data.sample(0, rng)["video"].tobytes() for _ in range(40)}
     assert got <= want and len(got) > 20
-    assert data.folder._cache.bytes == 0
+    assert data.store._cache.bytes == 0
 
 
 def test_a_header_that_promises_too_much_is_found_out(tmp_path, monkeypatch):
     write_clip(tmp_path / "clip.gif", frames=8)
-    monkeypatch.setattr(folder_lib, "WHOLE_CLIP_BYTES", 0)
+    monkeypatch.setattr(store_lib, "WHOLE_CLIP_BYTES", 0)
     folder = Folder(tmp_path)
     folder.info["clip.gif"] = dataclasses.replace(folder.info["clip.gif"], seconds=60.0, frames=600)
-    data = FolderClips(folder, "train", [ClipShape(5, 16, 24)], 10)
+    data = StoredClips(folder, "train", [ClipShape(5, 16, 24)], 10)
     want = windows(read_clip(tmp_path / "clip.gif", 10), 5, 16, 24)
     assert all(data.sample(0, np.random.default_rng(i))["video"].tobytes() in want for i in range(10))
     with pytest.raises(UserError, match="too short: 8 of 9 frames"):
-        FolderClips(folder, "train", [ClipShape(9, 16, 24)], 10)
+        StoredClips(folder, "train", [ClipShape(9, 16, 24)], 10)
 
 
 # Shapes
@@ -234,7 +236,7 @@ def test_a_side_keeps_the_aspect_ratio(tmp_path):
     for name, (height, width) in {"wide": (36, 64), "tall": (64, 36), "square": (40, 40), "strip": (8, 80)}.items():
         write_clip(tmp_path / f"{name}.gif", 5, height, width)
     folder = Folder(tmp_path)
-    data = [FolderClips(folder, split, [ClipShape(5, side=32, unit=(8, 8))], 10) for split in ("train", "held_out")]
+    data = [StoredClips(folder, split, [ClipShape(5, side=32, unit=(8, 8))], 10) for split in ("train", "held_out")]
     sizes = {}
     for part in data:
         for index in range(len(part)):
@@ -269,25 +271,25 @@ def test_a_sides_sizes_are_all_known_beforehand():
 def test_a_stride_takes_every_other_frame(tmp_path):
     write_clip(tmp_path / "clip.gif", frames=9, height=16, width=16)
     clip = read_clip(tmp_path / "clip.gif", 10)
-    video = FolderClips(Folder(tmp_path), "train", [ClipShape(5, 16, 16, stride=2)], 10).sample(
+    video = StoredClips(Folder(tmp_path), "train", [ClipShape(5, 16, 16, stride=2)], 10).sample(
         0, np.random.default_rng(0)
     )["video"]
     np.testing.assert_array_equal(video, clip[::2])
     with pytest.raises(UserError, match="too short: 9 of 11 frames"):
-        FolderClips(Folder(tmp_path), "train", [ClipShape(6, 16, 16, stride=2)], 10)
+        StoredClips(Folder(tmp_path), "train", [ClipShape(6, 16, 16, stride=2)], 10)
 
 
 def test_shapes_come_by_their_weights_and_short_clips_get_one_that_they_have(tmp_path):
     write_table(tmp_path, "file_name,caption,split", "long.gif,,train", "still.png,,train")
     write_clip(tmp_path / "long.gif", frames=12, height=16, width=16)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "still.png")
-    data = FolderClips(Folder(tmp_path), "train", [ClipShape(5, 8, 8, weight=3.0), ClipShape(1, 16, 16)], 10)
+    data = StoredClips(Folder(tmp_path), "train", [ClipShape(5, 8, 8, weight=3.0), ClipShape(1, 16, 16)], 10)
     rng = np.random.default_rng(0)
     taken = [data.sample(0, rng) for _ in range(200)]
     assert abs(sum(clip["shape"] == 0 for clip in taken) - 150) < 4 * np.sqrt(200 * 3 / 16)
     assert all(clip["video"].shape == ((5, 8, 8, 3), (1, 16, 16, 3))[clip["shape"]] for clip in taken)
     assert {data.sample(1, rng)["shape"] for _ in range(20)} == {1}
-    assert data.folder.skipped == []
+    assert data.store.skipped == []
 
 
 # Captions and tables
@@ -315,7 +317,7 @@ def test_a_jsonl_table_and_tables_of_sub_folders(tmp_path):
     write_table(tmp_path / "y", "file_name,caption", "c.gif,sea")
     parts = source(tmp_path), source(tmp_path, "held_out")
     assert sorted(caption for part in parts for caption in part.captions) == ["", "sea", "ä"]
-    assert parts[0].folder.skipped == [{"file": "y/left.gif", "reason": "not in metadata.csv"}]
+    assert parts[0].store.skipped == [{"file": "y/left.gif", "reason": "not in metadata.csv"}]
 
 
 def test_links_in_a_circle_and_folders_named_like_files(tmp_path):
@@ -324,8 +326,8 @@ def test_links_in_a_circle_and_folders_named_like_files(tmp_path):
     (tmp_path / "b.mp4").mkdir()
     write_clip(tmp_path / "line\nbreak.gif")
     data = source(tmp_path, max_bad_fraction=0.5)
-    assert data.folder.skipped == [{"file": "b.mp4", "reason": "a folder, not a file"}]
-    assert {row.file for row in data.folder.rows} == {"deep/a.gif", "line\nbreak.gif"}
+    assert data.store.skipped == [{"file": "b.mp4", "reason": "a folder, not a file"}]
+    assert {row.file for row in data.store.rows} == {"deep/a.gif", "line\nbreak.gif"}
 
 
 def test_threads_get_what_one_would(clips):
@@ -342,7 +344,7 @@ def test_a_copy_goes_to_another_process(clips):
     data = source(clips)
     data.sample(0, np.random.default_rng(0))
     copy = pickle.loads(pickle.dumps(data))
-    assert copy.folder._cache.bytes == 0
+    assert copy.store._cache.bytes == 0
     np.testing.assert_array_equal(
         copy.sample(0, np.random.default_rng(0))["video"], data.sample(0, np.random.default_rng(0))["video"]
     )
@@ -360,7 +362,7 @@ def test_short_clips_are_skipped_and_count_as_good(tmp_path):
     rng = np.random.default_rng(0)
     assert [data.sample(i, rng) is None for i in (0, 1, 2, 1)] == [False, True, True, True]
     assert data.sample(1, np.random.default_rng(0)) is None
-    assert data.folder.skipped == [
+    assert data.store.skipped == [
         {"file": "short.gif", "reason": "too short: 4 of 5 frames at 10 fps"},
         {"file": "still.gif", "reason": "too short: 1 of 5 frames at 10 fps"},
     ]
@@ -373,7 +375,7 @@ def test_a_file_that_breaks_later_is_skipped_until_none_is_left(tmp_path):
     data = source(tmp_path, cache_bytes=0)
     (tmp_path / "b.gif").write_bytes(b"")
     assert data.sample(1, np.random.default_rng(0)) is None and data.sample(0, np.random.default_rng(0)) is not None
-    assert data.folder.skipped == [{"file": "b.gif", "reason": "empty file"}]
+    assert data.store.skipped == [{"file": "b.gif", "reason": "empty file"}]
     (tmp_path / "a.gif").unlink()
     with pytest.raises(UserError, match=r"train split gives 5 frames at 10 fps; a\.gif, for one, does not"):
         data.sample(0, np.random.default_rng(0))
@@ -392,7 +394,7 @@ def test_bad_files_up_to_a_fraction(tmp_path):
     )
     train, held_out = (source(tmp_path, split, max_bad_fraction=0.2) for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 8
-    assert [entry["file"] for entry in train.folder.skipped] == ["empty.mp4", "page.mp4"]
+    assert [entry["file"] for entry in train.store.skipped] == ["empty.mp4", "page.mp4"]
     (tmp_path / "page.mp4").unlink()
     with pytest.raises(UserError, match=r"1 of 9 files .*: remove it, or raise"):
         source(tmp_path)
@@ -460,7 +462,7 @@ def test_real_clips():
     data = source(SHARED / "actions", "held_out", frames=17, fps=8, height=32, width=56)
     assert 1 <= len(data) <= 14 and all(data.captions)
     assert data.sample(0, np.random.default_rng(0))["video"].shape == (17, 32, 56, 3)
-    assert data.folder.skipped == []
+    assert data.store.skipped == []
 
 
 def test_real_trouble():

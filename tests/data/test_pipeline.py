@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
-from walt_jax.data.folder import FolderClips
 from walt_jax.data.media import write_video
 from walt_jax.data.order import Progress, Share, redistribute
 from walt_jax.data.pipeline import Batches, Clips, Data, DataConfig, Mixture, weighted
@@ -253,8 +253,8 @@ def test_a_folder_is_opened_and_looked_through_once(tmp_path, monkeypatch):
     (tmp_path / "metadata.csv").write_text("file_name,caption\n" + rows)
     data = Data(DataConfig(str(tmp_path), frames=5, height=16, width=24))
     parts = {split: data.source(split, (ClipShape(5, 16, 24),)) for split in ("train", "held_out")}
-    assert all(isinstance(mixture.sources[0], FolderClips) for mixture in parts.values())
-    assert parts["train"].sources[0].folder is parts["held_out"].sources[0].folder
+    assert all(isinstance(mixture.sources[0], StoredClips) for mixture in parts.values())
+    assert parts["train"].sources[0].store is parts["held_out"].sources[0].store
     captions = [caption for mixture in parts.values() for caption in mixture.captions]
     assert sorted(captions) == sorted(f"clip {index}" for index in range(12))
     assert parts["train"].sample(0, np.random.default_rng(0))["video"].shape == (5, 16, 24, 3)

@@ -1,6 +1,7 @@
 """Opens files that nobody vouches for and gives their frames packet by packet, within limits."""
 
 import contextlib
+import io
 import itertools
 import os
 import stat
@@ -19,9 +20,9 @@ ROW_PADDING = 128
 
 @contextlib.contextmanager
 def opened(
-    path: epath.PathLike, limits: DecodeLimits, watch: Stopwatch
+    path: epath.PathLike | bytes, limits: DecodeLimits, watch: Stopwatch
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file's container and its first video stream that can be decoded.
+    """The container of a file, or of its content, and its first video stream that can be decoded.
 
     Raises:
       ClipError: the file is no video, or its pictures are too large.
@@ -120,7 +121,9 @@ class _Watched:
         return self._file.read(size)
 
 
-def _readable(path: epath.PathLike) -> BinaryIO:
+def _readable(path: epath.PathLike | bytes) -> BinaryIO:
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
     try:
         if "://" not in os.fspath(path):
             mode = os.stat(path).st_mode

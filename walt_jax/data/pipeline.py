@@ -9,11 +9,13 @@ import grain
 import numpy as np
 
 from walt_jax.config import Fraction, Positive, Range
+from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
-from walt_jax.data.folder import Folder, FolderClips
+from walt_jax.data.folder import Folder, is_data_set
 from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.order import Order, Share
 from walt_jax.data.shapes import ClipShape
+from walt_jax.data.store import Store
 from walt_jax.errors import UserError
 
 DECODE_THREADS = 2
@@ -65,7 +67,8 @@ class DataConfig:
     """Where clips come from and what they are made into.
 
     Attributes:
-        source: "drawn" for the built-in shapes, or a folder of videos and images with a `metadata.csv`, or several,
+        source: "drawn" for the built-in shapes, or a folder of videos and images with a `metadata.csv`, or one with a
+            data set that `--mode=prepare` or TFDS has written as ArrayRecord, or several,
             "FOLDER, FOLDER*2, drawn", with weights: how often each one's turn comes, 1 where none is given. Without any
             weight a clip comes as often as any other.
         frames: frames a clip.
@@ -150,9 +153,14 @@ class Data:
             for entry in folder.skipped
         ]
 
-    def _open(self, path: str) -> Folder:
+    def _open(self, path: str) -> Store:
         config = self.config
-        return Folder(path, config.columns, config.cache_bytes, config.max_bad_fraction, config.limits)
+        kind = Folder
+        if is_data_set(path):
+            from walt_jax.data.records import Records  # it takes seconds to import what reads it
+
+            kind = Records
+        return kind(path, config.columns, config.cache_bytes, config.max_bad_fraction, config.limits)
 
     def _source(self, split: str, shapes: tuple[ClipShape, ...]) -> Mixture:
         """The clips of a split, "train", "held_out" or, of drawn ones, "all", in given shapes.
@@ -174,7 +182,7 @@ class Data:
                         )
                 sources.append(DrawnClips(split, shapes))
             else:
-                sources.append(FolderClips(self._folder(path), split, shapes, self.config.fps))
+                sources.append(StoredClips(self._folder(path), split, shapes, self.config.fps))
         given = any(weight is not None for _, weight in parts)
         weights = [weight or 1.0 for _, weight in parts] if given else [float(len(source)) for source in sources]
         return Mixture(tuple(sources), tuple(weights))

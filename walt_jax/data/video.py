@@ -47,7 +47,7 @@ class ClipInfo:
 
 
 def read_clip(
-    path: epath.PathLike,
+    path: epath.PathLike | bytes,
     fps: float | None = None,
     max_frames: int | None = None,
     short_side: int | None = None,
@@ -62,7 +62,7 @@ def read_clip(
     that does not decode loses only its own frames; the frame before stays on screen in their place.
 
     Args:
-      path: a file of any format that FFmpeg reads, local or remote (`etils.epath`).
+      path: a file of any format that FFmpeg reads, local or remote (`etils.epath`), or its content.
       fps: output frames per second; None gives every decoded frame once.
       max_frames: stops decoding when there are as many.
       short_side: the output's shorter side in pixels; the aspect ratio is kept. None keeps the size.
@@ -93,7 +93,7 @@ def read_clip(
 
 
 def read_frames(
-    path: epath.PathLike,
+    path: epath.PathLike | bytes,
     fps: float | Fraction | None = None,
     cover: tuple[int, int] | None = None,
     start: int = 0,
@@ -110,7 +110,7 @@ def read_frames(
         watch.restart()  # what the caller does with a frame is not the file's fault
 
 
-def describe(path: epath.PathLike, limits: DecodeLimits = DEFAULT_LIMITS) -> ClipInfo:
+def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> ClipInfo:
     """Size, length and rate of a file, at the cost of its first frame.
 
     The length is the header's and thus an estimate; where the header has none, all packets are read and counted.
@@ -144,7 +144,7 @@ def frame_rate(path: epath.PathLike) -> Fraction:
 
 
 def _pictures(
-    path: epath.PathLike,
+    path: epath.PathLike | bytes,
     fps: float | Fraction | None,
     cover: tuple[int, int] | None,
     start: int,

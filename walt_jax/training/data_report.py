@@ -14,7 +14,7 @@ import tqdm
 from matplotlib.figure import Figure
 from PIL import Image
 
-from walt_jax.data.folder import FolderClips
+from walt_jax.data.clips import StoredClips
 from walt_jax.data.media import contact_sheet
 from walt_jax.data.order import Share
 from walt_jax.data.packing import Item, fill
@@ -120,7 +120,7 @@ def _packs(items: list[Item], tokens: int, clips: int) -> list[list[Item]]:
 
 
 def _kept(mixture: Mixture) -> int:
-    return sum(source.kept if isinstance(source, FolderClips) else len(source) for source in mixture.sources)
+    return sum(source.kept if isinstance(source, StoredClips) else len(source) for source in mixture.sources)
 
 
 def _captions(config: RunConfig, source: Mixture, count: int) -> list[str]:
@@ -165,7 +165,7 @@ def _plots(
         info
         for mixture in mixtures
         for source in mixture.sources
-        if isinstance(source, FolderClips)
+        if isinstance(source, StoredClips)
         for info in source.files()
     ]
     for column, (title, values) in enumerate(

@@ -1,0 +1,167 @@
+"""The clips of one split of a store, in given shapes."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from walt_jax.data.limits import ClipError
+from walt_jax.data.shapes import ClipShape, drawn_order
+from walt_jax.data.store import Row, Store
+from walt_jax.data.video import ClipInfo
+from walt_jax.errors import UserError
+
+SPLITS = ("train", "held_out")
+HELD_OUT_FRACTION = 1 / 8
+
+
+class StoredClips:
+    """The clips of one split of a store, in given shapes.
+
+    The rows' split, where there is one, decides what is held out. Otherwise a hash of the file's name, or of what it
+    was cut from, holds out one in eight, so that a file stays in its split when others come and go.
+
+    Attributes:
+        captions: of all clips, "" for clips that have none (unconditional).
+    """
+
+    def __init__(self, store: Store, split: str, shapes: Sequence[ClipShape], fps: float | None):
+        """Checks that some clip is long enough.
+
+        Args:
+            store: see `Store`.
+            split: "train" or "held_out"; a store of a single file has it in both.
+            shapes: of samples. A clip that is too short for the one that is drawn gets another.
+            fps: frames per second of a sample; None takes every frame of the file.
+
+        Raises:
+            UserError: no clip belongs to the split, or none of it is long enough.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, not one of {SPLITS}")
+        self.store, self.split, self.shapes, self.fps = store, split, tuple(shapes), fps
+        self._rows = _of_split(store.rows, split)
+        self._skipped: set[str] = set()
+        self.captions = [text for row in self._rows for text in (dict(row.captions) or ("",))]
+        if not self._rows:
+            raise UserError(
+                f"no readable clip in {store.path} belongs to the {split} split: add clips, or correct the column "
+                "split of its metadata.csv."
+            )
+        # Now rather than after the model has been compiled: raises where no clip is long enough.
+        for index in range(len(self._rows)):
+            if self.sample(index, np.random.default_rng(0)) is not None:
+                break
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def kept(self) -> int:
+        """How many clips can be used, as far as they have been read."""
+        return sum(row.file not in self._skipped for row in self._rows)
+
+    def files(self) -> list[ClipInfo]:
+        """What the headers of the clips' files say, of each file once."""
+        return [self.store.info[file] for file in dict.fromkeys(row.file for row in self._rows)]
+
+    def file(self, index: int) -> str:
+        """A clip's file, by its name in the store."""
+        return self._rows[index].file
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
+        """A random window of a clip in one of the shapes, randomly cropped; the same `rng` gives the same bytes.
+
+        Returns:
+            {`video`: uint8 [frames, height, width, 3], RGB, `caption`: str, `shape`: its index}, or None for a clip
+            that proves too short or unreadable; the store's `skipped` then lists it.
+
+        Raises:
+            UserError: this was the last usable clip.
+        """
+        row = self._rows[index]
+        if row.file in self._skipped:
+            return None
+        longest = 0
+        try:
+            for number in drawn_order(self.shapes, rng):
+                video, frames = self._cut(row.file, self.shapes[number], rng)
+                if video is not None:
+                    return {"video": video, "caption": self._caption(row, rng), "shape": number}
+                longest = max(longest, frames)
+        except ClipError as error:
+            return self._skip(row.file, str(error))
+        return self._skip(row.file, f"too short: {longest} of {self._wanted()}")
+
+    def _cut(self, file: str, shape: ClipShape, rng: np.random.Generator) -> tuple[np.ndarray | None, int]:
+        """uint8 [frames, height, width, 3], or None where the clip is too short; and how many frames there were."""
+        store, info = self.store, self.store.info[file]
+        height, width = shape.size(info.height, info.width)
+        clip = store.whole(file, (height, width), self.fps, shape.span)
+        if clip is None:
+            start = int(rng.integers(max(0, store.length(file, self.fps) - shape.span) + 1))
+            clip = self._window(file, (height, width), start, shape.span)
+        elif len(clip) >= shape.span:
+            start = int(rng.integers(len(clip) - shape.span + 1))
+            clip = clip[start : start + shape.span]
+        if len(clip) < shape.span:
+            return None, len(clip)
+        top = int(rng.integers(clip.shape[1] - height + 1))
+        left = int(rng.integers(clip.shape[2] - width + 1))
+        # A copy: a view would let the caller write into the cache.
+        return clip[:: shape.stride, top : top + height, left : left + width].copy(), len(clip)
+
+    def _window(self, file: str, cover: tuple[int, int], start: int, count: int) -> np.ndarray:
+        """So many frames from `start` on, or the first ones where the file ends earlier than its header says."""
+        if start:
+            try:
+                clip = self.store.read(file, cover, self.fps, start, count)
+                if len(clip) == count:
+                    return clip
+            except ClipError:
+                pass
+        return self.store.read(file, cover, self.fps, 0, count)
+
+    def _caption(self, row: Row, rng: np.random.Generator) -> str:
+        """One of a clip's captions, by their weights."""
+        if len(row.captions) < 2:
+            return row.captions[0][0] if row.captions else ""
+        weights = np.array([weight for _, weight in row.captions])
+        return row.captions[rng.choice(len(weights), p=weights / weights.sum())][0]
+
+    def _skip(self, file: str, reason: str) -> None:
+        self._skipped.add(file)
+        self.store.reasons[file] = reason
+        if all(row.file in self._skipped for row in self._rows):
+            raise UserError(
+                f"no clip of {self.store.path}'s {self.split} split gives {self._wanted()}; {file}, for one, does not "
+                f"({reason}): use longer clips, or ask for fewer frames or more frames per second."
+            )
+
+    def _wanted(self) -> str:
+        span = min(shape.span for shape in self.shapes)
+        return f"{span} frames" + (f" at {self.fps:g} fps" if self.fps else "")
+
+
+def _of_split(rows: list[Row], split: str) -> list[Row]:
+    if any(row.split for row in rows):
+        return [row for row in rows if row.split == split]
+    groups = {row.group or row.file for row in rows}
+    if len(groups) == 1:
+        return rows
+    held_out = _held_out(groups)
+    return [row for row in rows if ((row.group or row.file) in held_out) == (split == "held_out")]
+
+
+def _held_out(files: Iterable[str]) -> set[str]:
+    """One file in eight by a hash of its name, but at least one, and not all of several."""
+    by_hash = sorted((_uniform(file), file) for file in files)
+    count = sum(number < HELD_OUT_FRACTION for number, _ in by_hash)
+    count = max(1, min(count, len(by_hash) - 1))
+    return {file for _, file in by_hash[:count]}
+
+
+def _uniform(file: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,111 @@
+"""A data set in TFDS's ArrayRecord format as a store of clips, read without TensorFlow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+import tqdm
+from etils import epath
+
+from walt_jax.data.folder import SPLIT_COLUMN
+from walt_jax.data.limits import ClipError, DecodeLimits
+from walt_jax.data.store import WATCHDOG, Row, Store
+from walt_jax.data.video import DEFAULT_LIMITS, describe
+from walt_jax.errors import UserError
+
+
+class Records(Store):
+    """The clips of a data set, as `--mode=prepare` and TFDS write it: encoded videos or images, one an example.
+
+    An example has `video` or `image`, encoded; the captions' columns, texts or labels; or `captions`, several of equal
+    weight; and perhaps `source`, what it was cut from, which is held out as a whole. Splits are the data set's where it
+    has several. Each example is looked at once when the data set is opened.
+    """
+
+    def __init__(
+        self,
+        path: epath.PathLike,
+        captions: Mapping[str, float] | None = None,
+        cache_bytes: int = 2**30,
+        max_bad_fraction: float = 0.0,
+        limits: DecodeLimits = DEFAULT_LIMITS,
+    ):
+        """Args:
+            path: of the folder with `dataset_info.json`, local or remote.
+            captions: features that hold captions, and how often each is taken where it isn't empty.
+            cache_bytes: of decoded clips, in all.
+            max_bad_fraction: the share of unreadable examples, in [0, 1], up to which they are skipped.
+            limits: what an example may ask for.
+
+        Raises:
+            UserError: the data set has no clips or can't be read.
+        """
+        super().__init__(cache_bytes, limits)
+        self.path = epath.Path(path)
+        captions = captions or {"caption": 1.0}
+        try:
+            builder = tfds.builder_from_directory(self.path)
+            encoded = {name: tfds.decode.SkipDecoding() for name in ("video", "image") if name in builder.info.features}
+            if not encoded:
+                raise UserError(
+                    f"{self.path} has neither a feature video nor image; it has {', '.join(builder.info.features)}."
+                )
+            self._feature = next(iter(encoded))
+            self._labels = {name: builder.info.features[name] for name in captions if name in builder.info.features}
+            plain = isinstance(builder.info.features[self._feature], tfds.features.Text)
+            self._examples = {
+                split: builder.as_data_source(split, decoders=None if plain else encoded)
+                for split in builder.info.splits
+            }
+        except (ValueError, OSError, ImportError) as error:
+            raise UserError(
+                f"{self.path} can't be read as an ArrayRecord data set ({error}); prepare it anew."
+            ) from error
+        self._read(captions, max_bad_fraction)
+
+    def content(self, file: str) -> bytes:
+        split, number = file.rsplit("/", 1)
+        return self._examples[split][int(number)][self._feature]
+
+    def _read(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
+        """Fills in rows and what each example holds."""
+        self.rows, self.info = [], {}
+        total = sum(map(len, self._examples.values()))
+        with tqdm.tqdm(
+            total=total, desc=f"checking {self.path}", unit="clip", delay=3, leave=False, disable=None
+        ) as told:
+            for split, examples in self._examples.items():
+                for number in range(len(examples)):
+                    example, file = examples[number], f"{split}/{number}"
+                    told.update()
+                    try:
+                        content = example[self._feature]
+                        self.info[file] = WATCHDOG.call(self.limits.wall_seconds, describe, content, self.limits)
+                    except ClipError as error:
+                        self.reasons[file] = str(error)
+                        continue
+                    known = SPLIT_COLUMN.get(split.lower(), "train") if len(self._examples) > 1 else None
+                    source = _text(example.get("source", b""))
+                    self.rows.append(Row(file, self._captions(example, captions), known, source))
+        if len(self.reasons) > max_bad_fraction * total:
+            file, reason = next(iter(self.reasons.items()))
+            raise UserError(
+                f"{len(self.reasons)} of {total} examples of {self.path} can't be read, the first being {file} "
+                f"({reason}): prepare it anew, or raise --config.data.max_bad_fraction, now {max_bad_fraction:g}."
+            )
+
+    def _captions(self, example: Mapping[str, Any], columns: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        given = []
+        for name, weight in columns.items():
+            if name in example:
+                label = self._labels[name]
+                value = example[name]
+                text = label.int2str(int(value)) if isinstance(label, tfds.features.ClassLabel) else _text(value)
+                given.append((text, weight))
+        if not given:
+            given = [(_text(caption), 1.0) for caption in example.get("captions", ())]
+        return tuple((text, weight) for text, weight in given if text)
+
+
+def _text(value: bytes | str) -> str:
+    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
