@@ -37,7 +37,6 @@ def get_config() -> ConfigDict:
                 "residual_blocks": 1,
                 "norm_groups": 8,
                 "patch_size": 2,
-                "block_transform": True,
                 "dtype": "float32",
             },
             "denoiser": {
@@ -56,7 +55,7 @@ def get_config() -> ConfigDict:
                 {
                     "tokenizer": {
                         "task": "tokenizer",
-                        "steps": 600,
+                        "steps": 1300,
                         "batch_size": 4,
                         "ema_decay": 0.98,
                         "log_every": 10,

@@ -173,7 +173,9 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 def test_each_config_fits(name):
     """And through JSON, as a workdir keeps it."""
     knobs = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
-    kind = prepare_config.Knobs if name == "prepare" else RunConfig
+    kind = RunConfig
+    if name == "prepare":
+        kind, knobs.prepare.source = prepare_config.Knobs, "FOLDER"
     built = build(kind, knobs, "config")
     assert build(kind, json.loads(json.dumps(knobs.to_dict())), "config") == built
 

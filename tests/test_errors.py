@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from walt_jax import main
+from walt_jax.config import build
+from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.media import write_video
+from walt_jax.training.run_config import RunConfig
 from walt_jax.workdir import locked
 
 TINY = f"--config={commands.ROOT / 'configs' / 'walt_tiny.py'}"
@@ -34,6 +37,10 @@ def sentence(capsys, *flags) -> str:
         (["--workdir=W"], ["--config"]),
         (["--config.seed=1", "--workdir=W"], ["config.seed"]),
         ([TINY, "--workdir=W", "--config.data.widht=3"], ["widht", "width"]),
+        ([TINY, "--workdir=W", "--config.data.limits.pixel=3"], ["config.data.limits.pixel", "pixels"]),
+        ([TINY, "--workdir=W", "--config.data.captions=3"], ["config.data.captions is 3", "str"]),
+        ([TINY, "--workdir=W", "--config.data.source=drawn*0"], ["'drawn*0'", "weight above 0"]),
+        ([TINY, "--workdir=W", "--config.conditioning.low_noise=0.5"], ["low_noise", "denoiser.upscale"]),
         ([TINY, "--workdir=W", "--config.data.width=wide"], ["config.data.width", "wide"]),
         ([TINY, "--workdir=W", "--config.data.width=24"], ["config.data", "width=24"]),
         ([TINY, "--workdir=W", "--config.data.frames=6"], ["frames", "1 + 4n"]),
@@ -56,6 +63,16 @@ def test_one_sentence(flags, words, tmp_path, monkeypatch, capsys):
     for word in words:
         assert word in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+def test_a_knob_that_the_file_leaves_out_can_be_set():
+    values = main.parse(
+        [TINY, "--config.data.captions=label*2", "--config.data.limits.pixels=9", "--config.data.fps=4", "--mode=plan"]
+    )
+    config = build(RunConfig, values.config.to_dict(), "config")
+    assert (config.data.captions, config.data.limits.pixels, config.data.fps) == ("label*2", 9, 4.0)
+    assert config.data.limits.longest_side == DecodeLimits().longest_side
+    assert values.mode == "plan"
 
 
 def test_a_knob_that_nothing_reads(tmp_path, capsys):

@@ -3,6 +3,7 @@
 python -m walt_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train] [--config.some.knob=value]
 """
 
+import ast
 import dataclasses
 import json
 import os
@@ -12,20 +13,56 @@ import time
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
+KNOB = "--config."
 MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "plan", "benchmark")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """Reads the flags.
+    """Reads the flags. A knob that the config's file leaves at its default can be set like those that it has.
 
     Raises:
         UserError: if one is unknown or its value is wrong.
     """
+    as_in_file = _parsed([argument for argument in argv if not argument.startswith(KNOB)])
+    more = [] if as_in_file.config is None else [a for a in argv if _is_missing(a, as_in_file.config)]
+    values = _parsed([argument for argument in argv if argument not in more])
+    for argument in more:
+        name, _, text = argument.removeprefix(KNOB).partition("=")
+        *groups, knob = name.split(".")
+        group = values.config
+        with group.unlocked():
+            for name in groups:
+                if name not in group:
+                    group[name] = ConfigDict()
+                group = group[name]
+            try:
+                group[knob] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                group[knob] = text
+    return values
+
+
+def _is_missing(argument: str, config: ConfigDict) -> bool:
+    """Whether an argument sets a knob that the config lacks, in a group that it has or lacks."""
+    name, equals, _ = argument.removeprefix(KNOB).partition("=")
+    if not argument.startswith(KNOB) or not equals:
+        return False
+    group: Any = config
+    for part in name.split("."):
+        if not isinstance(group, ConfigDict):
+            return False
+        if part not in group:
+            return True
+        group = group[part]
+    return False
+
+
+def _parsed(argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -59,8 +96,8 @@ def _flag_sentence(error: Exception) -> str:
         return f"The config can't be loaded: {str(error).strip().splitlines()[-1].strip()}"
     if isinstance(error, flags.Error):
         return text
-    if isinstance(error, AttributeError | KeyError):  # a knob that the file lacks
-        return f"The config has no knob {text}"
+    if isinstance(error, AttributeError | KeyError):  # a knob that the file lacks, and no value
+        return f"The config has no knob {text}; set one as in --config.data.fps=8."
     reason = text.rsplit("Failed loading config file", 1)[-1].rsplit("]:", 1)[-1].strip()
     return f"The config can't be loaded: {type(error).__name__}: {reason}"
 

@@ -27,6 +27,8 @@ from walt_jax.training.state import COMPILER_OPTIONS, TrainState, make_train_ste
 from walt_jax.training.tasks import DenoiserTask
 
 ROUNDS = 7
+PACKS_OF = (1024, 4096, 16384)  # tokens, that a layer of attention is timed on
+CLIPS_OF = (1024, 4096)  # tokens, that full attention is
 # Of dense bfloat16 products, in operations a second, as the makers state them.
 STATED_PEAKS = {
     "NVIDIA H100": 989e12,
@@ -218,7 +220,7 @@ def _attention(model: LatentDiffusion) -> list[Part]:
     config, grid = model.denoiser.config, model.layout.grid
     window = Window(*config.windows[-1])
     parts = []
-    for tokens in (1024, 4096, 16384):
+    for tokens in PACKS_OF:
         packs = [_filled(grid, tokens, np.random.default_rng(0))]
         positions, sizes = place_clips(packs, tokens, len(packs[0]))
         lengths = row_lengths(positions, sizes, [window])
@@ -229,7 +231,7 @@ def _attention(model: LatentDiffusion) -> list[Part]:
         run = _layer(config, window, grid, Layout(pack=pack), tokens)
         parts.append(Part(f"attention_pack_of_{tokens}_tokens", run, 0, round(valid * tokens), valid, scores))
     whole = Window(None, None, None)
-    for tokens in (1024, 4096):
+    for tokens in CLIPS_OF:
         run = _layer(config, whole, (1, 1, tokens), Layout(grid=(1, 1, tokens)), tokens)
         parts.append(Part(f"full_attention_of_{tokens}_tokens", run, 0, tokens))
     return parts

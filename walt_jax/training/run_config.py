@@ -121,6 +121,8 @@ class RunConfig:
                 "denoiser.patch_size 1 in time"
             )
         scale = denoiser.upscale
+        if conditioning.low_noise and scale == 1:
+            raise ValueError("conditioning.low_noise is for what upscales: set denoiser.upscale, or leave it out")
         if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
             raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
         for name, stage in self.stages.items():
