@@ -13,7 +13,9 @@ import flax.struct
 import numpy as np
 from jaxtyping import Array, Int
 
-CHUNK = 512  # slots: enough for a matrix product to be efficient, few enough that a last chunk half empty costs little
+# Slots of a chunk: enough for a matrix product to be efficient, few enough that last chunks half empty cost little.
+SMALLEST_CHUNK, LARGEST_CHUNK = 128, 512
+CHUNKS = 24  # about so many there should be
 SPARE = 1.25  # chunks there are, over those that tokens without any padding would fill; each next try has as much more
 
 
@@ -60,19 +62,21 @@ def choose_lengths(windows: Sequence[int], most: int = 12) -> tuple[int, ...]:
     return best(total - 1, most)[1]
 
 
-def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], slots: int = CHUNK) -> Groups:
+def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], slots: int | None = None) -> Groups:
     """Lays the windows of a batch of packs into chunks.
 
     Args:
         numbers: of each pack, the window of each token, as `windows.window_numbers` gives them.
         lengths: of rows, ascending.
-        slots: of a chunk; at least the greatest length.
+        slots: of a chunk, at least the greatest length; None suits the number of tokens.
 
     Raises:
         ValueError: if a window is longer than the greatest length.
     """
-    slots = max(slots, lengths[-1])
     total = sum(map(len, numbers))
+    if slots is None:
+        slots = min(max(2 ** int(math.log2(max(total / CHUNKS, 1))), SMALLEST_CHUNK), LARGEST_CHUNK)
+    slots = max(slots, lengths[-1])
     rows: list[list[list[Int[np.ndarray, " l"]]]] = [[] for _ in lengths]  # of each length, the windows in each row
     offset = 0
     for pack in numbers:

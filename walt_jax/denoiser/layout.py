@@ -8,7 +8,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from walt_jax.denoiser.grouping import CHUNK, Groups, TextRows, choose_lengths, group, text_rows
+from walt_jax.denoiser.grouping import Groups, TextRows, choose_lengths, group, text_rows
 from walt_jax.denoiser.windows import Window, window_numbers
 
 Grid = tuple[int, int, int]
@@ -119,7 +119,7 @@ def make_pack(
     windows: Sequence[Window],
     lengths: dict[str, tuple[int, ...]],
     images_alone: bool = False,
-    slots: int = CHUNK,
+    slots: int | None = None,
 ) -> Pack:
     """What the denoiser needs to know of a batch of packs.
 
