@@ -1,0 +1,88 @@
+"""What is told of the data is what training reads: every file is kept or skipped, and packs are as full as said."""
+
+import json
+import pathlib
+import runpy
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from walt_jax.config import build
+from walt_jax.data.media import write_video
+from walt_jax.data.pipeline import Data
+from walt_jax.training import data_report as lib
+from walt_jax.training.run_config import RunConfig
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def config_of(folder, **denoiser):
+    """Clips of 5 and images of 1 frame: 2 × 2 × 3 and 1 × 3 × 4 tokens of 8 × 8 pixels each, of 16 × 24 ones."""
+    knobs = runpy.run_path(str(CONFIGS / "walt_packed.py"))["get_config"]().to_dict()
+    knobs["data"].update(source=str(folder), frames=5, height=16, width=16, fps=10.0, max_bad_fraction=0.2)
+    knobs["denoiser"]["windows"] = ((1, None, None), (None, 1, 1))
+    shapes = {"clip": {"side": 20, "weight": 1.0}, "image": {"frames": 1, "side": 28, "weight": 1.0}}
+    knobs["stages"]["denoiser"].update({"shapes": shapes, "pack": {"tokens": 40, "clips": 8}, **denoiser})
+    return build(RunConfig, knobs, "config")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for index in range(9):
+        write_video(folder / f"{index}.gif", rng.integers(0, 256, (8, 16, 24, 3), np.uint8), 10)
+    Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(folder / "still.png")
+    (folder / "bad.mp4").write_text("<html>")
+    names = [*(f"{index}.gif" for index in range(9)), "still.png", "bad.mp4"]
+    (folder / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{name},clip {name}\n" for name in names))
+    (folder / "stray.mp4").write_text("nobody names it")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder, tmp_path_factory):
+    sheet = tmp_path_factory.mktemp("out") / "data.png"
+    config = config_of(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lib, "LEAST", 120)
+        patch.setattr(lib, "WAITING", 16)
+        found = lib.report_data(config, Data(config.data), sheet)
+    with Image.open(sheet) as image:
+        assert min(image.size) > 300
+    return json.loads(json.dumps(found))
+
+
+def test_each_file_is_kept_or_skipped(found):
+    assert found["clips_kept"] == 10
+    skipped = {pathlib.Path(entry["file"]).name: entry["reason"] for entry in found["clips_skipped"]}
+    assert set(skipped) == {"bad.mp4", "stray.mp4"}
+    assert skipped["stray.mp4"] == "not in metadata.csv" and skipped["bad.mp4"].startswith("not a video")
+    (source,) = found["sources"]
+    assert source["train_clips"] + source["held_out_clips"] == 10
+
+
+def test_clips_have_the_shapes_of_the_stage(found):
+    shapes = {(row["frames"], row["height"], row["width"]): row for row in found["shapes"]}
+    assert set(shapes) == {(5, 16, 24), (1, 24, 32)}
+    assert [shapes[size]["tokens"] for size in ((5, 16, 24), (1, 24, 32))] == [12, 12]
+    assert sum(row["clips"] for row in shapes.values()) == found["clips_read"] == 120
+    assert shapes[5, 16, 24]["clips"] > 30
+
+
+def test_packs_are_as_full_as_said(found):
+    # Three clips of 12 tokens fit into 40.
+    assert found["packs"]["clips_per_pack"] == 3 and found["packs"]["tokens_per_pack"] == 40
+    assert found["tokens_valid_fraction"] == pytest.approx(36 / 40)
+    assert found["clips_per_second"] > 0 and found["frames_per_second"] > found["clips_per_second"]
+
+
+def test_without_packs_all_tokens_are_clips(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib, "LEAST", 4)
+    config = config_of(folder, shapes={}, pack=None)
+    found = lib.report_data(config, Data(config.data), tmp_path / "data.png")
+    assert found["tokens_valid_fraction"] == 1 and found["packs"]["packs"] == 0
+    # A still picture has no 5 frames; where it is held out it is found out too.
+    assert found["clips_kept"] == 9
+    assert {row["frames"] for row in found["shapes"]} == {5}
