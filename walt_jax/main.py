@@ -343,7 +343,7 @@ def plan(values: flags.FlagValues) -> None:
 
 
 def benchmark(values: flags.FlagValues) -> None:
-    """Times the config's parts, or those of the workdir's run, on this machine; reads no data."""
+    """Times the config's parts, or those of the workdir's run, on this machine."""
     from walt_jax.workdir import write_atomically
 
     run, _ = open_run(values)
@@ -354,6 +354,8 @@ def benchmark(values: flags.FlagValues) -> None:
     for row in rows:
         mfu = f"{row['mfu']:6.1%} of peak" if "mfu" in row else ""
         rate = f"{row['tokens_per_second']:12,.0f} tokens a second" if "tokens_per_second" in row else ""
+        if "frames_per_second" in row:
+            rate = f"{row['frames_per_second']:12,.0f} frames a second"
         print(f"{row['name']:36} {row['seconds_median']:9.4f} s {mfu:15} {rate}")
     print(f"peak: {rows[0]['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s, {rows[0]['peak']}")
     write_atomically(run.workdir / "benchmark.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

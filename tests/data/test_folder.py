@@ -184,7 +184,7 @@ def test_the_cache_keeps_within_its_bytes_and_spares_decoding(clips, monkeypatch
     read = Folder.read
     monkeypatch.setattr(Folder, "read", lambda *args: decoded.append(args[1]) or read(*args))
     one = 12 * 12 * 18 * 3
-    for limit, want in ((one * 100, len(data)), (one * 4, 3 * len(data)), (0, 3 * len(data))):
+    for limit, want in ((one * 100, len(data)), (one * 4, 3 * len(data) - 8), (0, 3 * len(data))):
         data.store._cache = store_lib._Cache(limit)
         decoded.clear()
         for _ in range(3):
@@ -196,14 +196,26 @@ def test_the_cache_keeps_within_its_bytes_and_spares_decoding(clips, monkeypatch
         assert data.store._cache.bytes == min(one * len(data), limit)
 
 
-def test_the_cache_drops_what_was_used_longest_ago():
+def test_the_cache_keeps_what_came_first():
     cache = store_lib._Cache(100)
-    for key in "abc":
+    for key in ("a", "b", "a", "c", "d"):
         cache.put(key, np.zeros(30, np.uint8))
-    cache.get("a")
-    cache.put("d", np.zeros(30, np.uint8))
     cache.put("too large", np.zeros(101, np.uint8))
-    assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "c", "d"]
+    assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "b", "c"]
+    assert cache.bytes == 90 and cache.has_room(10) and not cache.has_room(11)
+
+
+@pytest.mark.parametrize("promised", [5, 11, 12, 13, 40])
+def test_what_is_kept_and_what_is_decoded_anew_are_the_same_whatever_the_header_says(tmp_path, promised):
+    write_clip(tmp_path / "clip.gif", frames=12)
+    samples = []
+    for cache_bytes in (2**30, 0):
+        folder = Folder(tmp_path, cache_bytes=cache_bytes)
+        folder.info["clip.gif"] = dataclasses.replace(folder.info["clip.gif"], seconds=promised / 10)
+        data = StoredClips(folder, "train", [ClipShape(5, 12, 16)], 10)
+        samples.append([data.sample(0, np.random.default_rng(i))["video"].tobytes() for i in range(20)])
+        assert bool(folder._cache.bytes) == bool(cache_bytes)
+    assert samples[0] == samples[1]
 
 
 def test_of_a_long_clip_only_windows_are_decoded_and_they_are_the_same(tmp_path, monkeypatch):

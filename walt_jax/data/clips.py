@@ -98,12 +98,13 @@ class StoredClips:
         """uint8 [frames, height, width, 3], or None where the clip is too short; and how many frames there were."""
         store, info = self.store, self.store.info[file]
         height, width = shape.size(info.height, info.width)
+        # The header's length decides, right or wrong: so that what was kept and what is decoded anew give the same.
+        start = int(rng.integers(max(0, store.length(file, self.fps) - shape.span) + 1))
         clip = store.whole(file, (height, width), self.fps, shape.span)
         if clip is None:
-            start = int(rng.integers(max(0, store.length(file, self.fps) - shape.span) + 1))
             clip = self._window(file, (height, width), start, shape.span)
         elif len(clip) >= shape.span:
-            start = int(rng.integers(len(clip) - shape.span + 1))
+            start = start if start + shape.span <= len(clip) else 0
             clip = clip[start : start + shape.span]
         if len(clip) < shape.span:
             return None, len(clip)

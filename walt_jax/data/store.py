@@ -1,9 +1,9 @@
 """Files that clips are in, whatever is made of them: decoded within limits, short ones kept."""
 
 import abc
-import collections
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -12,7 +12,8 @@ from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.video import ClipInfo
 from walt_jax.data.watchdog import Watchdog
 
-# A clip of up to so many bytes, decoded, is decoded whole and kept; of a longer one just the frames that are needed.
+# A clip of up to so many bytes, decoded, is decoded whole and kept while there is room; of others just the frames that
+# are needed.
 WHOLE_CLIP_BYTES = 2**26
 
 # What hangs or crashes is cut off. One for all stores: its processes are shared.
@@ -80,23 +81,21 @@ class Store(abc.ABC):
         return WATCHDOG.read_clip(self.content(file), fps, count, cover=cover, start=start, limits=self.limits)
 
     def whole(self, file: str, cover: tuple[int, int], fps: float | None, span: int) -> np.ndarray | None:
-        """All frames of a file, or None where these are too many and more than `span`.
+        """All frames of a file that its header promises, at least `span` if it has them; None where that is too much.
 
         Raises:
             ClipError: the file gives none.
         """
         key = (file, cover, fps)
         clip = self._cache.get(key)
-        if clip is not None:
-            return clip
-        info = self.info[file]
-        scale = max(cover[0] / info.height, cover[1] / info.width)
-        frame_bytes = 3 * round(max(cover[0], info.height * scale) * max(cover[1], info.width * scale))
-        most = max(span, WHOLE_CLIP_BYTES // frame_bytes)
-        if self.length(file, fps) > most:
-            return None
-        clip = self.read(file, cover, fps, 0, most)
-        self._cache.put(key, clip)
+        if clip is None:
+            info, count = self.info[file], max(span, self.length(file, fps))
+            scale = max(cover[0] / info.height, cover[1] / info.width)
+            size = count * 3 * round(max(cover[0], info.height * scale) * max(cover[1], info.width * scale))
+            if size > WHOLE_CLIP_BYTES or not self._cache.has_room(size):
+                return None
+            clip = self.read(file, cover, fps, 0, count)
+            self._cache.put(key, clip)
         return clip
 
     def length(self, file: str, fps: float | None) -> int:
@@ -106,11 +105,14 @@ class Store(abc.ABC):
 
 
 class _Cache:
-    """The most recently used arrays, up to a number of bytes in all. Threads may share it."""
+    """Arrays up to a number of bytes in all; what comes later is not kept. Threads may share it.
+
+    None makes place for another: where all clips don't fit, an epoch would come back to each one when it has just gone.
+    """
 
     def __init__(self, limit_bytes: int):
         self._limit_bytes = limit_bytes
-        self._arrays = collections.OrderedDict()
+        self._arrays: dict[Any, np.ndarray] = {}
         self._lock = threading.Lock()
         self.bytes = 0
 
@@ -118,18 +120,14 @@ class _Cache:
         # What is pickled to another process: neither a lock nor a gigabyte of frames.
         return _Cache, (self._limit_bytes,)
 
-    def get(self, key: str) -> np.ndarray | None:
-        with self._lock:
-            if key in self._arrays:
-                self._arrays.move_to_end(key)
-            return self._arrays.get(key)
+    def has_room(self, size: int) -> bool:
+        return self.bytes + size <= self._limit_bytes
 
-    def put(self, key: str, array: np.ndarray) -> None:
+    def get(self, key: Any) -> np.ndarray | None:
+        return self._arrays.get(key)
+
+    def put(self, key: Any, array: np.ndarray) -> None:
         with self._lock:
-            # Another thread may have been quicker; and one array never drives out all the others in vain.
-            if key in self._arrays or array.nbytes > self._limit_bytes:
-                return
-            self._arrays[key] = array
-            self.bytes += array.nbytes
-            while self.bytes > self._limit_bytes:
-                self.bytes -= self._arrays.popitem(last=False)[1].nbytes
+            if key not in self._arrays and self.has_room(array.nbytes):  # another thread may have been quicker
+                self._arrays[key] = array
+                self.bytes += array.nbytes

@@ -20,6 +20,7 @@ from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops
+from walt_jax.training.data_benchmark import benchmark_decoding
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run_config import RunConfig, make_model, make_task
@@ -62,13 +63,13 @@ class Part:
 
 
 def benchmark(config: RunConfig) -> list[dict[str, Any]]:
-    """Times training and sampling steps of random models on random latents; no data is read.
+    """Times training and sampling steps of random models on random latents, and decoding where the data are files.
 
     Parts are timed in turn, each once a round, so that a machine that is slow for a while is slow for all.
 
     Returns:
         For each part {"name", "seconds_median", "flops", "flops_per_second", "peak_flops_per_second", "peak", "mfu",
-        "tokens_per_second", "tokens_valid_fraction", "device"}; the last but one where it is about tokens.
+        "tokens_per_second", "tokens_valid_fraction", "device"}, those that apply; and `data_benchmark`'s rows.
     """
     dtype = (config.denoiser or config.tokenizer).dtype
     parts = [_tokenizer(config), *([] if config.denoiser is None else _denoiser(config))]
@@ -107,6 +108,9 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
                 "tokens_valid_fraction": part.valid,
             }
         rows.append({**row, **part.more})
+    if config.data.parts and "drawn" not in dict(config.data.parts):
+        shapes = config.clip_shapes(list(config.stages)[-1])
+        rows += [{**row, "device": "host"} for row in benchmark_decoding(config.data, shapes, config.seed)]
     return rows
 
 

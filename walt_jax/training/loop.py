@@ -144,11 +144,13 @@ def run_stage(
         with contextlib.closing(StageLog(workdir, name, stage, start, later_stages)) as log:
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
+                asked = time.perf_counter()
                 batch = next(iterator)
+                waited = time.perf_counter() - asked
                 state, metrics = train_step(state, frozen, batch, key_steps)
                 if pending:
                     log.report(*pending)
-                pending = step, clips_of(batch), metrics
+                pending = step, clips_of(batch), metrics, waited
                 last = step == stage.steps
                 if last or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
@@ -193,8 +195,8 @@ class StageLog:
         self._collapse = CollapseWatch()
         self._began = self._clock = time.perf_counter()
 
-    def report(self, step: int, clips: int, metrics: Any) -> None:
-        """Tells of a step whose batch had `clips` clips.
+    def report(self, step: int, clips: int, metrics: Any, waited: float) -> None:
+        """Tells of a step whose batch had `clips` clips and took `waited` seconds to come.
 
         Raises:
             UserError: if a metric is NaN or infinite.
@@ -203,7 +205,12 @@ class StageLog:
         now = time.perf_counter()
         self._progress.update(values["loss"])
         if step % self._stage.log_every == 0 or step == self._stage.steps:
-            rate = {"clips_per_second": clips / (now - self._clock), "elapsed_seconds": now - self._began}
+            seconds = now - self._clock
+            rate = {
+                "clips_per_second": clips / seconds,
+                "data_wait_fraction": min(1.0, waited / seconds),  # at most this was felt by the device
+                "elapsed_seconds": now - self._began,
+            }
             warnings = self._collapse.update(values)
             self._metrics.write(step, {**values, **rate}, warnings)
             for sentence in warnings:

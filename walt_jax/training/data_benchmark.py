@@ -1,0 +1,95 @@
+"""How fast clips come out of their files, beside PyAV alone on the same files and as many threads."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import statistics
+import time
+from concurrent import futures
+from typing import Any
+
+import av
+import numpy as np
+from etils import epath
+
+from walt_jax.data.clips import StoredClips
+from walt_jax.data.order import Draw, Order, Share
+from walt_jax.data.pipeline import DECODE_THREADS, Clips, Data, DataConfig, stream
+from walt_jax.data.shapes import ClipShape, drawn_order
+from walt_jax.data.video import RESIZE
+
+CLIPS, ROUNDS = 64, 3
+
+
+def benchmark_decoding(config: DataConfig, shapes: tuple[ClipShape, ...], seed: int) -> list[dict[str, Any]]:
+    """Times the first clips of an epoch, in turn through the pipeline and with PyAV; nothing is kept decoded.
+
+    PyAV is asked for the same windows: it seeks to each one's start, decodes until there are as many frames as long a
+    time apart, and resizes them to the same size. It believes in headers and stamps, crops nothing, and a clip that is
+    broken or too short just gives fewer frames.
+
+    Args:
+        config: of folders.
+        shapes: of clips.
+        seed: of the order.
+
+    Returns:
+        Two rows {"name", "seconds_median", "clips_per_second", "frames_per_second", "threads"}.
+    """
+    data = Data(dataclasses.replace(config, cache_bytes=0))
+    mixture = data.source("train", shapes)
+    sizes = [len(source) for source in mixture.sources]
+    order = Order(sizes, mixture.weights, seed)
+    count = min(CLIPS, sum(sizes))
+    draws = [order[number] for number in range(count)]
+
+    def pipeline() -> int:
+        clips = itertools.islice(stream(Clips(mixture, seed), Share()), count)
+        return sum(len(clip["video"]) for clip in clips)
+
+    def bare() -> int:
+        with futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
+            return sum(pool.map(lambda draw: _bare(mixture.sources[draw.source], draw, config.fps, seed), draws))
+
+    seconds: dict[str, list[float]] = {"decode_pipeline": [], "decode_bare_pyav": []}
+    frames = {}
+    for number in range(ROUNDS + 1):
+        for name, run in zip(seconds, (pipeline, bare), strict=True):
+            began = time.perf_counter()
+            frames[name] = run()
+            if number:  # the first round opens the files and starts processes
+                seconds[name].append(time.perf_counter() - began)
+    return [
+        {
+            "name": name,
+            "seconds_median": statistics.median(values),
+            "clips_per_second": count / statistics.median(values),
+            "frames_per_second": frames[name] / statistics.median(values),
+            "threads": DECODE_THREADS,
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def _bare(source: StoredClips, draw: Draw, fps: float, seed: int) -> int:
+    """Decodes a clip with PyAV alone; returns how many frames it has got."""
+    rng = np.random.default_rng([seed, draw.number])
+    shape = source.shapes[drawn_order(source.shapes, rng)[0]]
+    file, frames = source.file(draw.index), 0
+    start = int(rng.integers(max(0, source.store.length(file, fps) - shape.span) + 1))
+    content = source.store.content(file)
+    opened = io.BytesIO(content) if isinstance(content, bytes) else epath.Path(content).open("rb")
+    with opened, contextlib.suppress(av.FFmpegError), av.open(opened) as container:
+        if start:
+            container.seek(int(start / fps * av.time_base))
+        for frame in container.decode(video=0):
+            # As many as one a tick of the asked rate; the picture on screen at each tick.
+            while frames < shape.span and (frame.time or 0) * fps >= start + frames:
+                if frames % shape.stride == 0:
+                    height, width = shape.size(frame.height, frame.width)
+                    frame.reformat(width, height, "rgb24", interpolation=RESIZE, threads=1).to_ndarray()
+                frames += 1
+            if frames == shape.span:
+                break
+    return -(-frames // shape.stride)
