@@ -20,6 +20,6 @@ def test_both_get_as_many_frames(tmp_path, monkeypatch):
     assert [row["name"] for row in rows] == ["decode_pipeline", "decode_bare_pyav"]
     frames = [row["frames_per_second"] * row["seconds_median"] for row in rows]
     clips = [row["clips_per_second"] * row["seconds_median"] for row in rows]
-    assert frames[0] == pytest.approx(frames[1]) and 7 * 3 <= frames[0] <= 7 * 5
-    assert clips == pytest.approx([7, 7])  # one of eight is held out
+    assert frames[0] == pytest.approx(frames[1]) and 6 * 3 <= frames[0] <= 6 * 5
+    assert clips == pytest.approx([6, 6])  # the hash of the names holds out two of eight
     assert all(row["threads"] == 2 and row["seconds_median"] > 0 for row in rows)
