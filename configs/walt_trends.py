@@ -1,4 +1,4 @@
-"""A smaller `walt_demo.py` in variants that differ in one idea each, to see what it brings: `docs/trends.md`.
+"""A smaller `walt_demo.py` in variants that differ in one idea each, to see what it brings.
 
 python -m walt_jax.main --config=configs/walt_trends.py:no_self_conditioning --workdir=runs/no_self_conditioning
 python benchmarks/trends.py --workdir=runs/trends  # all of them on one tokenizer, and the table
