@@ -11,6 +11,7 @@ from walt_jax.config import build
 from walt_jax.training import benchmark as lib
 from walt_jax.training.run_config import RunConfig
 
+pytestmark = pytest.mark.slow  # compiles nine programs
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
