@@ -102,6 +102,7 @@ def make(name: str) -> tuple[nn.Module, Callable, Callable]:
 
 
 def main() -> None:
+    """Trains one tokenizer and measures it; see above."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", choices=LEARNING_RATES)
     parser.add_argument("--data", required=True)

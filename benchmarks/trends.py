@@ -27,6 +27,7 @@ COLUMNS = ("trained_all_right", "held_out_all_right", "trained_colour_right", "t
 
 
 def main() -> None:
+    """Trains and measures what is not done yet, and writes the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--tokenizer", type=pathlib.Path, help="a trained run of configs/walt_demo.py")

@@ -3,8 +3,8 @@
     python -m walt_jax.main --config=configs/walt_packed.py --config.data.source=FOLDER --workdir=runs/packed
 
 A clip sees itself alone, has a time of its own and keeps its place in the clip, whatever stands beside it. Positions
-are NaViT's fractions of a clip, and rotary within windows, so that sizes share what they learn. Of a pack's tokens 0.99
-are of clips (`--mode=data` says how many of yours).
+are NaViT's fractions of a clip, and rotary within windows, so that sizes share what they learn. `--mode=data`
+says how much of a pack your clips fill.
 """
 
 import pathlib

@@ -182,4 +182,7 @@ def test_each_config_fits(name):
 
 @pytest.mark.parametrize("variant", runpy.run_path(str(CONFIGS / "walt_trends.py"))["VARIANTS"])
 def test_each_variant_fits(variant):
-    build(RunConfig, runpy.run_path(str(CONFIGS / "walt_trends.py"))["get_config"](variant), "config")
+    """And differs from the base."""
+    get_config = runpy.run_path(str(CONFIGS / "walt_trends.py"))["get_config"]
+    base, built = (build(RunConfig, get_config(name), "config") for name in ("base", variant))
+    assert (built == base) == (variant == "base")

@@ -28,7 +28,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
     Raises:
         UserError: if one is unknown or its value is wrong.
     """
-    as_in_file = _parsed([argument for argument in argv if not argument.startswith(KNOB)])
+    others = [argument for argument in argv if not argument.startswith(KNOB)]
+    if others == argv:
+        return _parsed(argv)
+    as_in_file = _parsed(others)
     more = [] if as_in_file.config is None else [a for a in argv if _is_missing(a, as_in_file.config)]
     values = _parsed([argument for argument in argv if argument not in more])
     for argument in more:

@@ -12,9 +12,9 @@ from typing import Any
 import tqdm
 from etils import epath
 
-from walt_jax.data.limits import ClipError, DecodeLimits
+from walt_jax.data.limits import ClipError
 from walt_jax.data.store import WATCHDOG, Row, Store
-from walt_jax.data.video import DEFAULT_LIMITS, ClipInfo, describe
+from walt_jax.data.video import ClipInfo, describe
 from walt_jax.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".gif", ".mkv", ".ts", ".m4v")
@@ -42,29 +42,8 @@ class Folder(Store):
     each of its rows. A sub-folder may hold such a table of its own.
     """
 
-    def __init__(
-        self,
-        path: epath.PathLike,
-        captions: Mapping[str, float] | None = None,
-        cache_bytes: int = 2**30,
-        max_bad_fraction: float = 0.0,
-        limits: DecodeLimits = DEFAULT_LIMITS,
-    ):
-        """Lists the folder and checks that each file opens and that its first frame decodes.
-
-        Args:
-            path: local or remote.
-            captions: columns of the table that hold captions, and how often each is taken where it isn't empty.
-            cache_bytes: of decoded clips, in all.
-            max_bad_fraction: the share of unreadable files, in [0, 1], up to which they are skipped.
-            limits: what a file may ask for.
-
-        Raises:
-            UserError: the folder or a table is not as described, or too many files can't be read.
-        """
-        super().__init__(cache_bytes, limits)
-        self.path = epath.Path(path)
-        rows = self._list(captions or {"caption": 1.0})
+    def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
+        rows = self._list(captions)
         self.info = self._check({row.file for row in rows}, max_bad_fraction)
         self.rows = [row for row in rows if row.file in self.info]
 

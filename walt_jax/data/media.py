@@ -69,9 +69,9 @@ def contact_sheet(
     """
     strips = [_strip(clip, frames_per_clip, scale) for clip in clips]
     width = max(strip.width for strip in strips)
-    cells = [_stack([strip, _text(caption, width)]) for strip, caption in zip(strips, captions, strict=True)]
+    cells = [stack([strip, _text(caption, width)]) for strip, caption in zip(strips, captions, strict=True)]
     rows = [_beside(cells[i : i + columns], width) for i in range(0, len(cells), columns)]
-    return _frame(_stack(rows, MARGIN))
+    return _frame(stack(rows, MARGIN))
 
 
 def compare_sheet(
@@ -94,8 +94,8 @@ def compare_sheet(
     blocks = []
     for title, labelled in rows:
         lines = [_beside([_text(label, label_width), strip], label_width, 0) for label, strip in labelled]
-        blocks.append(_stack([_text(title, width), *lines], GAP))
-    return _frame(_stack(blocks, MARGIN))
+        blocks.append(stack([_text(title, width), *lines], GAP))
+    return _frame(stack(blocks, MARGIN))
 
 
 def write_video_stream(path: epath.PathLike, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
@@ -209,7 +209,7 @@ def _text(text: str, width: int) -> Image.Image:
     return image
 
 
-def _stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+def stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     """The images one under another, on the left."""
     height = sum(image.height for image in images) + gap * (len(images) - 1)
     sheet = Image.new("RGB", (max(image.width for image in images), height), BACKGROUND)

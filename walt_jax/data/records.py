@@ -5,12 +5,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 import tqdm
-from etils import epath
 
 from walt_jax.data.folder import SPLIT_COLUMN
-from walt_jax.data.limits import ClipError, DecodeLimits
+from walt_jax.data.limits import ClipError
 from walt_jax.data.store import WATCHDOG, Row, Store
-from walt_jax.data.video import DEFAULT_LIMITS, describe
+from walt_jax.data.video import describe
 from walt_jax.errors import UserError
 
 
@@ -22,27 +21,7 @@ class Records(Store):
     has several. Each example is looked at once when the data set is opened.
     """
 
-    def __init__(
-        self,
-        path: epath.PathLike,
-        captions: Mapping[str, float] | None = None,
-        cache_bytes: int = 2**30,
-        max_bad_fraction: float = 0.0,
-        limits: DecodeLimits = DEFAULT_LIMITS,
-    ):
-        """Args:
-            path: of the folder with `dataset_info.json`, local or remote.
-            captions: features that hold captions, and how often each is taken where it isn't empty.
-            cache_bytes: of decoded clips, in all.
-            max_bad_fraction: the share of unreadable examples, in [0, 1], up to which they are skipped.
-            limits: what an example may ask for.
-
-        Raises:
-            UserError: the data set has no clips or can't be read.
-        """
-        super().__init__(cache_bytes, limits)
-        self.path = epath.Path(path)
-        captions = captions or {"caption": 1.0}
+    def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
         try:
             builder = tfds.builder_from_directory(self.path)
             encoded = {name: tfds.decode.SkipDecoding() for name in ("video", "image") if name in builder.info.features}

@@ -2,14 +2,16 @@
 
 import abc
 import dataclasses
+import math
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from walt_jax.data.limits import DecodeLimits
-from walt_jax.data.video import ClipInfo
+from walt_jax.data.video import DEFAULT_LIMITS, ClipInfo, covering
 from walt_jax.data.watchdog import Watchdog
 
 # A clip of up to so many bytes, decoded, is decoded whole and kept while there is room; of others just the frames that
@@ -50,18 +52,38 @@ class Store(abc.ABC):
         reasons: why files are left out, so far.
     """
 
-    path: epath.Path
     rows: list[Row]
     info: dict[str, ClipInfo]
 
-    def __init__(self, cache_bytes: int, limits: DecodeLimits):
-        """Args:
-        cache_bytes: of decoded clips, in all.
-        limits: what a file may ask for.
+    def __init__(
+        self,
+        path: epath.PathLike,
+        captions: Mapping[str, float] | None = None,
+        cache_bytes: int = 2**30,
+        max_bad_fraction: float = 0.0,
+        limits: DecodeLimits = DEFAULT_LIMITS,
+    ):
+        """Lists what is there and checks that each file opens and that its first frame decodes.
+
+        Args:
+            path: local or remote.
+            captions: columns or features that hold captions, and how often each is taken where it isn't empty.
+            cache_bytes: of decoded clips, in all.
+            max_bad_fraction: the share of unreadable files, in [0, 1], up to which they are skipped.
+            limits: what a file may ask for.
+
+        Raises:
+            UserError: what is there is not as described, or too much of it can't be read.
         """
+        self.path = epath.Path(path)
         self.limits = limits
         self.reasons: dict[str, str] = {}
         self._cache = _Cache(cache_bytes)
+        self._open(captions or {"caption": 1.0}, max_bad_fraction)
+
+    @abc.abstractmethod
+    def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
+        """Sets `rows` and `info`, and gives the reasons for what is left out."""
 
     @abc.abstractmethod
     def content(self, file: str) -> epath.PathLike | bytes:
@@ -90,8 +112,7 @@ class Store(abc.ABC):
         clip = self._cache.get(key)
         if clip is None:
             info, count = self.info[file], max(span, self.length(file, fps))
-            scale = max(cover[0] / info.height, cover[1] / info.width)
-            size = count * 3 * round(max(cover[0], info.height * scale) * max(cover[1], info.width * scale))
+            size = count * 3 * math.prod(covering(info.height, info.width, cover))
             if size > WHOLE_CLIP_BYTES or not self._cache.has_room(size):
                 return None
             clip = self.read(file, cover, fps, 0, count)

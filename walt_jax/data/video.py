@@ -194,7 +194,7 @@ def _convert(
     reformatter = VideoReformatter()
     picture, size, skipped = None, None, False
     for frame, count in shown:
-        size = size or _covering(*_upright_size(frame), cover)
+        size = size or covering(*_upright_size(frame), cover)
         left_out = min(count, skip)
         skip, count = skip - left_out, count - left_out
         if not count:
@@ -241,7 +241,7 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     return size[::-1] if _quarter_turns(frame) % 2 else size
 
 
-def _covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[int, int]:
+def covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[int, int]:
     """The size (height, width) to which a picture is resized so that it just covers `cover`."""
     if cover is None:
         return height, width

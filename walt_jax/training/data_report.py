@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import grain
 import matplotlib
 import numpy as np
 import tqdm
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from walt_jax.data.clips import StoredClips
-from walt_jax.data.media import contact_sheet
+from walt_jax.data.media import contact_sheet, stack
 from walt_jax.data.order import Share
-from walt_jax.data.packing import Item, fill
+from walt_jax.data.packing import Item, Packed
 from walt_jax.data.pipeline import Clips, Data, Mixture, stream
 from walt_jax.training.latent_cache import WAITING
 from walt_jax.training.run_config import RunConfig
@@ -47,7 +48,8 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     count = min(max(LEAST, len(source)), MOST)
     shown, sizes, timed = [], [], None
     began = time.perf_counter()
-    clips = stream(Clips(source, config.seed + len(config.stages) - 1), Share())
+    # Captions as they are, in the place of ids.
+    clips = stream(Clips(source, config.seed + len(config.stages) - 1, encode=list), Share())
     for clip in tqdm.tqdm(itertools.islice(clips, count), "reading clips", count, unit="clip", dynamic_ncols=True):
         sizes.append(clip["video"].shape[:3])
         if len(shown) < min(SHOWN_CLIPS, len(source)):
@@ -63,14 +65,10 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     if stage.pack is not None:
         packs = _packs([Item(*item) for item in enumerate(tokens)], stage.pack.tokens, stage.pack.clips)
     used = sum(item.tokens for pack in packs for item in pack)
-    captions = _captions(config, source, len(shown))
-    labels = [
-        f"{' × '.join(map(str, clip['video'].shape[:3]))}  {caption}"
-        for clip, caption in zip(shown, captions, strict=True)
-    ]
+    labels = [f"{' × '.join(map(str, clip['video'].shape[:3]))}  {clip['text']}" for clip in shown]
     pictures = [contact_sheet([clip["video"] for clip in shown], labels, frames_per_clip=4, columns=3, scale=1)]
     pictures.append(_plots(packs, sizes, stage.pack.tokens if stage.pack else 0, (source, held_out)))
-    _below(pictures).save(sheet)
+    stack(pictures).save(sheet)
     kinds = {size: sizes.count(size) for size in sorted(set(sizes))}
     return {
         "clips_kept": _kept(source) + _kept(held_out),
@@ -110,33 +108,11 @@ def _tokens(config: RunConfig, size: tuple[int, int, int]) -> int:
 
 def _packs(items: list[Item], tokens: int, clips: int) -> list[list[Item]]:
     """Packs as training makes them, as long as there are enough clips to choose from."""
-    packs, waiting, coming = [], items[:WAITING], items[WAITING:]
-    while coming:
-        pack, waiting = fill(waiting, tokens, clips)
-        packs.append(pack)
-        missing = WAITING - len(waiting)
-        waiting, coming = waiting + coming[:missing], coming[missing:]
-    return packs
+    return [pack for (pack,) in Packed(grain.MapDataset.source(items).to_iter_dataset(), 1, tokens, clips, WAITING)]
 
 
 def _kept(mixture: Mixture) -> int:
     return sum(source.kept if isinstance(source, StoredClips) else len(source) for source in mixture.sources)
-
-
-def _captions(config: RunConfig, source: Mixture, count: int) -> list[str]:
-    """Of the first clips in the order, as training would draw them."""
-    seen: list[str] = []
-
-    def remember(captions: list[str]) -> np.ndarray:
-        seen.append(captions[0])
-        return np.zeros((1, 1), np.int32)
-
-    clips = Clips(source, config.seed + len(config.stages) - 1, remember)
-    number = 0
-    while len(seen) < count:
-        clips[number]
-        number += 1
-    return seen
 
 
 def _plots(
@@ -181,13 +157,3 @@ def _plots(
     content = io.BytesIO()
     figure.savefig(content, format="png", bbox_inches="tight")
     return Image.open(content).convert("RGB")
-
-
-def _below(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures one under another."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    return sheet
