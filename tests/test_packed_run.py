@@ -6,8 +6,9 @@ import signal
 import time
 
 import commands
-import numpy as np
 import pytest
+
+from walt_jax.data.latents import LatentClips
 
 CONFIG = """
 import runpy
@@ -62,9 +63,8 @@ def test_packs_are_trained_on(trained):
     assert [row["step"] for row in rows] == list(range(1, 13))
     # Clips have 32, 8 and 16 tokens: packs of 64 can nearly always be filled.
     assert all(0.5 < row["tokens_valid_fraction"] <= 1 for row in rows)
-    with np.load(trained / "latents" / "denoiser.npz") as cached:
-        sizes = {cached[name].shape[1:4] for name in cached.files if name.startswith("latents")}
-    assert sizes == {(2, 4, 4), (2, 2, 2), (1, 4, 4)}
+    sizes = LatentClips(trained / "latents" / "denoiser").sizes
+    assert {tuple(size) for size in sizes} == {(2, 4, 4), (2, 2, 2), (1, 4, 4)}
     assert len(json.loads((trained / "labels.json").read_text())) == 72
 
 

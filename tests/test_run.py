@@ -107,6 +107,28 @@ def test_the_same_seed_gives_the_same_pixels(uninterrupted, tmp_path, cache):
     assert videos[0].read_bytes() != videos[1].read_bytes()
 
 
+def test_a_run_on_the_latents_of_another_is_the_same_to_the_last_bit(uninterrupted, tmp_path, cache):
+    """The slow twin is the run that encodes its clips itself; both draw the same ones and train on them alike."""
+    encode = [f"--workdir={uninterrupted}", "--mode=encode", "--clips=32", f"--out={tmp_path / 'latents'}"]
+    code, out, err = commands.run(*encode, cache=cache)
+    assert code == 0, err
+    assert f"wrote 32 clips, {32 * 2 * 4 * 4 * 12 * 4:,} bytes of latents" in out
+    flags = [
+        commands.TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.tokenizer_from={uninterrupted}",
+        f"--config.stages.denoiser.latents={tmp_path / 'latents'}",
+    ]
+    code, out, err = commands.run(*flags, cache=cache)
+    assert code == 0, err
+    assert commands.losses(tmp_path / "run") == commands.losses(uninterrupted)[30:]
+    # It is whole by itself: neither the other run nor the latents are needed to sample from it.
+    (tmp_path / "latents").rename(tmp_path / "gone")
+    sample = [f"--workdir={tmp_path / 'run'}", "--mode=sample", "--prompt=a red circle moving left"]
+    code, out, err = commands.run(*sample, cache=cache)
+    assert code == 0, err
+
+
 def test_evaluate_prints_what_it_writes(uninterrupted, cache):
     code, out, err = commands.run(f"--workdir={uninterrupted}", commands.TINY, "--mode=evaluate", cache=cache)
     assert code == 0, err

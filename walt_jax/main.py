@@ -19,7 +19,7 @@ from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
 KNOB = "--config."
-MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "plan", "benchmark")
+MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "encode", "plan", "benchmark")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -78,7 +78,17 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_integer("num_samples", 1, "sample: videos a prompt", flag_values=values, lower_bound=1)
     flags.DEFINE_string("video", None, "reconstruct: the file to read", flag_values=values)
     flags.DEFINE_string(
-        "out", None, "sample: folder for the videos; reconstruct: the .mp4 to write", flag_values=values
+        "out",
+        None,
+        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "clips",
+        0,
+        "encode: how many clips, windows drawn anew each epoch; 0: each once",
+        flag_values=values,
+        lower_bound=0,
     )
     flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
     try:
@@ -324,6 +334,20 @@ def prepare(values: flags.FlagValues) -> None:
     print(prepare(build(Knobs, knobs, "config").prepare, out))
 
 
+def encode(values: flags.FlagValues) -> None:
+    """Makes a data set of latents of the config's clips, with the tokenizer of the workdir's run."""
+    from etils import epath
+
+    run, _ = open_run(values)
+    workdir = run.workdir
+    out = epath.Path(values.out) if values.out else workdir / "encoded"
+    report = run.encode(out, run.run_in(workdir).tokenizer(), values.clips)
+    print(
+        f"wrote {report['clips']:,} clips, {report['latents_bytes']:,} bytes of latents, to {out}; train on them with "
+        f"--config.tokenizer_from={workdir} --config.stages.NAME.latents={out}"
+    )
+
+
 def plan(values: flags.FlagValues) -> None:
     """Counts parameters and operations of the config, or of the workdir's run; reads no data."""
     from walt_jax.workdir import write_atomically
@@ -378,6 +402,7 @@ def main(argv: list[str]) -> int:
             "reconstruct": reconstruct,
             "data": data,
             "prepare": prepare,
+            "encode": encode,
             "plan": plan,
             "benchmark": benchmark,
         }

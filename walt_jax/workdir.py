@@ -18,6 +18,7 @@ OURS = (
     "benchmark.json",
     "data.json",
     "data.png",
+    "encoded",
 )  # what may be in a workdir before a run is
 # What may differ between two commands on one run: none of it changes what is trained.
 FREE_GROUPS = ("sampling", "evaluation")

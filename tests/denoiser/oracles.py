@@ -94,7 +94,7 @@ def dense_attention(params, x, places, sees, bounds, heads, relative="bias", tex
         params, x, text = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x, text))
 
     def projected(name, y):
-        y = y @ params[name]["kernel"]
+        y = y @ params[name]["kernel"] + params[name].get("bias", 0)
         y = y.reshape(*y.shape[:-1], heads, y.shape[-1] // heads)
         if f"{name}_norm" in params:
             y = y - y.mean(-1, keepdims=True)
@@ -102,7 +102,8 @@ def dense_attention(params, x, places, sees, bounds, heads, relative="bias", tex
             y = y / xp.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * scale
         return y
 
-    batch, tokens, dim = x.shape
+    batch, tokens, _ = x.shape
+    dim = params["query"]["kernel"].shape[1]
     query, key, value = (projected(name, x) for name in ("query", "key", "value"))
     q, k = (turned(y, places[..., 1:]) for y in (query, key)) if relative == "rotary" else (query, key)
     logits = xp.einsum("bqhd,bkhd->bhqk", q, k)
@@ -114,7 +115,7 @@ def dense_attention(params, x, places, sees, bounds, heads, relative="bias", tex
     visible = sees
     if text is not None:
         clips, words = text.shape[1:3]
-        text = text.reshape(batch, clips * words, dim)
+        text = text.reshape(batch, clips * words, -1)
         logits = xp.concatenate([logits, xp.einsum("bqhd,bkhd->bhqk", query, projected("key", text))], -1)
         value = xp.concatenate([value, projected("value", text)], 1)
         own = np.repeat(np.arange(clips), words)[None, None] == places[:, :, :1]
@@ -122,4 +123,5 @@ def dense_attention(params, x, places, sees, bounds, heads, relative="bias", tex
     logits = xp.where(visible[:, None], logits / math.sqrt(dim // heads), -np.inf)
     weights = xp.exp(logits - logits.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True)
-    return xp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, dim) @ params["out"]["kernel"]
+    out = xp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, dim)
+    return out @ params["out"]["kernel"] + params["out"].get("bias", 0)

@@ -31,7 +31,7 @@ ANY = Window(None, None, None)
 
 
 def module(relative="bias", window=ANY, qk_norm=True, bounds=LARGEST):
-    return WindowAttention(HEADS, window, bounds, relative, qk_norm, jnp.float32)
+    return WindowAttention(HEADS, (window,), (bounds,), relative, qk_norm, "none", jnp.float32)
 
 
 def packed(packs, window, images_alone=False, lengths=LENGTHS):
@@ -302,7 +302,7 @@ def test_with_numbers_of_16_bits_packs_and_equal_clips_give_the_same():
     grid, tokens = (2, 3, 4), 24
     pack = Layout(pack=make_pack(*place_clips([[grid], [grid]], tokens, 1), [ANY], {ANY.name: (tokens,)}))
     x, text, mask = normal(0, 2, tokens, DIM), *texts(1, (2, 1))
-    layer = WindowAttention(HEADS, ANY, LARGEST, "bias", True, jnp.bfloat16)
+    layer = WindowAttention(HEADS, (ANY,), (LARGEST,), "bias", True, "none", jnp.bfloat16)
     apply = jax.jit(layer.apply)
     one, other = (apply({"params": parameters("bias")}, x, layout, text, mask) for layout in (Layout(grid=grid), pack))
     assert one.dtype == other.dtype == jnp.bfloat16

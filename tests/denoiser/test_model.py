@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense_attention, filled, normal, places_of, seen
 
+from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout, make_pack, place_clips, row_lengths
-from walt_jax.denoiser.model import Condition, Denoiser, DenoiserConfig, timestep_embedding
+from walt_jax.denoiser.model import Condition, Denoiser, timestep_embedding
 from walt_jax.denoiser.windows import Window
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -42,7 +43,7 @@ def layout(config, most=2):
 def inputs(config):
     """(noisy, time, condition, estimate) of all packs."""
     condition = Condition()
-    if config.cross_attention:
+    if config.cross_attention or (config.condition_by != "norm" and not config.classes):
         condition = condition.replace(text=normal(1, 2, 3, 4, 5), text_mask=MASK)
     if config.classes:
         condition = condition.replace(label=np.arange(6).reshape(2, 3))
@@ -101,7 +102,7 @@ def compiled(config):
 
 def cycles(params, config):
     """The parameters of each cycle of windows; those of a scan are stacked."""
-    count = config.layers // len(config.windows)
+    count = config.layers // len(config.block_windows)
     if config.scan:
         return [jax.tree.map(lambda leaf, cycle=cycle: leaf[cycle], params["cycles"]) for cycle in range(count)]
     return [params[f"cycle{cycle}"] for cycle in range(count)]
@@ -117,6 +118,20 @@ def gelu(x):
 
 def plain_norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def own_norm(params, x):
+    return plain_norm(x) * params["scale"] + params["bias"]
+
+
+def fixed(places, dim):
+    """DiT's sines, then cosines."""
+    table = np.empty((len(places), dim))
+    for row, place in enumerate(places):
+        for i in range(dim // 2):
+            angle = place * 10_000.0 ** (-i / (dim // 2))
+            table[row, i], table[row, dim // 2 + i] = math.sin(angle), math.cos(angle)
+    return table
 
 
 def linear(params, x):
@@ -163,42 +178,116 @@ def twin(params, config, grid, noisy, time, condition, estimate):
         for axis, name in enumerate("tyx"):
             fractions = (places[:, axis] + 0.5) / grid[axis]
             x = x + linear(params[f"position_{name}"], np.stack([waves(64 * fraction, 64) for fraction in fractions]))
+    if config.positions == "sincos":
+        x = x + np.concatenate([fixed(places[:, 2], config.dim // 2), fixed(places[:, 1], config.dim // 2)], -1)
 
-    shared, text = clock(params, "time", time.item()), {}
-    if config.cross_attention:
-        words, mask = linear(params["text_in"], condition.text), condition.text_mask
-        shared = shared + linear(params["text_pooled"], words[mask].sum(0) / max(1, mask.sum()))
-        text = {"text": words[None, None], "text_mask": mask[None, None]}
+    shared, text, words = clock(params, "time", time.item()), {}, None
+    given = [shared]
     if config.classes:
-        shared = shared + params["label_embedding"][condition.label.item()]
+        given.append(params["label_embedding"][condition.label.item()])
+        shared = shared + given[-1]
+    if condition.text is not None:
+        words, mask = linear(params["text_in"], condition.text), condition.text_mask
+        if config.condition_by == "norm":
+            shared = shared + linear(params["text_pooled"], words[mask].sum(0) / max(1, mask.sum()))
+            text = {"text": words[None, None], "text_mask": mask[None, None]}
     if config.upscale > 1:
         shared = shared + clock(params, "low_time", condition.low_time.item())
     shared = swish(shared)
+    tokens = len(x)
+    if config.condition_by != "norm":
+        given = np.stack(given) + params["word_embedding"]
+        mask = np.concatenate([np.ones(len(given), bool), mask]) if words is not None else np.ones(len(given), bool)
+        words = np.concatenate([given, words]) if words is not None else given
+        if config.condition_by == "cross":
+            text = {"text": words[None, None], "text_mask": mask[None, None]}
+        else:
+            x = np.concatenate([x, words])
 
-    def attention(params, x, window, alone=False, **text):
-        window, packs = Window(*window), [[grid]]
-        sees = seen(packs, window, len(places), alone)
-        bounds = window.bounds(BOUNDS)
-        where = places_of(packs, len(places))
-        return dense_attention(params, x[None], where, sees, bounds, config.heads, config.relative, **text)[0]
+    def attention(params, x, windows, alone=False, **text):
+        """With heads divided among the windows: what each part of them makes, one after the other."""
+        packs, heads, out = [[grid]], config.heads // len(windows), 0
+        where = places_of(packs, tokens)
+        for number, window in enumerate(windows):
+            part = slice(number * config.dim // len(windows), (number + 1) * config.dim // len(windows))
+            own = {
+                name: {kind: leaf[..., part] for kind, leaf in params[name].items()}
+                for name in ("query", "key", "value")
+            }
+            own |= {name: leaf for name, leaf in params.items() if name.endswith("_norm")}
+            own["out"] = {"kernel": params["out"]["kernel"][part]}
+            if config.relative == "bias":
+                own["relative_bias"] = params[f"relative_bias_{number}" if number else "relative_bias"]
+            sees = seen(packs, window, tokens, alone)
+            bounds = window.bounds(BOUNDS)
+            told = text
+            if len(x) > tokens:
+                told = {"text": x[None, None, tokens:], "text_mask": mask[None, None]}
+            y = dense_attention(own, x[None, :tokens], where, sees, bounds, heads, config.relative, **told)[0]
+            if len(x) > tokens:
+                every = np.concatenate([np.ones(tokens, bool), mask])[None, None].repeat(len(x), 1)
+                y = np.concatenate([y, dense_attention(own, x[None], None, every, None, heads, "none")[0][tokens:]])
+            out = out + y
+        return out + params["out"].get("bias", 0)
 
+    late, skips, count = config.positions == "sincos", [], config.layers // len(config.block_windows)
     for layer in range(config.layers):
-        cycle, index = divmod(layer, len(config.windows))
+        cycle, index = divmod(layer, len(config.block_windows))
         block = cycles(params, config)[cycle][f"block{index}"]
+        if config.skips and index == 0 and cycle > count // 2:
+            x = linear(params[f"skip{cycle}"], np.concatenate([x, skips.pop()], -1))
+        windows = config.block_windows[index]
+        if late and any(window.time != 1 for window in windows):
+            x[:tokens], late = x[:tokens] + fixed(places[:, 0], config.dim), False
+        modulation = None
         if config.adaln == "lora":
             # A_i = A_1 + W_b W_a (c + t)
             modulation = linear(params["adaln"], shared) + linear(block["adaln_b"], linear(block["adaln_a"], shared))
-        else:
+        elif config.adaln == "separate":
             modulation = linear(block["adaln"], shared)
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = np.split(modulation, 6)
-        h = plain_norm(x) * (1 + scale_1) + shift_1
-        x = x + gate_1 * attention(block["self_attention"], h, config.windows[index], config.images_alone)
-        if config.cross_attention:
-            x = x + attention(block["cross_attention"], plain_norm(x), (1, None, None), **text)
-        h = plain_norm(x) * (1 + scale_2) + shift_2
-        x = x + gate_2 * linear(block["mlp_out"], gelu(linear(block["mlp_in"], h)))
-    scale, shift = np.split(linear(params["adaln_out"], shared), 2)
-    return linear(params["patch_out"], plain_norm(x) * (1 + scale) + shift)
+        elif config.adaln == "single":
+            modulation = linear(params["adaln"], shared) + block["adaln_table"]
+        values = [] if modulation is None else list(modulation.reshape(-1, config.dim))
+
+        def told(x, name, block=block, values=values):
+            if config.adaln == "none":
+                return own_norm(block[f"{name}_norm"], x), 1
+            scale, shift = values.pop(0), values.pop(0)
+            return plain_norm(x) * (1 + scale) + shift, values.pop(0) if config.gates else 1
+
+        turns = [(window,) for window in windows] if config.split == "attentions" else [windows]
+        for number, each in enumerate(turns):
+            name = f"self_attention_{number}" if number else "self_attention"
+            if config.modulated == "last" and number < len(turns) - 1:
+                y = attention(block[name], own_norm(block[f"{name}_norm"], x), each, config.images_alone)
+                x = x + linear(block[f"{name}_out"], y)
+                continue
+            h, gate = told(x, name)
+            x = x + gate * attention(block[name], h, each, config.images_alone)
+        if config.cross:
+            h = own_norm(block["cross_norm"], x) if config.adaln == "none" else plain_norm(x)
+            if config.cross_keys == "joint":
+                x = x + attention(block["cross_attention"], h, [Window(1, None, None)], **text)
+            elif text["text_mask"].any():
+                sees = np.zeros((1, tokens, tokens), bool)
+                where = places_of([[grid]], tokens)
+                params_ = block["cross_attention"]
+                x = x + dense_attention(params_, h[None], where, sees, None, config.heads, "none", **text)[0]
+            else:
+                x = x + block["cross_attention"]["out"].get("bias", 0)
+        h, gate = told(x, "mlp")
+        x = x + gate * linear(block["mlp_out"], gelu(linear(block["mlp_in"], h)))
+        assert not values
+        if config.skips and index == len(config.block_windows) - 1 and cycle < count // 2:
+            skips.append(x)
+    x = x[:tokens]
+    if config.adaln == "none":
+        x = own_norm(params["norm_out"], x)
+    else:
+        scale, shift = np.split(linear(params["adaln_out"], shared), 2)
+        x = plain_norm(x) * (1 + scale) + shift
+    x = linear(params["patch_out"], x)
+    return upscaled(params["conv_out"], x.reshape(*grid, -1), 1) if config.output_conv else x
 
 
 def twins(config, grid, values):
@@ -240,6 +329,69 @@ COVERING = [
         "classes": CLASSES,
         "frame_prediction": True,
     },
+    # DiT, but with a time; its in-context, cross-attention and adaLN variants
+    {
+        "positions": "sincos",
+        "relative": "none",
+        "adaln": "separate",
+        "attention_bias": "all",
+        "cross_attention": False,
+        "qk_norm": False,
+        "learned_sigma": True,
+    },
+    {
+        "positions": "sincos",
+        "relative": "rotary",
+        "adaln": "none",
+        "condition_by": "tokens",
+        "cross_attention": False,
+        "classes": CLASSES,
+        "images_alone": True,
+        "windows": ((None, 2, 2),),
+        "scan": True,
+    },
+    {
+        "adaln": "none",
+        "condition_by": "cross",
+        "cross_attention": False,
+        "cross_keys": "text",
+        "classes": CLASSES,
+        "attention_bias": "out",
+    },
+    {"adaln": "separate", "gates": False, "cross_attention": False, "relative": "none", "positions": "none"},
+    # U-ViT with text
+    {
+        "adaln": "none",
+        "condition_by": "tokens",
+        "cross_attention": False,
+        "relative": "none",
+        "qk_norm": False,
+        "attention_bias": "out",
+        "windows": ((None, None, None),),
+        "layers": 3,
+        "skips": True,
+    },
+    # two attentions a block, as in STDiT, Latte 3 and VDT; heads divided, as in Latte 4
+    {"split": "attentions", "adaln": "single", "cross_keys": "text", "relative": "none"},
+    {
+        "split": "attentions",
+        "modulated": "last",
+        "windows": ((None, 1, 1), (1, None, None)),
+        "positions": "sincos",
+        "adaln": "separate",
+        "cross_attention": False,
+        "relative": "none",
+        "scan": True,
+    },
+    {"split": "heads", "cross_attention": False, "classes": CLASSES},
+    {
+        "split": "heads",
+        "adaln": "none",
+        "condition_by": "tokens",
+        "cross_attention": False,
+        "relative": "bias",
+        "images_alone": True,
+    },
 ]
 
 
@@ -259,6 +411,37 @@ def test_in_packs_as_clip_by_clip_the_denoiser_equals_the_papers_equations(chang
         ours = compiled(config)(params, *arguments(of_clips(values, clips), Layout(grid=grid)))
         expected = np.stack([packed[pack][PLACES[pack, :, 0] == segment] for pack, segment in clips])
         np.testing.assert_allclose(ours, expected, rtol=5e-4, atol=5e-4)
+
+
+def test_the_last_convolution_equals_its_equations():
+    """Of equal clips alone: in packs it has no neighbours."""
+    config = dataclasses.replace(CONFIG, output_conv=True, cross_attention=False, relative="none")
+    plain, values = dataclasses.replace(config, output_conv=False), videos(config)
+    conv = {"kernel": normal(8, 1, 3, 3, CHANNELS, CHANNELS), "bias": normal(9, CHANNELS)}
+    params = parameters(plain) | {"conv_out": conv}
+    ours = compiled(config)(params, *arguments(values, Layout(grid=VIDEO)))
+    clips = [jax.tree.map(lambda leaf, n=n: leaf[n, 0] if leaf.shape[1] == 1 else leaf[n], values) for n in range(2)]
+    np.testing.assert_allclose(ours, [twin(params, config, VIDEO, *clip) for clip in clips], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"condition_by": "tokens"}, "don't go together"),
+        ({"adaln": "none"}, "don't go together"),
+        ({"condition_by": "cross", "adaln": "none"}, "tells text as well"),
+        ({"modulated": "last"}, "is for split='attentions'"),
+        ({"split": "heads", "heads": 1}, "2 windows do not divide heads=1"),
+        ({"cross_attention": False, "cross_keys": "text"}, "cross_keys is for"),
+        ({"skips": True, "scan": True, "windows": ((None, 2, 2),)}, "can't be scanned"),
+        ({"skips": True, "windows": ((None, 2, 2),)}, "2 times the windows is even"),
+        ({"output_conv": True, "learned_sigma": True}, "exclude each other"),
+        ({"dim": 18, "heads": 2, "positions": "sincos"}, "a dim that 4 divides, not 18"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(changed, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        dataclasses.replace(CONFIG, **changed)
 
 
 def test_upscaling_equals_its_equations():

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout
-from walt_jax.denoiser.model import Condition, Denoiser, DenoiserConfig
+from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer, muon_dimensions

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import make_pack, place_clips
-from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.denoiser.model import Denoiser
 from walt_jax.diffusion import objective
 from walt_jax.diffusion.adaptive import adapted_time, complexity
 from walt_jax.diffusion.objective import DiffusionConfig

@@ -115,14 +115,16 @@ def _progress(unit: str, total: int, folder: epath.Path, infix: str) -> Iterator
             bar.update(count() - bar.n)
 
 
-def publish(path: epath.Path, content: str | Path, work: epath.Path) -> None:
-    """The file is there with all of its content, which is text or another file's, or as it was before."""
+def publish(path: epath.Path, content: str | bytes | Path, work: epath.Path) -> None:
+    """The file is there with all of its content, which is text, bytes or another file's, or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     # A name of its own: after a kill, or on a runner that does things twice, two processes may write the same file.
     temporary = work / f".{uuid.uuid4().hex}"
     if isinstance(content, str):
         temporary.write_text(content)
+    elif isinstance(content, bytes):
+        temporary.write_bytes(content)
     else:
         with content.open("rb") as source, temporary.open("wb") as copy:
             shutil.copyfileobj(source, copy)

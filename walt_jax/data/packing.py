@@ -7,10 +7,11 @@ import numpy as np
 
 
 class Item(NamedTuple):
-    """A clip to be packed: its number, and how many tokens it has."""
+    """A clip to be packed: its number, how many tokens it has, and the seed of what is random about it there."""
 
     index: int
     tokens: int
+    seed: int = 0
 
 
 def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list[Item]]:

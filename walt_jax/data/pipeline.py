@@ -227,11 +227,16 @@ class Clips:
 
 def stream(clips: Clips, share: Share) -> grain.IterDataset:
     """A host's clips one after the other, decoded ahead. Those that can't be used are left out."""
-    return (
-        grain.MapDataset.range(ENDLESS)
-        .map(lambda position: clips[share.number(int(position))])
-        .to_iter_dataset(grain.ReadOptions(num_threads=DECODE_THREADS, prefetch_buffer_size=PREFETCHED))
-    )
+    return _ahead(grain.MapDataset.range(ENDLESS).map(lambda position: clips[share.number(int(position))]))
+
+
+def numbered(clips: Clips, numbers: range) -> grain.IterDataset:
+    """Those clips of the order, decoded ahead. Those that can't be used are left out."""
+    return _ahead(grain.MapDataset.range(numbers.start, numbers.stop).map(lambda number: clips[int(number)]))
+
+
+def _ahead(clips: grain.MapDataset) -> grain.IterDataset:
+    return clips.to_iter_dataset(grain.ReadOptions(num_threads=DECODE_THREADS, prefetch_buffer_size=PREFETCHED))
 
 
 class Batches(grain.IterDataset):

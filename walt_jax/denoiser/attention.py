@@ -4,6 +4,7 @@ import functools
 from typing import Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +226,55 @@ def attend_to_text(
     return out, rearranged(logsum.reshape(count * slots, -1), back, there).reshape(batch, tokens, heads)
 
 
+def alone(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b n heads d"],
+    value: Float[Array, "b n heads d"],
+    table: Float[Array, "offsets heads"] | None,
+) -> Attended:
+    """Each token over itself."""
+    logsum = jnp.einsum("bnhd,bnhd->bnh", query, key, preferred_element_type=jnp.float32) / query.shape[-1] ** 0.5
+    if table is not None:
+        logsum = logsum + table[len(table) // 2][None, None].astype(jnp.float32)  # of no offset
+    return value, logsum
+
+
+def attend_to_clips(
+    query: Float[Array, "b sm heads d"],
+    told_key: Float[Array, "b sm heads d"],
+    told_value: Float[Array, "b sm heads d"],
+    key: Float[Array, "b n heads d"],
+    value: Float[Array, "b n heads d"],
+    mask: Bool[Array, "b s m"],
+    layout: Layout,
+) -> Float[Array, "b sm heads d"]:
+    """Condition tokens, see `Beside`, over all tokens of their clips, and each other."""
+    batch, clips, words = mask.shape
+    segments = jnp.arange(clips)
+    if layout.pack is None:
+        own = jnp.ones((batch, clips, key.shape[1]), bool)
+    else:
+        own = layout.pack.positions[..., 0][:, None] == segments[None, :, None]
+    together = jnp.eye(clips, dtype=bool)[None, :, :, None] & mask[:, None]  # [b, s, s, m]
+    seen = jnp.concatenate([own, rearrange(together, "b s o m -> b s (o m)")], axis=-1)
+    seen = jnp.repeat(seen, words, axis=1)[:, None]
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in ((key, told_key), (value, told_value)))
+    return attend(query, keys, values, mask=seen)[0]
+
+
+@flax.struct.dataclass
+class Beside:
+    """Tokens that tell clips' conditions: m of each clip, after all of the sequence's own, clip by clip.
+
+    All tokens of a clip see them, and they see all of it.
+
+    Attributes:
+        mask: which of them are there.
+    """
+
+    mask: Bool[Array, "b s m"]
+
+
 class WindowAttention(nn.Module):
     """Each token attends to its window's tokens and, where there is text, to all of its clip's text tokens.
 
@@ -232,18 +282,20 @@ class WindowAttention(nn.Module):
 
     Attributes:
         heads: attention heads.
-        window: which tokens see each other.
-        bounds: the largest window, of which `relative` has a bias for each offset.
+        windows: which tokens see each other; heads are divided among several; none is for text alone.
+        bounds: the largest of each window, of which `relative` has a bias for each offset.
         relative: "bias" for Swin's learned bias an offset, "rotary", or "none".
         qk_norm: whether queries and keys are normalised (ViT-22B): logits stay bounded whatever the weights do.
+        bias: which layers have one: "none", "out", or "all".
         dtype: of the computation.
     """
 
     heads: int
-    window: Window
-    bounds: Grid
+    windows: tuple[Window, ...]
+    bounds: tuple[Grid, ...]
     relative: Relative
     qk_norm: bool
+    bias: Literal["none", "out", "all"]
     dtype: jnp.dtype
 
     @nn.compact
@@ -254,12 +306,14 @@ class WindowAttention(nn.Module):
         text: Float[Array, "b s m d"] | None = None,
         text_mask: Bool[Array, "b s m"] | None = None,
         images_alone: bool = False,
+        beside: Beside | None = None,
     ) -> Float[Array, "b n d"]:
-        """With `images_alone`, tokens of clips of one frame see themselves alone; not together with text."""
+        """With `images_alone`, tokens of clips of one frame see themselves alone in windows that span time."""
         dim = x.shape[-1]
 
         def project(name):
-            return Linear(dim, ("embed", "heads"), use_bias=False, dtype=self.dtype, name=name)
+            use_bias = self.bias == "all"
+            return Linear(dim, ("embed", "heads"), use_bias=use_bias, dtype=self.dtype, name=name)
 
         def norm(name):
             if not self.qk_norm:
@@ -272,29 +326,61 @@ class WindowAttention(nn.Module):
 
         def out(y):
             y = rearrange(y, "b n heads d -> b n (heads d)")
-            return Linear(dim, ("heads", "embed"), use_bias=False, dtype=self.dtype, name="out")(y)
+            use_bias = self.bias != "none"
+            return Linear(dim, ("heads", "embed"), use_bias=use_bias, dtype=self.dtype, name="out")(y)
 
         to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
         query = norm("query_norm")(heads(project("query")(x)))
+        rows = None if layout.pack is None else layout.pack.text
+        if text is not None:
+            others = key_norm(heads(to_key(text))), heads(to_value(text)), text_mask
+        if not self.windows:
+            # Without any text there is nothing to look at, and not the mean of what fills it up.
+            any_text = layout.spread(text_mask.any(-1)[..., None].astype(self.dtype))[..., None]
+            return out(any_text * attend_to_text(query, *others, rows)[0])
         key, value = key_norm(heads(to_key(x))), heads(to_value(x))
-        table = None
-        if self.relative == "bias":
-            table_init = nn.with_logical_partitioning(nn.initializers.zeros, ("relative", "heads"))
-            offsets = int(np.prod([2 * size - 1 for size in self.bounds]))
-            table = self.param("relative_bias", table_init, (offsets, self.heads))
+        told = None
+        if beside is not None:
+            own = x.shape[1] - beside.mask.shape[1] * beside.mask.shape[2]
+            told = tuple(y[:, own:] for y in (query, key, value))
+            query, key, value = (y[:, :own] for y in (query, key, value))
+            each = (rearrange(y, "b (s m) ... -> b s m ...", s=beside.mask.shape[1]) for y in told[1:])
+            others = *each, beside.mask
         turned = query, key
         if self.relative == "rotary":
             turned = tuple(rotate(y, layout.coordinates()) for y in turned)
-        if layout.pack is not None:
-            groups, coordinates = layout.pack.groups[self.window.name], layout.coordinates()
-            own = grouped(*turned, value, groups, coordinates, table, self.bounds)
-        elif images_alone and layout.grid[0] == 1:
-            return out(value)
-        else:
-            own = reshaped(*turned, value, self.window, layout.grid, table, self.bounds)
-        y = own[0]
-        if text is not None:
-            rows = None if layout.pack is None else layout.pack.text
-            others = key_norm(heads(to_key(text))), heads(to_value(text))
-            y = joined(own, attend_to_text(query, *others, text_mask, rows))
+        attended = self._in_windows(*turned, value, layout, images_alone)
+        if text is None and beside is None:
+            return out(attended[0])
+        y = joined(attended, attend_to_text(query, *others, rows))
+        if told is not None:
+            y = jnp.concatenate([y, attend_to_clips(*told, key, value, beside.mask, layout)], axis=1)
         return out(y)
+
+    def _in_windows(self, query: Array, key: Array, value: Array, layout: Layout, images_alone: bool) -> Attended:
+        """Attention over each token's window, heads divided among the windows."""
+        count = len(self.windows)
+        parts = zip(*(jnp.split(y, count, axis=2) if count > 1 else [y] for y in (query, key, value)), strict=True)
+        found = []
+        for number, (window, bounds, part) in enumerate(zip(self.windows, self.bounds, parts, strict=True)):
+            table = None
+            if self.relative == "bias":
+                table_init = nn.with_logical_partitioning(nn.initializers.zeros, ("relative", "heads"))
+                offsets = int(np.prod([2 * size - 1 for size in bounds]))
+                name = f"relative_bias_{number}" if number else "relative_bias"
+                table = self.param(name, table_init, (offsets, self.heads // count))
+            if layout.pack is not None:
+                groups, coordinates = layout.pack.groups[window.name], layout.coordinates()
+                own, logsum = grouped(*part, groups, coordinates, table, bounds)
+                if images_alone and window.time != 1:  # which may have condition tokens beside them
+                    by_itself = (groups.place == groups.slots.size).reshape(*logsum.shape[:2], 1)
+                    logsum = jnp.where(by_itself, alone(*part, table)[1], logsum)
+                found.append((own, logsum))
+            elif images_alone and window.time != 1 and layout.grid[0] == 1:
+                found.append(alone(*part, table))
+            else:
+                found.append(reshaped(*part, window, layout.grid, table, bounds))
+        if count == 1:
+            return found[0]
+        out, logsum = zip(*found, strict=True)
+        return jnp.concatenate(out, axis=2), jnp.concatenate(logsum, axis=2)

@@ -83,7 +83,10 @@ def from_tokens(tokens: Float[Array, "b n p"], grid: Grid, patch: Grid) -> Float
 
 
 def place_clips(
-    packs: Sequence[Sequence[Grid]], tokens: int, clips: int
+    packs: Sequence[Sequence[Grid]],
+    tokens: int,
+    clips: int,
+    kept: Sequence[Sequence[Int[np.ndarray, " k"]]] | None = None,
 ) -> tuple[Int[np.ndarray, "b n 4"], Int[np.ndarray, "b s 3"]]:
     """Positions and sizes of packs whose clips stand one after the other.
 
@@ -91,6 +94,7 @@ def place_clips(
         packs: of each pack, its clips' tokens along (t, y, x).
         tokens: length of a pack.
         clips: most clips of a pack.
+        kept: of each clip, which of its tokens in raster order are there; all are where it isn't given.
 
     Raises:
         ValueError: if a pack has more tokens or clips than that.
@@ -99,14 +103,16 @@ def place_clips(
     positions[..., 0] = -1
     sizes = np.zeros((len(packs), clips, 3), np.int32)
     for row, grids in enumerate(packs):
-        total = sum(int(np.prod(grid)) for grid in grids)
+        clip_places = [raster(grid) for grid in grids]
+        if kept is not None:
+            clip_places = [places[those] for places, those in zip(clip_places, kept[row], strict=True)]
+        total = sum(map(len, clip_places))
         if total > tokens or len(grids) > clips:
             raise ValueError(
                 f"a pack of {len(grids)} clips with {total} tokens overflows {clips} clips, {tokens} tokens"
             )
         start = 0
-        for segment, grid in enumerate(grids):
-            places = raster(grid)
+        for segment, (grid, places) in enumerate(zip(grids, clip_places, strict=True)):
             positions[row, start : start + len(places)] = np.insert(places, 0, segment, axis=1)
             sizes[row, segment] = grid
             start += len(places)

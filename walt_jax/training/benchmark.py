@@ -13,9 +13,10 @@ import numpy as np
 import tqdm
 
 from walt_jax.denoiser.attention import WindowAttention
+from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.grouping import scores_computed, scores_needed
 from walt_jax.denoiser.layout import Grid, Layout, make_pack, place_clips, row_lengths
-from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
@@ -245,7 +246,13 @@ def _layer(config: DenoiserConfig, window: Window, bounds: Grid, layout: Layout,
     """A call of one attention layer and its gradients."""
     relative = config.relative if layout.pack is not None else "none"
     layer = WindowAttention(
-        config.heads, window, window.bounds(bounds), relative, config.qk_norm, jnp.dtype(config.dtype)
+        config.heads,
+        (window,),
+        (window.bounds(bounds),),
+        relative,
+        config.qk_norm,
+        config.attention_bias,
+        jnp.dtype(config.dtype),
     )
     x = jax.random.normal(jax.random.key(0), (1, tokens, config.dim))
     params = unboxed(jax.jit(layer.init)(jax.random.key(0), x, layout))

@@ -20,7 +20,7 @@ from walt_jax.data.media import contact_sheet, stack
 from walt_jax.data.order import Share
 from walt_jax.data.packing import Item, Packed
 from walt_jax.data.pipeline import Clips, Data, Mixture, stream
-from walt_jax.training.latent_cache import WAITING
+from walt_jax.training.latent_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
 
 LEAST, MOST = 1024, 4096  # clips that are read, so that packs are many and large data sets take no hours
@@ -63,6 +63,8 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     tokens = [_tokens(config, size) for size in sizes]
     packs: list[list[Item]] = []
     if stage.pack is not None:
+        if stage.pack.drop is not None:
+            tokens = [len(kept(stage.pack.drop, n, max(tokens), seed)) for seed, n in enumerate(tokens)]
         packs = _packs([Item(*item) for item in enumerate(tokens)], stage.pack.tokens, stage.pack.clips)
     used = sum(item.tokens for pack in packs for item in pack)
     labels = [f"{' × '.join(map(str, clip['video'].shape[:3]))}  {clip['text']}" for clip in shown]

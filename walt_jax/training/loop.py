@@ -14,12 +14,13 @@ import jax
 import optax
 
 from walt_jax.config import Fraction, Positive
+from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.collapse import CollapseWatch
-from walt_jax.training.latent_cache import latents_path
+from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.progress import Progress
@@ -34,10 +35,12 @@ class PackConfig:
     Attributes:
         tokens: of a pack.
         clips: most of a pack.
+        drop: the tokens of a clip that are left out in training; none unless given.
     """
 
     tokens: Positive
     clips: Positive
+    drop: DropConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class StageConfig:
         ema_decay: of the parameters' moving average.
         cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
             batch anew.
+        latents: for a denoiser: a data set that `--mode=encode` has written, in the place of clips to be encoded.
         log_every: steps between lines of `metrics.jsonl`.
         checkpoint_every: steps between checkpoints; there is one at the end in any case.
     """
@@ -68,18 +72,19 @@ class StageConfig:
     pack: PackConfig | None = None
     ema_decay: Fraction = 0.999
     cached_clips: int = 0
+    latents: str = ""
     log_every: Positive = 10
     checkpoint_every: Positive = 500
 
     def __post_init__(self):
-        if self.task == "tokenizer" and self.cached_clips:
-            raise ValueError("cached_clips is for denoiser stages")
+        if self.task == "tokenizer" and (self.cached_clips or self.latents):
+            raise ValueError("cached_clips and latents are for denoiser stages")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
         if self.task == "denoiser" and bool(self.shapes) != bool(self.pack):
             raise ValueError("a denoiser's shapes go into packs: give shapes and pack, or neither")
-        if self.pack and not self.cached_clips:
-            raise ValueError("pack needs cached_clips: packs are made of clips that are encoded already")
+        if self.pack and not self.cached_clips and not self.latents:
+            raise ValueError("pack needs cached_clips or latents: packs are made of clips that are encoded already")
 
     @property
     def of_images(self) -> bool:
@@ -136,7 +141,7 @@ def run_stage(
         # What was made from this stage's earlier end is void: it will be made again.
         for later in later_stages:
             shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
-            latents_path(workdir, later).unlink(missing_ok=True)
+            shutil.rmtree(latents_path(workdir, later), ignore_errors=True)
         iterator = iter(dataset())
         if position is not None:
             iterator.set_state(position)

@@ -1,17 +1,25 @@
 """A run: a config, a workdir, and the stages in turn."""
 
+import dataclasses
 import functools
-import itertools
+import hashlib
+import json
 import pathlib
+import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
+import tqdm
+from etils import epath
 
 import walt_jax
-from walt_jax.data.order import Share
-from walt_jax.data.pipeline import Batches, Clips, Data, Source, stream
+from walt_jax.config import build
+from walt_jax.data.latents import Encoded, LatentClips, write_latents
+from walt_jax.data.pipeline import Batches, Clips, Data, Source, numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
@@ -23,15 +31,16 @@ from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
-from walt_jax.training.latent_cache import cached_batches, encode_clips, latents_path, packed_batches
-from walt_jax.training.loop import StageConfig, Trained, run_stage
+from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path, packed_batches
+from walt_jax.training.loop import Trained, run_stage
 from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
-from walt_jax.workdir import write_atomically
+from walt_jax.workdir import CONFIG, read_config, write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
+TOKENIZER = "tokenizer"  # in the workdir, where the tokenizer is another run's: a copy of what it needs
 
 
 class Run:
@@ -59,8 +68,12 @@ class Run:
             UserError: if it can't be.
         """
         self.unseen()
-        for name in self.config.stages:
+        if self.config.tokenizer_from:
+            self._other_run()
+        for name in self.config.trained_stages:
             self.data.source("train", self.config.clip_shapes(name))
+            if self.config.stages[name].latents:
+                LatentClips(self.config.stages[name].latents)
         if self.config.losses.perceptual_weights:
             load_features(self.config.losses.perceptual_weights)
         if self.config.evaluation.perceptual_weights:
@@ -76,7 +89,10 @@ class Run:
             f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames"
             f" a second from {config.data.source}; latents {' × '.join(map(str, shape))}",
         ]
-        for name, stage in config.stages.items():
+        if config.tokenizer_from:
+            lines.append(f"tokenizer of {config.tokenizer_from}")
+        for name in config.trained_stages:
+            stage = config.stages[name]
             params, _ = jax.eval_shape(self._task(name).init, jax.random.key(0))
             size = sum(leaf.size for leaf in jax.tree.leaves(params))
             lines.append(
@@ -89,8 +105,9 @@ class Run:
         """Runs every stage to its end; stages that are done cost nothing."""
         names = list(self.config.stages)
         initial: dict[str, Any] = {}  # of each task, what its last stage has trained
-        tokenizer = None
-        for index, (name, stage) in enumerate(self.config.stages.items()):
+        tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
+        for name in self.config.trained_stages:
+            index, stage = names.index(name), self.config.stages[name]
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self._batches, name, index)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
@@ -100,8 +117,8 @@ class Run:
                     extras["finish"] = self._statistics
             else:
                 extras["frozen"] = tokenizer
-                if stage.cached_clips:
-                    dataset = functools.partial(self._cached, name, stage, index, tokenizer)
+                if stage.cached_clips or stage.latents:
+                    dataset = functools.partial(self._encoded, name, index, tokenizer)
             trained = run_stage(name, stage, self._task(name), dataset, self.workdir, key, **extras)
             initial[stage.task] = trained.served
             if images:
@@ -115,6 +132,8 @@ class Run:
         Raises:
             UserError: if no stage of it is done, or the workdir's checkpoints are of another config.
         """
+        if self.config.tokenizer_from:
+            return self._taken_tokenizer()
         return self._trained_tokenizer(self._restore("tokenizer"))
 
     def generator(self) -> Generator:
@@ -139,10 +158,22 @@ class Run:
 
     def _task(self, stage: str) -> Task:
         """What a stage trains."""
-        return make_task(self.config, stage, self._vocab_size())
+        trains_text = self.config.stages[stage].task == "denoiser"
+        return make_task(self.config, stage, self._vocab_size() if trains_text else 0)
+
+    def tokenizer_stage(self) -> str:
+        """The last stage of the tokenizer that is done.
+
+        Raises:
+            UserError: as `tokenizer`.
+        """
+        return self._restored("tokenizer")[0]
 
     def _restore(self, task_name: str) -> Trained:
-        """The newest average of the last stage of a task that has a checkpoint."""
+        return self._restored(task_name)[1]
+
+    def _restored(self, task_name: str) -> tuple[str, Trained]:
+        """The last stage of a task that has a checkpoint, and the newest average there."""
         for name, stage in reversed(self.config.stages.items()):
             directory = self.workdir / "checkpoints" / name
             if stage.task != task_name or self.config.makes_images(name) or not directory.is_dir():
@@ -153,7 +184,7 @@ class Run:
                 like = jax.eval_shape(lambda key, task=task: task.served(*unboxed(task.init(key))), jax.random.key(0))
                 trained = Trained(*checkpoints.restore_ema(like))
                 if task_name == "denoiser" or trained.outcome:
-                    return trained
+                    return name, trained
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
 
     def make_vocabulary(self) -> bytes | None:
@@ -224,15 +255,108 @@ class Run:
         mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
         return TrainedTokenizer(trained.served, mean, std)
 
-    def _cached(self, name: str, stage: StageConfig, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
-        """Batches of clips that are encoded once: of one size, or packs of several."""
-        shapes = encode_clips(
-            latents_path(self.workdir, name),
-            lambda video: self.codec.encode(tokenizer, video)[0],
-            lambda: itertools.islice(stream(self._clips(name, index), Share()), stage.cached_clips),
-            stage.cached_clips,
-        )
-        seed = self.config.seed + index
+    def encode(self, out: epath.PathLike, tokenizer: TrainedTokenizer, clips: int = 0) -> dict[str, Any]:
+        """Encodes the training clips of the last stage, in its shapes.
+
+        Args:
+            out: the folder of the data set, see `data.latents`.
+            tokenizer: of another run, perhaps.
+            clips: how many, in the stage's order: windows and crops are drawn anew each epoch; 0 is each once.
+
+        Returns:
+            What `encode.json` holds.
+
+        Raises:
+            UserError: if the folder holds something else, or nothing can be encoded.
+        """
+        return self._write_latents(out, list(self.config.stages)[-1], clips, tokenizer)
+
+    def _write_latents(self, out: epath.PathLike, name: str, count: int, tokenizer: TrainedTokenizer) -> dict[str, Any]:
+        """The latents of `count` clips of a stage, or of each one once where that is 0."""
+        config = self.config
+        source = self.data.source("train", config.clip_shapes(name))
+        seed = config.seed + list(config.stages).index(name)
+        clips = Clips(source, seed, encode=list)  # captions as they are, in the place of ids
+        count = count or len(source)
+        data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
+        shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
+        identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
+        with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as told:
+
+            def encoded(numbers: range) -> Iterable[Encoded]:
+                told.update(numbers.start - told.n)  # what was done before, and what could not be used
+                return encoded_clips(
+                    lambda video: self.codec.encode(tokenizer, video)[0], numbered(clips, numbers), told
+                )
+
+            return write_latents(out, identity, count, encoded)
+
+    def _encoded(self, name: str, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
+        """Batches of clips that are encoded beforehand: of one size, or packs of several."""
+        config, stage = self.config, self.config.stages[name]
+        path = stage.latents or latents_path(self.workdir, name)
+        if not stage.latents:
+            self._write_latents(path, name, stage.cached_clips, tokenizer)
+        clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer))
+        t, h, w = (bound * size for bound, size in zip(config.bounds, config.denoiser.patch_size, strict=True))
+        if (clips.sizes > np.array([t, h, w])).any():
+            raise UserError(
+                f"{path} holds latents of up to {' × '.join(map(str, clips.sizes.max(0)))}, and stages.{name} has "
+                f"clips of at most {t} × {h} × {w}; give the stage the shapes that were encoded."
+            )
+        captions = self._captions().encode, config.data.caption_dropout
+        seed = config.seed + index
         if stage.pack is None:
-            return cached_batches(shapes[0], stage.batch_size, seed)
-        return packed_batches(shapes, self.config.denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, seed)
+            return dense_batches(clips, *captions, stage.batch_size, seed)
+        pack = stage.pack
+        return packed_batches(
+            clips, *captions, config.denoiser, stage.batch_size, pack.tokens, pack.clips, seed, pack.drop
+        )
+
+    def _other_run(self) -> "Run":
+        """The run whose tokenizer this one takes; the workdir's copy of it, where there is one already."""
+        copy, given = self.workdir / TOKENIZER, pathlib.Path(self.config.tokenizer_from)
+        return self.run_in(copy if copy.exists() else given)
+
+    def run_in(self, workdir: pathlib.Path) -> "Run":
+        """The run that a workdir holds, whose tokenizer has the shape of this config's.
+
+        Raises:
+            UserError: if there is none, or its tokenizer is another.
+        """
+        knobs = read_config(workdir)
+        if knobs is None:
+            raise UserError(f"{workdir} holds no run whose tokenizer could be taken; name the --workdir of one.")
+        config = build(RunConfig, knobs, f"{workdir / CONFIG}: config")
+        ours, theirs = (dataclasses.asdict(c.tokenizer) for c in (self.config, config))
+        for knob, value in ours.items():
+            if theirs[knob] != value:
+                raise UserError(
+                    f"config.tokenizer.{knob} is {value!r}, and {theirs[knob]!r} in {workdir}, whose tokenizer is to "
+                    "be taken; set it alike."
+                )
+        return Run(dataclasses.replace(config, normalise_latents=self.config.normalise_latents), workdir)
+
+    def _taken_tokenizer(self) -> TrainedTokenizer:
+        """The other run's tokenizer; the workdir gets a copy, so that it is whole by itself."""
+        other, copy = self._other_run(), self.workdir / TOKENIZER
+        if other.workdir == copy or not self.workdir.exists():
+            return other.tokenizer()
+        stage = other.tokenizer_stage()
+        temporary = copy.with_name(f"{TOKENIZER}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        # The average and the statistics alone, not the optimizer's state.
+        source = other.workdir / "checkpoints" / stage
+        shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
+        shutil.copyfile(other.workdir / CONFIG, temporary / CONFIG)
+        temporary.rename(copy)
+        return self._other_run().tokenizer()
+
+
+def digest(tokenizer: TrainedTokenizer) -> str:
+    """Tells a tokenizer's weights and statistics from any other's."""
+    hashed = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tokenizer):
+        hashed.update(jax.tree_util.keystr(path).encode())
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()[:16]

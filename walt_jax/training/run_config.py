@@ -7,8 +7,9 @@ from typing import Annotated
 from walt_jax.config import Positive, Range
 from walt_jax.data.pipeline import DataConfig
 from walt_jax.data.shapes import ClipShape, ShapeConfig
+from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid
-from walt_jax.denoiser.model import Denoiser, DenoiserConfig
+from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.windows import Window
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.evaluation.evaluate import EvaluationConfig
@@ -46,8 +47,9 @@ class RunConfig:
     Without `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `text` is there where the
     denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
     tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
-    `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and variance 1 over
-    training clips, or as the tokenizer leaves them.
+    `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes; stages of the tokenizer are then
+    left out. `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and variance 1
+    over training clips, or as the tokenizer leaves them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -57,6 +59,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     inflation: Placement = "last"
+    tokenizer_from: str = ""
     normalise_latents: bool = True
     text: TextConfig | None = None
     denoiser: DenoiserConfig | None = None
@@ -66,6 +69,10 @@ class RunConfig:
 
     def __post_init__(self):
         tasks = [stage.task for stage in self.stages.values()]
+        if self.tokenizer_from:
+            if self.denoiser is None or "denoiser" not in tasks:
+                raise ValueError("tokenizer_from is for runs that train a denoiser, and no stage of this one does")
+            tasks = ["tokenizer", *(task for task in tasks if task == "denoiser")]
         wanted = {"tokenizer"} if self.denoiser is None else {"tokenizer", "denoiser"}
         if sorted(tasks, reverse=True) != tasks or set(tasks) != wanted:
             also = "" if self.denoiser is None else " and then at least one for the denoiser"
@@ -83,8 +90,8 @@ class RunConfig:
                     self.latent_shapes(changed)
                 except ValueError as error:
                     raise ValueError(f"stages.{name}.shapes.{kind}: {error}") from error
-        tokenizers = [name for name, stage in self.stages.items() if stage.task == "tokenizer"]
-        if self.makes_images(tokenizers[-1]):
+        tokenizers = [name for name in self.trained_stages if self.stages[name].task == "tokenizer"]
+        if tokenizers and self.makes_images(tokenizers[-1]):
             raise ValueError(
                 f"stages.{tokenizers[-1]} is the last of the tokenizer and has images alone; let one on video follow, "
                 "or make a tokenizer of images: tokenizer.taps=1, no stride in time, data.frames=1"
@@ -93,6 +100,11 @@ class RunConfig:
             raise ValueError("tokenizer.block_transform can't be inflated from images; leave their stage out, or it")
         if self.denoiser is not None:
             self._check_denoiser(shape)
+
+    @property
+    def trained_stages(self) -> list[str]:
+        """The names of the stages that are run: not the tokenizer's, where another run has trained it."""
+        return [name for name, stage in self.stages.items() if not (self.tokenizer_from and stage.task == "tokenizer")]
 
     def makes_images(self, stage: str) -> bool:
         """Whether a stage trains the tokenizer of images that the next one inflates."""
@@ -126,8 +138,8 @@ class RunConfig:
         if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
             raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
         for name, stage in self.stages.items():
-            if stage.task == "denoiser" and scale > 1 and stage.cached_clips:
-                raise ValueError(f"stages.{name}.cached_clips: what upscales needs the clips, not their latents")
+            if stage.task == "denoiser" and scale > 1 and (stage.cached_clips or stage.latents):
+                raise ValueError(f"stages.{name}: what upscales needs the clips; leave out cached_clips and latents")
             if stage.pack is None:
                 continue
             if self.diffusion.adaptive > 0:

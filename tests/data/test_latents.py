@@ -1,0 +1,128 @@
+"""A data set of latents holds each clip once, however often its making was stopped, and says whose latents they are."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from walt_jax.data import latents
+from walt_jax.data.latents import Encoded, LatentClips, write_latents
+from walt_jax.errors import UserError
+
+IDENTITY = {"tokenizer": "abc", "seed": 0}
+SIZES = [(1, 2, 3), (5, 2, 2)]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(latents, "CLIPS_PER_SHARD", 3)
+
+
+def clip(number):
+    size = SIZES[number % 2]
+    return Encoded(np.random.default_rng(number).normal(size=(*size, 4)).astype(np.float32), f"clip {number} “ü”")
+
+
+def usable(number):
+    return not 3 <= number < 6 and number != 7  # a whole shard, and one of another
+
+
+class Encoder:
+    def __init__(self, stop_at=None):
+        self.numbers, self.stop_at = [], stop_at
+
+    def __call__(self, numbers):
+        for number in numbers:
+            if number == self.stop_at:
+                raise KeyboardInterrupt
+            self.numbers.append(number)
+            if usable(number):
+                yield clip(number)
+
+
+KEPT = [number for number in range(11) if usable(number)]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_each_clip_is_there_as_it_was(tmp_path):
+    report = write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
+    clips = LatentClips(tmp_path / "out", tokenizer="abc")
+    assert len(clips) == report["clips"] == len(KEPT)
+    assert report["latents_bytes"] == sum(clip(number).latents.nbytes for number in KEPT)
+    for index in (*range(len(KEPT)), 0):  # and again, from memory
+        expected = clip(KEPT[index])
+        np.testing.assert_array_equal(clips[index].latents, expected.latents)
+        assert clips[index].latents.dtype == np.float32
+        assert clips[index].caption == expected.caption
+        assert tuple(clips.sizes[index]) == expected.latents.shape[:3]
+
+
+def test_tfds_reads_it(tmp_path):
+    write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
+    source = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert len(source) == len(KEPT)
+    np.testing.assert_array_equal(source[1]["latents"], clip(1).latents)
+
+
+@pytest.mark.parametrize("stop_at", range(0, 11, 2))
+def test_stopped_and_gone_on_with_it_is_the_same_to_the_byte(stop_at, tmp_path):
+    write_latents(tmp_path / "whole", IDENTITY, 11, Encoder())
+    stopped = Encoder(stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(tmp_path / "out", IDENTITY, 11, stopped)
+    with pytest.raises(UserError, match="holds no complete data set of latents"):
+        LatentClips(tmp_path / "out")
+    again = Encoder()
+    write_latents(tmp_path / "out", IDENTITY, 11, again)
+    assert again.numbers[0] == stop_at // 3 * 3  # shards that were done are not made again
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not (tmp_path / "out" / latents.WORK).exists()
+
+
+def test_a_complete_one_is_left_as_it_is(tmp_path):
+    first = write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
+    encoder = Encoder()
+    assert write_latents(tmp_path / "out", IDENTITY, 11, encoder) == first
+    assert encoder.numbers == []
+
+
+def test_memory_is_kept_within_its_limit(tmp_path):
+    write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
+    first = clip(0).latents.nbytes
+    clips = LatentClips(tmp_path / "out", cache_bytes=first + 1)
+    assert clips[0].latents is clips[0].latents
+    assert clips[2].latents is not clips[2].latents
+
+
+def test_other_latents_are_not_mixed_with_them(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(out, IDENTITY, 11, Encoder(6))
+    with pytest.raises(UserError, match="holds latents whose tokenizer is 'abc', not 'other'"):
+        write_latents(out, {**IDENTITY, "tokenizer": "other"}, 11, Encoder())
+    write_latents(out, IDENTITY, 11, Encoder())
+    with pytest.raises(UserError, match="holds latents whose count is 11, not 12"):
+        write_latents(out, IDENTITY, 12, Encoder())
+    with pytest.raises(UserError, match="latents of another tokenizer than this run's"):
+        LatentClips(out, tokenizer="other")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds mine.txt and no latents; choose an empty folder"):
+        write_latents(tmp_path, IDENTITY, 11, Encoder())
+    with pytest.raises(UserError, match="make it with --mode=encode"):
+        LatentClips(tmp_path)
+    (tmp_path / "mine.txt").unlink()
+    (tmp_path / "encode.json").write_text(json.dumps({"identity": {}}))
+    with pytest.raises(UserError, match="holds no complete data set of latents"):
+        LatentClips(tmp_path)
+
+
+def test_nothing_usable_is_told(tmp_path):
+    with pytest.raises(UserError, match="None of the 2 clips"):
+        write_latents(tmp_path / "out", IDENTITY, 2, lambda numbers: [])

@@ -1,0 +1,202 @@
+"""Encoded clips as a data set: latents and captions in ArrayRecord shards, which TFDS reads as well."""
+
+import io
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+from walt_jax.data.beam import publish
+from walt_jax.errors import UserError
+
+DATASET, SPLIT = "latents", "train"
+REPORT, SIZES, WORK = "encode.json", "sizes.npy", "work"
+CLIPS_PER_SHARD = 512
+
+
+class Encoded(NamedTuple):
+    """A clip: its latents, float32, normalised, and its caption, "" where it has none."""
+
+    latents: Float[np.ndarray, "t h w c"]
+    caption: str
+
+
+def write_latents(
+    out: epath.PathLike,
+    identity: dict[str, Any],
+    count: int,
+    encoded: Callable[[range], Iterable[Encoded]],
+) -> dict[str, Any]:
+    """Writes a data set shard by shard; one that was begun is gone on with, a complete one is left as it is.
+
+    Args:
+        out: the folder, local or remote. It gets the shards, TFDS's metadata, `sizes.npy` and, last, `encode.json`.
+        identity: what the latents depend on (JSON): those of another identity are not mixed with them.
+        count: clips that are to be tried.
+        encoded: the clips of some of the numbers 0 … count - 1, in the order of numbers; those that can't be used are
+            left out.
+
+    Returns:
+        What `encode.json` holds: {"identity", "clips", "latents_bytes"}.
+
+    Raises:
+        UserError: if the folder holds other latents, or no clip is usable.
+    """
+    out = epath.Path(out)
+    work, shards = out / WORK, math.ceil(count / CLIPS_PER_SHARD)
+    _check_same(out, {**identity, "count": count})
+    if (out / REPORT).exists():
+        return json.loads((out / REPORT).read_text())
+    work.mkdir(parents=True, exist_ok=True)
+    publish(work / REPORT, json.dumps({"identity": {**identity, "count": count}}), work)
+    sizes = []
+    for shard in range(shards):
+        done = work / f"{shard:05}.npy"  # the last thing written of a shard
+        if not done.exists():
+            numbers = range(shard * CLIPS_PER_SHARD, min(count, (shard + 1) * CLIPS_PER_SHARD))
+            clips = list(encoded(numbers))
+            _write_shard(out / _template(out).sharded_filepath(shard_index=shard, num_shards=shards).name, clips, work)
+            publish(done, _npy(np.array([clip.latents.shape for clip in clips], np.int32).reshape(-1, 4)), work)
+        sizes.append(np.load(io.BytesIO(done.read_bytes())))
+    every = np.concatenate(sizes)
+    if not len(every):
+        raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data tells why.")
+    _write_metadata(out, [len(shard) for shard in sizes], int(every[0, 3]))
+    publish(out / SIZES, _npy(every[:, :3]), work)
+    report = {
+        "identity": {**identity, "count": count},
+        "clips": len(every),
+        "latents_bytes": int(4 * every.prod(-1, dtype=np.int64).sum()),
+    }
+    publish(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n", work)
+    work.rmtree()
+    return report
+
+
+class LatentClips:
+    """The clips of a data set that `write_latents` has written.
+
+    Args:
+        path: its folder.
+        cache_bytes: clips are kept in memory up to this.
+        tokenizer: the digest of the one whose latents they should be; None takes those of any.
+
+    Attributes:
+        sizes: (t, h, w) of each clip's latents.
+
+    Raises:
+        UserError: if the folder holds no complete data set, or latents of another tokenizer.
+    """
+
+    sizes: Int[np.ndarray, "n 3"]
+
+    def __init__(self, path: epath.PathLike, cache_bytes: int = 2**30, tokenizer: str | None = None):
+        import tensorflow_datasets as tfds  # it takes a second or two
+
+        path = epath.Path(path)
+        try:
+            report = json.loads((path / REPORT).read_text())
+            self.sizes = np.load(io.BytesIO((path / SIZES).read_bytes()))
+            self._examples = tfds.builder_from_directory(path).as_data_source(SPLIT)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"{path} holds no complete data set of latents ({type(error).__name__}: {error}); make it with "
+                "--mode=encode."
+            ) from error
+        if tokenizer is not None and report["identity"].get("tokenizer") != tokenizer:
+            raise UserError(
+                f"{path} holds latents of another tokenizer than this run's; encode anew with --mode=encode, or set "
+                "--config.tokenizer_from to the run that they are of."
+            )
+        self.path, self._room, self._kept = path, cache_bytes, {}
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Encoded:
+        if index in self._kept:
+            return self._kept[index]
+        example = self._examples[index]
+        clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode())
+        if self._room >= clip.latents.nbytes:
+            self._room -= clip.latents.nbytes
+            self._kept[index] = clip
+        return clip
+
+
+def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
+    for report in (out / REPORT, out / WORK / REPORT):
+        if report.exists():
+            before = json.loads(report.read_text())["identity"]
+            for name in {**before, **identity}:
+                if before.get(name) != identity.get(name):
+                    raise UserError(
+                        f"{out} holds latents whose {name} is {before.get(name)!r}, not {identity.get(name)!r}; choose "
+                        "another folder, or remove this one."
+                    )
+            return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds {next(out.iterdir()).name} and no latents; choose an empty folder.")
+
+
+def _features(channels: int | None) -> dict[str, Any]:
+    import tensorflow_datasets as tfds
+
+    return {
+        # Several unknown lengths need an encoding.
+        "latents": tfds.features.Tensor(
+            shape=(None, None, None, channels),
+            dtype=np.float32,
+            encoding="bytes",
+            doc="(time, height, width, channels), normalised.",
+        ),
+        "caption": tfds.features.Text(doc="Empty where there is none."),
+    }
+
+
+def _template(out: epath.Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.core.ShardedFileTemplate(
+        data_dir=out, dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record"
+    )
+
+
+def _write_shard(path: epath.Path, clips: list[Encoded], work: epath.Path) -> None:
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+
+    kinds = tfds.features.FeaturesDict(_features(clips[0].latents.shape[-1] if clips else None))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "shard"
+        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # each can be read by itself
+        for clip in clips:
+            writer.write(kinds.serialize_example(clip._asdict()))
+        writer.close()
+        publish(path, file, work)
+
+
+def _write_metadata(out: epath.Path, lengths: list[int], channels: int) -> None:
+    import tensorflow_datasets as tfds
+
+    template = _template(out)
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=0, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=out,
+        features=_features(channels),
+        split_infos=[split],
+        filename_template=template,
+        check_data=False,  # it would read the shards with TensorFlow
+    )
+
+
+def _npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()

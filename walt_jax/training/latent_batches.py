@@ -1,0 +1,190 @@
+"""Clips that were encoded beforehand: encoding them, and batches of them, of one size or in packs of several."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+import tqdm
+from jaxtyping import Float
+
+from walt_jax.data.dropping import DropConfig, drop_rate, kept_tokens
+from walt_jax.data.latents import Encoded, LatentClips
+from walt_jax.data.packing import Item, Packed
+from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.layout import make_pack, place_clips, row_lengths, to_tokens
+from walt_jax.errors import UserError
+
+WAITING = 256  # clips among which a pack is chosen
+ENCODED_AT_ONCE = 8
+
+Encode = Callable[[np.ndarray], Float[np.ndarray, "b t h w c"]]
+CaptionIds = Callable[[list[str]], np.ndarray]
+
+
+def latents_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """The folder of a stage's encoded clips."""
+    return workdir / "latents" / stage
+
+
+def encoded_clips(encode: Encode, clips: Iterable[dict[str, Any]], told: tqdm.tqdm) -> Iterator[Encoded]:
+    """Encodes clips in the order of their numbers.
+
+    Args:
+        encode: uint8 video [b, t, h, w, 3] to normalised latents.
+        clips: {"number", "video", "text": the caption} each, of any sizes; those of one size are encoded together.
+        told: is told of each.
+    """
+    waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    done: dict[int, Encoded] = {}
+
+    def flush(alike: list[dict[str, Any]]) -> None:
+        # The last ones of a size are filled up, so that one program does for all.
+        video = np.stack([clip["video"] for clip in alike + alike[-1:] * (ENCODED_AT_ONCE - len(alike))])
+        for clip, latents in zip(alike, np.asarray(encode(video)), strict=False):
+            done[clip["number"]] = Encoded(latents, clip["text"])
+        told.update(len(alike))
+
+    for clip in clips:
+        alike = waiting.setdefault(clip["video"].shape, [])
+        alike.append(clip)
+        if len(alike) == ENCODED_AT_ONCE:
+            flush(waiting.pop(clip["video"].shape))
+    for alike in waiting.values():
+        flush(alike)
+    for number in sorted(done):
+        yield done[number]
+
+
+def dense_batches(
+    clips: LatentClips, encode: CaptionIds, caption_dropout: float, batch_size: int, seed: int
+) -> grain.IterDataset:
+    """Endless batches of clips of one size: {"latents": [b, t, h, w, c], "text": [b, m]}, each clip once an epoch.
+
+    Args:
+        clips: see `LatentClips`.
+        encode: captions to ids.
+        caption_dropout: probability of an empty caption.
+        batch_size: clips a batch.
+        seed: of the order and of the dropped captions.
+
+    Raises:
+        UserError: if the clips have several sizes.
+    """
+    sizes = np.unique(clips.sizes, axis=0)
+    if len(sizes) > 1:
+        raise UserError(
+            f"{clips.path} holds latents of {len(sizes)} sizes, from {_size(sizes[0])} to {_size(sizes[-1])}; give "
+            "their stage shapes and a pack, or encode clips of one size."
+        )
+
+    def read(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        clip = clips[index]
+        return {"latents": clip.latents, "text": encode(["" if rng.random() < caption_dropout else clip.caption])[0]}
+
+    return (
+        grain.MapDataset.range(len(clips))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(read)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size))
+        .batch(batch_size)
+    )
+
+
+def packed_batches(
+    clips: LatentClips,
+    encode: CaptionIds,
+    caption_dropout: float,
+    config: DenoiserConfig,
+    batch_size: int,
+    tokens: int,
+    clips_per_pack: int,
+    seed: int,
+    drop: DropConfig | None = None,
+) -> grain.IterDataset:
+    """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
+
+    Args:
+        clips, encode, caption_dropout: see `dense_batches`; the clips may have any sizes.
+        config: of the denoiser.
+        batch_size: packs a batch.
+        tokens: of a pack.
+        clips_per_pack: most of a pack.
+        seed: of the order, and of what is dropped.
+        drop: which of a clip's tokens are left out; none are where it isn't given.
+
+    Raises:
+        UserError: if a clip has more tokens than a pack.
+    """
+    kinds, owners = np.unique(clips.sizes, axis=0, return_inverse=True)
+    owners = owners.reshape(-1)
+    grids = [config.grid(tuple(map(int, size))) for size in kinds]
+    counts = [int(np.prod(grid)) for grid in grids]
+    if max(counts) > tokens:
+        raise UserError(
+            f"{clips.path} holds clips of {max(counts)} tokens, which overflow packs of {tokens}; raise the stage's "
+            "pack.tokens."
+        )
+    first = clips[0]
+    width = to_tokens(first.latents[None], config.patch_size).shape[-1]
+    words = encode([""]).shape[1]
+    windows = config.attention_windows
+    # As many of each size as there are in a few hundred, and one at least.
+    shares = [max(1, round(256 * count / len(owners))) for count in np.bincount(owners)]
+    each = place_clips([[grid] for grid, share in zip(grids, shares, strict=True) for _ in range(share)], tokens, 1)
+    lengths = row_lengths(*each, windows, config.images_alone)
+
+    def item(index: int, rng: np.random.Generator) -> Item:
+        # What is random about a clip in a pack is a function of its own seed: the pack's state has that alone.
+        own = int(rng.integers(2**31))
+        count = counts[owners[index]]
+        if drop is not None:
+            count = len(kept(drop, count, max(counts), own))
+        return Item(int(index), count, own)
+
+    def arrays_of(packs: list[list[Item]]) -> dict[str, Any]:
+        chosen = None
+        if drop is not None:
+            chosen = [
+                [kept(drop, counts[owners[item.index]], max(counts), item.seed) for item in pack] for pack in packs
+            ]
+        placed = [[grids[owners[item.index]] for item in pack] for pack in packs]
+        positions, sizes = place_clips(placed, tokens, clips_per_pack, chosen)
+        batch = np.zeros((len(packs), tokens, width), np.float32)
+        text = np.zeros((len(packs), clips_per_pack, words), np.int32)
+        for row, pack in enumerate(packs):
+            start = 0
+            for segment, item in enumerate(pack):
+                clip = clips[item.index]
+                content = to_tokens(clip.latents[None], config.patch_size)[0]
+                if chosen is not None:
+                    content = content[chosen[row][segment]]
+                batch[row, start : start + len(content)] = content
+                start += len(content)
+                dropped = np.random.default_rng(item.seed + 2**31).random() < caption_dropout
+                text[row, segment] = encode(["" if dropped else clip.caption])[0]
+        pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
+        return {"tokens": batch, "text": text, "pack": pack}
+
+    items = (
+        grain.MapDataset.range(len(owners))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(item)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16))
+    )
+    return Packed(items, batch_size, tokens, clips_per_pack, WAITING).map(arrays_of)
+
+
+def kept(drop: DropConfig, tokens: int, most: int, seed: int) -> np.ndarray:
+    """The tokens of a clip that are left, by its seed in its pack."""
+    rng = np.random.default_rng(seed)
+    return kept_tokens(tokens, drop_rate(drop, tokens, most, rng), rng)
+
+
+def _size(size: np.ndarray) -> str:
+    return " × ".join(map(str, size))
