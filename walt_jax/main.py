@@ -19,7 +19,7 @@ from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
 KNOB = "--config."
-MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "encode", "plan", "benchmark")
+MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "encode", "plan", "benchmark", "export")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -80,7 +80,7 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "out",
         None,
-        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set",
+        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set; export: the .safetensors to write",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -389,6 +389,15 @@ def benchmark(values: flags.FlagValues) -> None:
     print(f"wrote {run.workdir / 'benchmark.json'}")
 
 
+def export(values: flags.FlagValues) -> None:
+    """Writes a trained DiT or Latte for others to read."""
+    out = pathlib.Path(values.out or "")
+    if out.suffix != ".safetensors":
+        raise UserError("Name the file to write: --out=FILE.safetensors.")
+    count = open_trained_run(values).export(out)
+    print(f"wrote {count:,} parameters to {out}")
+
+
 def main(argv: list[str]) -> int:
     """Runs a mode; returns the exit code."""
     try:
@@ -405,6 +414,7 @@ def main(argv: list[str]) -> int:
             "encode": encode,
             "plan": plan,
             "benchmark": benchmark,
+            "export": export,
         }
         modes[values.mode](values)
     except UserError as error:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import runpy
 import shutil
@@ -18,14 +19,14 @@ import pytest
 
 from walt_jax import main
 from walt_jax.config import build
-from walt_jax.data import beam, cutting
+from walt_jax.data import beam, cutting, watchdog
 from walt_jax.data import prepare as prepare_lib
 from walt_jax.data.captioner import CaptionError, caption, open_captioner
 from walt_jax.data.media import write_video
 from walt_jax.data.prepare import prepare
 from walt_jax.data.prepare_config import Knobs, PrepareConfig
 from walt_jax.data.raw import list_raw
-from walt_jax.data.video import frame_rate, read_clip
+from walt_jax.data.video import frame_rate, read_clip, read_frames
 from walt_jax.errors import UserError
 
 pytest.importorskip("apache_beam", reason='apache_beam is not installed: pip install -e ".[prepare]"')
@@ -111,6 +112,26 @@ def test_each_good_scene_is_there_once(whole, raw_videos):
         start, end = (round(example[f"{at}_seconds"] * 10) for at in ("start", "end"))
         original = read_clip(example["source"].decode(), fps=10)[start:end]
         assert np.abs(frames.astype(float) - original).mean() < 12  # colours lose detail; a frame late, it is 16
+
+
+def crash_on_b(path, *args, **kwargs):
+    """`read_frames` with a decoder that crashes on `b.mp4` in the middle."""
+    for index, frame in enumerate(read_frames(path, *args, **kwargs)):
+        if pathlib.Path(path).name == "b.mp4" and index == 10:
+            os.abort()
+        yield frame
+
+
+def test_a_file_that_crashes_the_decoder_is_dropped_with_a_reason(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "read_frames", crash_on_b)
+    prepare(config_of(few), tmp_path / "out")
+    assert [pathlib.Path(e["source"].decode()).name for e in examples(tmp_path / "out")] == ["a.mp4"]
+    report = json.loads((tmp_path / "out/prepare.json").read_text())
+    assert {row["input"]: row["reason"] for row in report["inputs"]} == {
+        "a.mp4": None,
+        "b.mp4": "decoding crashes: SIGABRT",
+    }
+    assert report["dropped_by"] == {"unreadable": 1}
 
 
 def test_captions_come_from_the_table(whole):

@@ -2,12 +2,15 @@
 
 import collections
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from walt_jax.data import store as store_lib
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.media import write_video
 from walt_jax.data.pipeline import Data, DataConfig
@@ -82,6 +85,27 @@ def test_examples_are_clips_with_their_captions(scenes):
                 seen[word] += 1
     assert abs(seen["grey"] - 120) < 4 * np.sqrt(60)
     assert len(store.skipped) == 1
+
+
+def test_several_are_looked_at_at_a_time_and_nothing_else_changes(scenes, monkeypatch):
+    look, threads = Records.look, set()
+
+    def uneven(self, content):
+        threads.add(threading.get_ident())
+        time.sleep(0.1 if len(threads) % 2 else 0.01)  # so that they don't end as they began
+        return look(self, content)
+
+    monkeypatch.setattr(Records, "look", uneven)
+    several = Records(scenes, max_bad_fraction=0.1)
+    assert 1 < len(threads) <= store_lib.CHECK_THREADS
+    monkeypatch.setattr(store_lib, "CHECK_THREADS", 1)
+    threads.clear()
+    one = Records(scenes, max_bad_fraction=0.1)
+    assert len(threads) == 1
+    assert several.rows == one.rows and several.reasons == one.reasons
+    assert list(several.info.items()) == list(one.info.items())
+    numbers = [int(row.file.rsplit("/", 1)[1]) for row in several.rows]
+    assert numbers == sorted(numbers) and len(numbers) == 12
 
 
 def test_a_config_takes_a_data_set_for_a_source(scenes):

@@ -1,6 +1,7 @@
 """Scenes: where a video is cut, what is measured of its scenes, and which are dropped."""
 
 import dataclasses
+import os
 import pathlib
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from walt_jax.data import scenes as scenes_lib
+from walt_jax.data import watchdog
 from walt_jax.data.media import write_video
 from walt_jax.data.prepare_config import PrepareConfig
 from walt_jax.data.scenes import Scene, find_scenes, objection
@@ -141,14 +143,25 @@ def test_objections(change, expected):
     assert found is None or "_" in found[1]  # names the knob
 
 
-def test_what_breaks_a_decoder_is_a_clip_error(tmp_path, monkeypatch):
-    def broken(*_):
-        yield np.zeros((8, 8, 3), np.uint8)
-        raise MemoryError("too large")
+def broken(*_, **__):
+    yield np.zeros((8, 8, 3), np.uint8)
+    raise MemoryError("too large")
 
-    monkeypatch.setattr(scenes_lib, "read_frames", broken)
-    with pytest.raises(ClipError, match="MemoryError: too large"):
+
+def crashing(*_, **__):
+    yield np.zeros((8, 8, 3), np.uint8)
+    os.abort()
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [(broken, "decoding failed: MemoryError: too large"), (crashing, "decoding crashes: SIGABRT")],
+)
+def test_what_breaks_a_decoder_is_a_clip_error(tmp_path, monkeypatch, read, reason):
+    monkeypatch.setattr(watchdog, "read_frames", read)
+    with pytest.raises(ClipError) as error:
         find_scenes(tmp_path, FPS, 3.0, 10)
+    assert str(error.value) == reason
 
 
 def test_no_cut_in_a_real_shot():

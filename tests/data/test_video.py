@@ -1,5 +1,6 @@
 """Reading video: clocks against a slow obvious oracle, orientation, size, damage, and real files from the wild."""
 
+import gc
 import pathlib
 import tempfile
 from fractions import Fraction
@@ -10,10 +11,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import ExifTags, Image, ImageOps
 
 from walt_jax.data import video
 from walt_jax.data.media import write_video
-from walt_jax.data.video import ClipError, read_clip
+from walt_jax.data.video import ClipError, describe, read_clip
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 
@@ -188,6 +190,78 @@ def test_frames_come_upright(tmp_path, rotation):
     assert clip.shape[1:] == upright.shape
     assert np.abs(clip[0].astype(int) - upright).mean() < 4
     assert read_clip(tmp_path / "clip.mp4", short_side=16).shape[1:3] == ((16, 32) if rotation % 180 == 0 else (32, 16))
+
+
+@pytest.mark.parametrize("vflip", [False, True])
+@pytest.mark.parametrize("hflip", [False, True])
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_mirrored_videos_come_upright(tmp_path, rotation, hflip, vflip):
+    stored = grey(0, 32, 64)
+    stored[:16, :32] = 255  # a white quarter at the top left, and a grey one below
+    stored[16:, :32] = 128
+    with av.open(str(tmp_path / "clip.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        stream.set_display_rotation(rotation, hflip=hflip, vflip=vflip)
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
+        out.mux(stream.encode())
+    upright = np.rot90(stored, rotation // 90)
+    upright = upright[:, ::-1] if hflip else upright
+    upright = upright[::-1] if vflip else upright
+    clip = read_clip(tmp_path / "clip.mp4")
+    assert clip.shape[1:] == upright.shape
+    assert np.abs(clip[0].astype(int) - upright).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+)
+def test_pictures_come_as_their_exif_says(tmp_path, kind, options, orientation):
+    rng = np.random.default_rng(0)
+    stored = Image.fromarray(rng.integers(0, 256, (3, 5, 3), np.uint8).repeat(16, 0).repeat(16, 1))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.save(tmp_path / "picture", kind, exif=exif, **options)
+    with Image.open(tmp_path / "picture") as picture:
+        upright = np.asarray(ImageOps.exif_transpose(picture).convert("RGB")).astype(int)
+    clip = read_clip(tmp_path / "picture", 8)
+    assert clip.shape == (1, *upright.shape) and clip.flags.c_contiguous
+    assert np.abs(clip[0] - upright).mean() < 3  # YUV stores colours coarsely; another orientation is 70 off
+    info = describe(tmp_path / "picture")
+    assert (info.height, info.width) == upright.shape[:2]
+    assert read_clip(tmp_path / "picture", short_side=24).shape[1:3] == ((24, 40) if orientation < 5 else (40, 24))
+
+
+def test_no_frame_waits_for_the_garbage_collector(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    write_stamped(tmp_path / "clip.mp4", [0, 40, 80, 120], last=40, rotation=90, pictures=[stored] * 4)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 5
+    Image.fromarray(stored).save(tmp_path / "picture.jpg", exif=exif)
+    gc.collect()
+    gc.disable()
+    try:
+        for name in ("clip.mp4", "picture.jpg"):
+            read_clip(tmp_path / name)
+            describe(tmp_path / name)
+        frames = [thing for thing in gc.get_objects() if isinstance(thing, av.VideoFrame)]
+        assert all(frame.width == frame.height == 1 for frame in frames)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_side_data_without_a_name_hides_no_rotation(tmp_path, rotation, monkeypatch):
+    stored = np.random.default_rng(0).integers(0, 256, (2, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    write_stamped(tmp_path / "clip.mp4", [0], last=100, rotation=rotation, pictures=[stored])
+    want = read_clip(tmp_path / "clip.mp4")
+
+    def unknown(_):
+        raise ValueError("99 is not a valid Type")
+
+    monkeypatch.setattr(video, "_side_data", unknown)
+    np.testing.assert_array_equal(read_clip(tmp_path / "clip.mp4"), want)
 
 
 def test_a_phone_video_reads_the_right_way_up():

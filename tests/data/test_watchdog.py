@@ -114,6 +114,117 @@ def test_a_worker_that_dies_between_calls_is_nobodys_fault(watchdog):
     assert watchdog.call(5, os.getpid) != pid
 
 
+def test_a_worker_that_dies_as_it_gets_a_call_is_nobodys_fault_either():
+    with Watchdog() as watchdog, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        pids = [future.result() for future in [pool.submit(watchdog.call, 5, slow_pid) for _ in range(3)]]
+        assert len(set(pids)) == 3  # so that what comes next after a dead one is dead too
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # alive, but it does not begin
+        call = pool.submit(watchdog.call, 30, os.getpid)
+        time.sleep(0.3)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert call.result() not in pids
+        assert watchdog.call(5, os.getpid) == call.result()
+
+
+def slow_pid():
+    time.sleep(0.5)
+    return os.getpid()
+
+
+def crash_and_tell(path):
+    with open(path, "a") as file:
+        file.write("called\n")
+    os.abort()
+
+
+def test_a_call_that_crashes_is_not_tried_again(watchdog, tmp_path):
+    with pytest.raises(ClipError, match=r"^decoding crashes: SIGABRT$"):
+        watchdog.call(5, crash_and_tell, tmp_path / "calls")
+    assert (tmp_path / "calls").read_text() == "called\n"
+
+
+def test_workers_that_never_begin_are_an_error(watchdog):
+    with pytest.raises(ClipError, match=r"^the decoding process has died$"):
+        watchdog.call(5, divmod, Unreadable(), 2)
+    assert watchdog.call(5, divmod, 7, 2) == (3, 1)
+
+
+class Unreadable:
+    """What takes the process that unpickles it with it."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+# Item by item
+
+
+def count_up(stop, path=None):
+    """Numbers and who counts; hangs after 1."""
+    try:
+        for number in range(stop):
+            yield number, os.getpid()
+            if number == 1:
+                time.sleep(1000)
+    finally:
+        if path:
+            path.write_text("closed")
+
+
+def test_items_come_one_by_one_from_one_process(watchdog):
+    pid = watchdog.call(5, os.getpid)
+    assert list(watchdog.iterate(5, count_up, 1)) == [(0, pid)]
+    assert list(watchdog.iterate(5, range, 1000)) == list(range(1000))
+    assert list(watchdog.iterate(5, range, 0)) == []
+    assert watchdog.call(5, os.getpid) == pid
+
+
+def test_an_iterator_that_is_left_is_closed_and_its_process_goes_on(watchdog, tmp_path):
+    items = watchdog.iterate(5, count_up, 5, tmp_path / "told")
+    _, pid = next(items)
+    assert watchdog.call(5, os.getpid) != pid and not (tmp_path / "told").exists()
+    items.close()
+    assert (tmp_path / "told").read_text() == "closed"
+    assert watchdog.call(5, os.getpid) == pid
+
+
+def test_what_an_iterator_raises(watchdog, tmp_path):
+    items = watchdog.iterate(0.5, count_up, 5)
+    assert next(items)[0] == 0
+    assert next(items)[0] == 1
+    with pytest.raises(ClipError, match=r"^decoding hangs: stopped after 0\.5 s$"):
+        next(items)
+    items = watchdog.iterate(5, map, divmod, [7, 7], [2, 0])
+    assert next(items) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+    items = watchdog.iterate(5, map, os._exit, [3])
+    with pytest.raises(ClipError, match=r"^decoding crashes: exit code 3$"):
+        next(items)
+    with pytest.raises(ZeroDivisionError):
+        next(watchdog.iterate(5, divmod, 1, 0))
+    assert watchdog.call(5, divmod, 7, 2) == (3, 1)
+
+
+def test_a_process_that_dies_between_two_items_ends_the_iterator(watchdog):
+    items = watchdog.iterate(5, count_up, 5)
+    _, pid = next(items)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: gone(pid))
+    with pytest.raises(ClipError, match=r"^the decoding process has died$"):
+        next(items)
+    assert watchdog.call(5, divmod, 7, 2) == (3, 1)
+
+
+def test_one_call_at_a_time_is_one_processs_work():
+    with Watchdog() as watchdog, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pids = {future.result() for future in [pool.submit(watchdog.call, 5, slow_pid) for _ in range(2)]}
+        assert len(pids) == 2
+        assert len({watchdog.call(5, os.getpid) for _ in range(6)}) == 1  # so the other one's memory does not grow
+
+
 def test_threads_share_it(watchdog):
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         slow = pool.submit(watchdog.call, 5, time.sleep, 0.5)

@@ -144,8 +144,11 @@ def waves(value, dim):
     )
 
 
-def clock(params, name, time):
-    return linear(params[f"{name}_out"], swish(linear(params[f"{name}_in"], waves(1000 * float(time), 256))))
+def clock(params, name, time, closed=False):
+    told = waves(1000 * float(time), 256)
+    if closed:
+        told = [wave(1000 * float(time) * 10_000 ** (-i / 127)) for wave in (math.cos, math.sin) for i in range(128)]
+    return linear(params[f"{name}_out"], swish(linear(params[f"{name}_in"], np.array(told))))
 
 
 def upscaled(params, low, scale):
@@ -166,8 +169,10 @@ def twin(params, config, grid, noisy, time, condition, estimate):
     parts = [noisy]
     if config.self_conditioning:
         parts.append(estimate)
-    if config.frame_prediction:
+    if config.frame_prediction and config.known_by == "channels":
         parts += [condition.known, condition.known_mask]
+    elif config.frame_prediction:
+        parts[0] = np.where(condition.known_mask > 0, condition.known, noisy)
     if config.upscale > 1:
         parts.append(upscaled(params["upscale"], condition.low, config.upscale))
     x = linear(params["patch_in"], np.concatenate(parts, -1))
@@ -181,19 +186,25 @@ def twin(params, config, grid, noisy, time, condition, estimate):
     if config.positions == "sincos":
         x = x + np.concatenate([fixed(places[:, 2], config.dim // 2), fixed(places[:, 1], config.dim // 2)], -1)
 
-    shared, text, words = clock(params, "time", time.item()), {}, None
+    shared, text, words = clock(params, "time", time.item(), config.time_frequencies == "diffusers"), {}, None
     given = [shared]
     if config.classes:
         given.append(params["label_embedding"][condition.label.item()])
         shared = shared + given[-1]
     if condition.text is not None:
         words, mask = linear(params["text_in"], condition.text), condition.text_mask
+        if config.adaln == "single":
+            words = linear(params["text_out"], gelu(words))
         if config.condition_by == "norm":
-            shared = shared + linear(params["text_pooled"], words[mask].sum(0) / max(1, mask.sum()))
+            shared = (
+                shared + 0
+                if config.adaln == "single"
+                else shared + linear(params["text_pooled"], words[mask].sum(0) / max(1, mask.sum()))
+            )
             text = {"text": words[None, None], "text_mask": mask[None, None]}
     if config.upscale > 1:
         shared = shared + clock(params, "low_time", condition.low_time.item())
-    shared = swish(shared)
+    told_all, shared = shared, swish(shared)
     tokens = len(x)
     if config.condition_by != "norm":
         given = np.stack(given) + params["word_embedding"]
@@ -264,8 +275,10 @@ def twin(params, config, grid, noisy, time, condition, estimate):
                 continue
             h, gate = told(x, name)
             x = x + gate * attention(block[name], h, each, config.images_alone)
-        if config.cross:
+        if config.cross and (config.cross_in == "all" or windows[0].time == 1):
             h = own_norm(block["cross_norm"], x) if config.adaln == "none" else plain_norm(x)
+            if config.adaln == "single":
+                h = x
             if config.cross_keys == "joint":
                 x = x + attention(block["cross_attention"], h, [Window(1, None, None)], **text)
             elif text["text_mask"].any():
@@ -284,7 +297,10 @@ def twin(params, config, grid, noisy, time, condition, estimate):
     if config.adaln == "none":
         x = own_norm(params["norm_out"], x)
     else:
-        scale, shift = np.split(linear(params["adaln_out"], shared), 2)
+        if config.adaln == "single":
+            scale, shift = told_all + params["adaln_out_table"].reshape(2, -1)
+        else:
+            scale, shift = np.split(linear(params["adaln_out"], shared), 2)
         x = plain_norm(x) * (1 + scale) + shift
     x = linear(params["patch_out"], x)
     return upscaled(params["conv_out"], x.reshape(*grid, -1), 1) if config.output_conv else x
@@ -374,6 +390,15 @@ COVERING = [
     # two attentions a block, as in STDiT, Latte 3 and VDT; heads divided, as in Latte 4
     {"split": "attentions", "adaln": "single", "cross_keys": "text", "relative": "none"},
     {
+        "adaln": "single",
+        "cross_keys": "text",
+        "cross_in": "frames",
+        "relative": "none",
+        "time_frequencies": "diffusers",
+        "windows": ((1, None, None), (None, 1, 1)),
+        "positions": "sincos",
+    },
+    {
         "split": "attentions",
         "modulated": "last",
         "windows": ((None, 1, 1), (1, None, None)),
@@ -383,7 +408,13 @@ COVERING = [
         "relative": "none",
         "scan": True,
     },
-    {"split": "heads", "cross_attention": False, "classes": CLASSES},
+    {
+        "split": "heads",
+        "cross_attention": False,
+        "classes": CLASSES,
+        "frame_prediction": True,
+        "known_by": "place",
+    },
     {
         "split": "heads",
         "adaln": "none",

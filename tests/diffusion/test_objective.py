@@ -331,3 +331,35 @@ def test_from_a_config():
         build(DiffusionConfig, {"schedule": {"name": "linear"}, "self_conditioning": 1.5}, "diffusion")
     assert DiffusionConfig(FLOW).shift(jnp.array([[4.0]])) is None
     np.testing.assert_allclose(DiffusionConfig(FLOW, base_tokens=4).shift(jnp.array([[16.0, 0.0]])), [[2.0, 0.5]])
+
+
+@pytest.mark.parametrize("multiscale", [1, 2])
+def test_coarse_errors_count_as_their_squares_means_with_twice_the_weight_of_finer_ones(multiscale):
+    latents = RNG.normal(size=(2, 16, 1)).astype(np.float32)  # 4 × 4
+    config = DiffusionConfig(LINEAR, multiscale=multiscale)
+    differences = []
+
+    def model(noisy, time, estimate):
+        answer = 0.3 * noisy
+        return answer
+
+    def coarse(values, size):
+        if size == 2:
+            differences.append(np.asarray(values))
+        grid = values.reshape(2, 4 // size, size, 4 // size, size)
+        return grid.mean((2, 4))
+
+    tokens = np.full((2, 1), 16, np.float32)
+    found = diffusion_loss(
+        model, latents, np.ones_like(latents), tokens, None, lambda x: x, jax.random.key(3), config, coarse
+    )
+    error = differences[0].reshape(2, 4, 4)
+    expected, weights = 0.0, [2.0 ** (level - multiscale) for level in range(multiscale + 1)]
+    for level, weight in enumerate(weights):
+        size, squares = 2**level, []
+        for clip in error:
+            for y in range(0, 4, size):
+                for x in range(0, 4, size):
+                    squares.append(clip[y : y + size, x : x + size].mean() ** 2)
+        expected += weight * np.mean(squares)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -47,11 +47,11 @@ def filled(model):
     return tree.unflatten([0.3 * normal(index, *leaf.shape) for index, leaf in enumerate(leaves)])
 
 
-def pack_of(packs, tokens, clips, config):
-    """With rows for frames of at most four tokens."""
+def pack_of(packs, tokens, clips, config, row=4):
+    """With rows for frames of at most so many tokens."""
     places = place_clips(packs, tokens, clips)
     windows = config.attention_windows
-    return make_pack(*places, windows, {window.name: (4,) for window in windows}, config.images_alone, 16)
+    return make_pack(*places, windows, {window.name: (row,) for window in windows}, config.images_alone, 4 * row)
 
 
 # A pack of a video, an image and a video beside a place without a clip; four tokens fill it up. The second clip's label
@@ -222,6 +222,64 @@ def test_in_packs_each_clip_is_given_frames_for_itself(record):
     # What is learned is the rest: neither what is given nor what fills up.
     learned = (pack.positions[..., :1] >= 0) & (mask == 0)
     np.testing.assert_array_equal(grads != 0, np.repeat(learned, CHANNELS, axis=-1))
+
+
+KINDS = ("start", "end", "every", "one", "random", "square")
+
+
+def given_frames(mask, grid):
+    """Which frames are given whole; None where squares are left out of them."""
+    frames = mask.reshape(grid[0], -1)
+    return None if ((frames > 0).any(1) != (frames > 0).all(1)).any() else frames.all(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
+    grids, conditioning = [(3, 4, 2), (2, 2, 4)], ConditioningConfig((2,), 1.0, (kind,))
+    packed = {
+        "tokens": normal(0, 60, 42, 8),
+        "text": np.zeros((60, 2, 1), np.int32),
+        "pack": pack_of([grids] * 60, 42, 2, PATCHED, row=8),
+    }
+    noted, _, _ = record(PATCHED, conditioning, packed)
+    mask = np.asarray(noted["condition"].known_mask)[..., 0]
+    seen = set()
+    for row, clip in np.ndindex(60, 2):
+        (t, h, w), own = grids[clip], mask[row, packed["pack"].positions[row, :, 0] == clip]
+        assert set(np.unique(own)) <= {0, 1}
+        if kind == "square":
+            # The same in all frames: what is not given is a rectangle, about half of each side's 0.71.
+            frames = own.reshape(t, h, w)
+            assert (frames == frames[0]).all()
+            rows, columns = (np.flatnonzero((frames[0] == 0).any(axis)) for axis in (1, 0))
+            expected = np.ones((h, w))
+            expected[np.ix_(rows, columns)] = 0
+            np.testing.assert_array_equal(frames[0], expected)
+            assert (np.diff(rows) == 1).all() and (np.diff(columns) == 1).all()
+            seen.add((clip, *rows, -1, *columns))
+            continue
+        frames = given_frames(own, grids[clip])
+        assert frames is not None
+        if kind == "one":
+            assert frames.sum() == 1
+        elif kind != "random":
+            expected = {"start": [0, 1], "end": [t - 2, t - 1], "every": range(0, t, 4)}[kind]
+            np.testing.assert_array_equal(np.flatnonzero(frames), expected)
+        seen.add((clip, *np.flatnonzero(frames)))
+    if kind in ("start", "end", "every"):
+        assert len(seen) == 2
+    else:
+        assert len(seen) > 4
+    if kind == "one":
+        assert seen == {(0, t) for t in range(3)} | {(1, t) for t in range(2)}
+
+
+def test_several_kinds_come_as_often(record):
+    conditioning = ConditioningConfig((1,), 0.8, ("start", "end"))
+    noted, _, _ = record(PATCHED, conditioning, batch_of(400))
+    mask = np.asarray(noted["condition"].known_mask)[..., 0]
+    shares = [(mask == pattern).all(1).mean() for pattern in ([0, 0, 0], [1, 0, 0], [0, 0, 1])]
+    np.testing.assert_allclose(shares, [0.2, 0.4, 0.4], atol=0.08)
 
 
 def test_the_loss_is_told_how_many_tokens_each_clip_has(record, monkeypatch):

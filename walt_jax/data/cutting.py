@@ -17,8 +17,8 @@ from walt_jax.data.captioner import CaptionError, caption, open_captioner
 from walt_jax.data.media import write_video_stream
 from walt_jax.data.prepare_config import PrepareConfig
 from walt_jax.data.raw import RawVideo
-from walt_jax.data.scenes import Scene, find_scenes, frames_of, objection
-from walt_jax.data.video import ClipError, frame_rate, read_clip
+from walt_jax.data.scenes import Scene, find_scenes, frames_of, objection, rate_of
+from walt_jax.data.video import ClipError
 
 SCENES = "scenes"  # folders of the work folder
 RECORDS = "inputs"
@@ -49,17 +49,12 @@ def _cut_into(record: dict[str, Any], video: RawVideo, config: PrepareConfig, wo
     """Fills the record in. Nothing but the file itself raises a ClipError."""
     path = _fetch(video.uri, folder)
     record["size_bytes"] = path.stat().length
-    try:
-        height, width = read_clip(path, max_frames=1).shape[1:3]
-    except ClipError:
-        raise
-    except Exception as error:  # as in `frames_of`
-        raise ClipError(f"decoding failed: {type(error).__name__}: {error}") from error
+    height, width, _ = next(frames_of(path)).shape
     record.update(height=height, width=width)
     if min(height, width) < config.min_short_side:
         reason = f"{height} × {width} pixels, the shorter fewer than min_short_side={config.min_short_side}"
         return record.update(reason=reason, dropped_by="size")
-    fps = frame_rate(path) if config.fps is None else Fraction(config.fps).limit_denominator(1001)
+    fps = rate_of(path) if config.fps is None else Fraction(config.fps).limit_denominator(1001)
     record["frames_per_second"] = float(fps)
     scenes = find_scenes(path, fps, config.cut_threshold, config.max_seconds)
     record["duration_seconds"] = float(scenes[-1].end / fps)

@@ -1,32 +1,22 @@
 """A folder of captioned videos and images."""
 
-import csv
 import dataclasses
-import io
-import json
-import os
 from collections.abc import Iterable, Mapping
-from concurrent import futures
 from typing import Any
 
-import tqdm
 from etils import epath
 
-from walt_jax.data.limits import ClipError
-from walt_jax.data.store import WATCHDOG, Row, Store
-from walt_jax.data.video import ClipInfo, describe
+from walt_jax.data.listing import read_table, walk
+from walt_jax.data.store import Row, Store
+from walt_jax.data.video import ClipInfo
 from walt_jax.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".gif", ".mkv", ".ts", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-TABLES = ("metadata.csv", "metadata.jsonl")
 
 # The words that data sets use in a metadata file's split column.
 SPLIT_COLUMN = {"train": "train", "val": "held_out", "validation": "held_out", "test": "held_out"}
-
-# Enough to hide the latency of a network disk; decoding itself is bound by the cores.
-CHECK_THREADS = 4
 
 
 def is_data_set(path: epath.PathLike) -> bool:
@@ -53,10 +43,7 @@ class Folder(Store):
     def _list(self, columns: Mapping[str, float]) -> list[Row]:
         if not self.path.is_dir():
             raise UserError(f"there is no data folder {self.path}: correct its path, or create it.")
-        files: list[str] = []
-        tables: list[tuple[str, epath.Path]] = []
-        _explore(self.path, "", files, tables, set())
-        files.sort()
+        files, tables = walk(self.path, SUFFIXES)
         if not tables:
             if not files:
                 raise UserError(
@@ -64,9 +51,9 @@ class Folder(Store):
                 )
             return [Row(file) for file in files]
         rows = []
-        for prefix, table in sorted(tables):
+        for prefix, table in tables:
             rows += [
-                dataclasses.replace(row, file=prefix + row.file) for row in _read_table(table, columns, bool(prefix))
+                dataclasses.replace(row, file=prefix + row.file) for row in _read_rows(table, columns, bool(prefix))
             ]
         named = {row.file for row in rows}
         for file in sorted(named.difference(files)):
@@ -80,24 +67,7 @@ class Folder(Store):
     def _check(self, files: Iterable[str], max_bad_fraction: float) -> dict[str, ClipInfo]:
         """What the files hold that can be read; the others are entered in the account of the skipped ones."""
         files = sorted(files)
-
-        def look(file: str) -> ClipInfo | str:
-            try:
-                return WATCHDOG.call(self.limits.wall_seconds, describe, self.path / file, self.limits)
-            except ClipError as error:
-                return str(error)
-
-        with futures.ThreadPoolExecutor(CHECK_THREADS) as pool:
-            progress = tqdm.tqdm(
-                pool.map(look, files),
-                f"checking {self.path}",
-                len(files),
-                unit="file",
-                delay=3,
-                leave=False,
-                disable=None,
-            )
-            found = dict(zip(files, progress, strict=True))
+        found = self.check_all(lambda file: self.look(self.content(file)), files, "file")
         bad = {file: reason for file, reason in found.items() if isinstance(reason, str)}
         if len(bad) > max_bad_fraction * len(files):
             file, reason = next(iter(bad.items()))
@@ -110,55 +80,16 @@ class Folder(Store):
         return {file: info for file, info in found.items() if isinstance(info, ClipInfo)}
 
 
-def _explore(
-    folder: epath.Path, prefix: str, files: list[str], tables: list[tuple[str, epath.Path]], seen: set[str]
-) -> None:
-    """Finds the files with a video's or a picture's suffix, and the tables, in a folder and its sub-folders.
-
-    Hidden ones are systems' own. A link that leads back to a folder on the way to it is left alone.
-    """
-    real = os.path.realpath(folder) if "://" not in os.fspath(folder) else os.fspath(folder)
-    if real in seen:
-        return
-    seen = seen | {real}
-    for name in TABLES:
-        if (folder / name).is_file():
-            tables.append((prefix, folder / name))
-            break
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        # By the name first: on a remote disk, each `is_dir` is a message.
-        if path.suffix.lower() in SUFFIXES:
-            files.append(prefix + path.name)
-        elif path.is_dir():
-            _explore(path, f"{prefix}{path.name}/", files, tables, seen)
-
-
-def _read_table(table: epath.Path, columns: Mapping[str, float], may_lack: bool) -> list[Row]:
-    """The rows of a metadata.csv or metadata.jsonl; a sub-folder's may lack a caption's column."""
-    try:
-        # utf-8-sig: spreadsheet programs put a byte-order mark in front.
-        text = table.read_bytes().decode("utf-8-sig")
-        if table.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            lines = list(csv.DictReader(io.StringIO(text, newline="")))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
-    except csv.Error as error:
-        raise UserError(f"{table} can't be read as CSV ({error}): write it anew.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{table} has a line that is no JSON ({error}): write one object a line.") from error
+def _read_rows(table: epath.Path, captions: Mapping[str, float], may_lack: bool) -> list[Row]:
+    """The rows of a table; a sub-folder's may lack a caption's column."""
+    columns, lines = read_table(table)
     if not lines:
         raise UserError(f"{table} names no clip: add a line file_name,caption and a row for each clip, or remove it.")
-    if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{table} has a line that is no JSON object: write one object a line.")
-    for column in ("file_name", *(() if may_lack else columns)):
-        if column not in lines[0]:
-            also = " and ".join(("file_name", *columns))
+    for column in ("file_name", *(() if may_lack else captions)):
+        if column not in columns:
+            also = " and ".join(("file_name", *captions))
             raise UserError(f"{table} has no column {column}: its first line must name {also}.")
-    return [_row(line, table, columns) for line in lines]
+    return [_row(line, table, captions) for line in lines]
 
 
 def _row(line: Mapping[str, Any], table: epath.Path, columns: Mapping[str, float]) -> Row:

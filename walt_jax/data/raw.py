@@ -1,13 +1,11 @@
 """Lists raw videos: those of a folder, with their captions, or those that a text file names."""
 
-import csv
 import dataclasses
 import hashlib
-import io
-from collections.abc import Iterable
 
 from etils import epath
 
+from walt_jax.data.listing import read_table, read_text, walk
 from walt_jax.errors import UserError
 
 SUFFIXES = (
@@ -59,44 +57,30 @@ def list_raw(source: epath.PathLike) -> tuple[list[RawVideo], list[str]]:
 
 def _of_folder(folder: epath.Path) -> list[RawVideo]:
     captions = _captions(folder / TABLE)
-    names = sorted({*_videos(folder), *captions})
+    names = sorted({*walk(folder, SUFFIXES).files, *captions})
     if not names:
         raise UserError(f"{folder} holds no video; put files in it that end in {', '.join(SUFFIXES)}.")
     return [RawVideo(name, str(folder / name), tuple(captions.get(name, ()))) for name in names]
-
-
-def _videos(folder: epath.Path) -> Iterable[str]:
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        # By the name first: on a remote disk, each `is_dir` is a message.
-        if path.suffix.lower() in SUFFIXES:
-            yield path.name
-        elif path.is_dir():
-            yield from (f"{path.name}/{name}" for name in _videos(path))
 
 
 def _captions(table: epath.Path) -> dict[str, list[str]]:
     """The captions of each file that the table names, in turn; none where there is no table."""
     if not table.exists():
         return {}
-    rows = csv.DictReader(io.StringIO(_text(table), newline=""))
-    try:
-        if not {"file_name", "caption"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{table} has no columns file_name and caption; its first line must name them.")
-        captions = {}
-        for row in rows:
-            name = (row["file_name"] or "").strip().removeprefix("./")
-            text = (row["caption"] or "").strip()
-            if name:
-                captions.setdefault(name, []).extend([text] if text else [])
-    except csv.Error as error:
-        raise UserError(f"{table} can't be read as CSV ({error}); write it anew.") from error
+    columns, rows = read_table(table)
+    if not {"file_name", "caption"} <= set(columns):
+        raise UserError(f"{table} has no columns file_name and caption; its first line must name them.")
+    captions = {}
+    for row in rows:
+        name = (row["file_name"] or "").strip().removeprefix("./")
+        text = (row["caption"] or "").strip()
+        if name:
+            captions.setdefault(name, []).extend([text] if text else [])
     return captions
 
 
 def _of_list(file: epath.Path) -> tuple[list[RawVideo], list[str]]:
-    lines = [line.strip() for line in _text(file).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{file} names no video; write a path or URI a line.")
     first, again = set(), []
@@ -106,11 +90,3 @@ def _of_list(file: epath.Path) -> tuple[list[RawVideo], list[str]]:
         first.add(line)
     uri = {line: line if "://" in line else str(file.parent / line) for line in first}
     return [RawVideo(line, uri[line]) for line in sorted(first)], again
-
-
-def _text(file: epath.Path) -> str:
-    try:
-        # utf-8-sig: spreadsheet programs put a byte-order mark in front.
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error

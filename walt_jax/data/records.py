@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
-import tqdm
 
 from walt_jax.data.folder import SPLIT_COLUMN
-from walt_jax.data.limits import ClipError
-from walt_jax.data.store import WATCHDOG, Row, Store
-from walt_jax.data.video import describe
+from walt_jax.data.store import Row, Store
+from walt_jax.data.video import ClipInfo
 from walt_jax.errors import UserError
 
 
@@ -18,7 +16,7 @@ class Records(Store):
 
     An example has `video` or `image`, encoded; the captions' columns, texts or labels; or `captions`, several of equal
     weight; and perhaps `source`, what it was cut from, which is held out as a whole. Splits are the data set's where it
-    has several. Each example is looked at once when the data set is opened.
+    has several. Each example is looked at once when the data set is opened, several at a time.
     """
 
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
@@ -43,33 +41,30 @@ class Records(Store):
         self._read(captions, max_bad_fraction)
 
     def content(self, file: str) -> bytes:
+        return self._example(file)[self._feature]
+
+    def _example(self, file: str) -> Mapping[str, Any]:
         split, number = file.rsplit("/", 1)
-        return self._examples[split][int(number)][self._feature]
+        return self._examples[split][int(number)]
 
     def _read(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
         """Fills in rows and what each example holds."""
-        self.rows, self.info = [], {}
-        total = sum(map(len, self._examples.values()))
-        with tqdm.tqdm(
-            total=total, desc=f"checking {self.path}", unit="clip", delay=3, leave=False, disable=None
-        ) as told:
-            for split, examples in self._examples.items():
-                for number in range(len(examples)):
-                    example, file = examples[number], f"{split}/{number}"
-                    told.update()
-                    try:
-                        content = example[self._feature]
-                        self.info[file] = WATCHDOG.call(self.limits.wall_seconds, describe, content, self.limits)
-                    except ClipError as error:
-                        self.reasons[file] = str(error)
-                        continue
-                    known = SPLIT_COLUMN.get(split.lower(), "train") if len(self._examples) > 1 else None
-                    source = _text(example.get("source", b""))
-                    self.rows.append(Row(file, self._captions(example, captions), known, source))
-        if len(self.reasons) > max_bad_fraction * total:
+        files = [f"{split}/{number}" for split, examples in self._examples.items() for number in range(len(examples))]
+
+        def check(file: str) -> tuple[Row, ClipInfo | str]:
+            split, example = file.rsplit("/", 1)[0], self._example(file)
+            known = SPLIT_COLUMN.get(split.lower(), "train") if len(self._examples) > 1 else None
+            row = Row(file, self._captions(example, captions), known, _text(example.get("source", b"")))
+            return row, self.look(example[self._feature])
+
+        found = self.check_all(check, files, "clip")
+        self.reasons.update((file, info) for file, (_, info) in found.items() if isinstance(info, str))
+        self.info = {file: info for file, (_, info) in found.items() if isinstance(info, ClipInfo)}
+        self.rows = [row for file, (row, _) in found.items() if file in self.info]
+        if len(self.reasons) > max_bad_fraction * len(files):
             file, reason = next(iter(self.reasons.items()))
             raise UserError(
-                f"{len(self.reasons)} of {total} examples of {self.path} can't be read, the first being {file} "
+                f"{len(self.reasons)} of {len(files)} examples of {self.path} can't be read, the first being {file} "
                 f"({reason}): prepare it anew, or raise --config.data.max_bad_fraction, now {max_bad_fraction:g}."
             )
 

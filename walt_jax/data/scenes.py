@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 
 from walt_jax.data.prepare_config import PrepareConfig
-from walt_jax.data.video import ClipError, read_frames
+from walt_jax.data.store import WATCHDOG
+from walt_jax.data.video import DEFAULT_LIMITS, ClipError, frame_rate
 
 SHORT_SIDE = 144  # of the pictures that are looked at, in pixels
 SAMPLES_PER_SECOND = 4
@@ -43,14 +44,24 @@ class Scene:
     border_fraction: float
 
 
-def frames_of(path: epath.PathLike, fps: Fraction, cover: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-    """`read_frames`, but whatever goes wrong in a file is a ClipError: one file out of millions must not end a run."""
+def frames_of(
+    path: epath.PathLike, fps: Fraction | None = None, cover: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
+    """`read_frames`, but whatever goes wrong in a file is a ClipError: one file out of millions must not end a run.
+
+    It is decoded in a process beside, so that neither a crash nor a hang of the decoder's does.
+    """
     try:
-        yield from read_frames(path, fps, cover)
+        yield from WATCHDOG.read_frames(path, fps, cover)
     except ClipError:
         raise
     except Exception as error:
         raise ClipError(f"decoding failed: {type(error).__name__}: {error}") from error
+
+
+def rate_of(path: epath.PathLike) -> Fraction:
+    """`frame_rate`, read in a process beside."""
+    return WATCHDOG.call(DEFAULT_LIMITS.wall_seconds, frame_rate, path)
 
 
 def find_scenes(path: epath.PathLike, fps: Fraction, cut_threshold: float | None, max_seconds: float) -> list[Scene]:

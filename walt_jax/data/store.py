@@ -4,19 +4,26 @@ import abc
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from typing import Any, TypeVar
 
 import numpy as np
+import tqdm
 from etils import epath
 
-from walt_jax.data.limits import DecodeLimits
-from walt_jax.data.video import DEFAULT_LIMITS, ClipInfo, covering
+from walt_jax.data.limits import ClipError, DecodeLimits
+from walt_jax.data.video import DEFAULT_LIMITS, ClipInfo, covering, describe
 from walt_jax.data.watchdog import Watchdog
 
 # A clip of up to so many bytes, decoded, is decoded whole and kept while there is room; of others just the frames that
 # are needed.
 WHOLE_CLIP_BYTES = 2**26
+
+# Enough to hide the latency of a network disk; decoding itself is bound by the cores.
+CHECK_THREADS = 4
+
+T = TypeVar("T")
 
 # What hangs or crashes is cut off. One for all stores: its processes are shared.
 WATCHDOG = Watchdog()
@@ -88,6 +95,27 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def content(self, file: str) -> epath.PathLike | bytes:
         """What `video.read_clip` reads of a file."""
+
+    def look(self, content: epath.PathLike | bytes) -> ClipInfo | str:
+        """What a file holds, or why it can't be read."""
+        try:
+            return WATCHDOG.call(self.limits.wall_seconds, describe, content, self.limits)
+        except ClipError as error:
+            return str(error)
+
+    def check_all(self, check: Callable[[str], T], files: Sequence[str], unit: str) -> dict[str, T]:
+        """What a function says of each file, in the files' order. It is called in several threads."""
+        with futures.ThreadPoolExecutor(CHECK_THREADS) as pool:
+            said = tqdm.tqdm(
+                pool.map(check, files),
+                f"checking {self.path}",
+                len(files),
+                unit=unit,
+                delay=3,
+                leave=False,
+                disable=None,
+            )
+            return dict(zip(files, said, strict=True))
 
     @property
     def skipped(self) -> list[dict[str, str]]:

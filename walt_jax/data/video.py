@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation, VideoReformatter
 from etils import epath
 
@@ -23,6 +25,8 @@ HIGHEST_RATE = 240  # frames per second; a header that says more means its clock
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 DEFAULT_LIMITS = DecodeLimits()
+
+EXIF = 31  # FFmpeg's number of this kind of side data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,8 @@ def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS
     with opened(path, limits, watch) as (container, stream):
         reader = packets(container, stream)
         again, ahead = itertools.tee(reader)
-        height, width = _upright_size(next(decoded(ahead, stream, limits, watch)))
+        frame = next(decoded(ahead, stream, limits, watch))
+        height, width = _orientation(frame).size(frame)
         del ahead  # or every packet would be kept for it
         frames, seconds = stream.frames, (stream.duration or 0) * (stream.time_base or 0)
         counted = frames < 1 or seconds <= 0
@@ -192,16 +197,18 @@ def _convert(
       ClipError: no frame converts.
     """
     reformatter = VideoReformatter()
-    picture, size, skipped = None, None, False
+    picture, size, skipped, orientation, rotation = None, None, False, None, None
     for frame, count in shown:
-        size = size or covering(*_upright_size(frame), cover)
+        if orientation is None or frame.rotation != rotation:  # quick to see, where the orientation is not
+            orientation, rotation = _orientation(frame), frame.rotation
+        size = size or covering(*orientation.size(frame), cover)
         left_out = min(count, skip)
         skip, count = skip - left_out, count - left_out
         if not count:
             skipped = skipped or left_out > 0
             continue
         try:
-            picture = _to_rgb(frame, size, reformatter)
+            picture = _to_rgb(frame, size, orientation, reformatter)
         except av.FFmpegError as error:  # damage that only shows now: as if the frame had not decoded
             if picture is None and skipped:
                 raise NeedsAllFrames from error
@@ -232,13 +239,61 @@ def _count(
     return count, count * gap
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    return round(frame.rotation / 90) % 4
+class _Orientation(NamedTuple):
+    """What is done to a stored picture, in turn, for it to be upright: one of EXIF's eight orientations.
+
+    Attributes:
+      transposed: rows become columns.
+      upended: the rows come in reverse.
+      mirrored: the columns come in reverse.
+    """
+
+    transposed: bool
+    upended: bool
+    mirrored: bool
+
+    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """The upright (height, width)."""
+        return (frame.width, frame.height) if self.transposed else (frame.height, frame.width)
 
 
-def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    size = frame.height, frame.width
-    return size[::-1] if _quarter_turns(frame) % 2 else size
+def _orientation(frame: av.VideoFrame) -> _Orientation:
+    """How a frame is stored, by its display matrix, which FFmpeg also makes of what EXIF says."""
+    try:
+        # Of a picture of one pixel: a frame and its side data hold on to each other until garbage is collected.
+        small = VideoReformatter().reformat(frame, 1, 1, "gray8", interpolation=Interpolation.POINT, threads=1)
+        matrix = _side_data(small).get(SideData.DISPLAYMATRIX)
+    except (ValueError, av.FFmpegError):  # other data that PyAV has no name for: then it is turned, but not mirrored
+        turns = round(frame.rotation / 90) % 4
+        return _Orientation(turns % 2 == 1, turns in (1, 2), turns in (2, 3))
+    if matrix is None:
+        return _Orientation(False, False, False)
+    # What is at column x and row y appears at column ax + cy and row bx + dy.
+    a, b, c, d = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return _Orientation(True, b < 0, c < 0)
+    return _Orientation(False, d < 0, a < 0)
+
+
+def _side_data(frame: av.VideoFrame) -> Mapping[SideData, Any]:
+    """What came with a frame beside its picture, without EXIF: where PyAV does not know that, it gives none of it.
+
+    Raises:
+      ValueError: there is something else that PyAV does not know.
+    """
+    try:
+        return frame.side_data
+    except ValueError:
+        graph = av.filter.Graph()
+        graph.threads = 1  # starting more takes longer than all the rest
+        ends = graph.add_buffer(None, frame.width, frame.height, frame.format, time_base=frame.time_base or Fraction(1))
+        for name, options in (("sidedata", f"mode=delete:type={EXIF}"), ("buffersink", None)):
+            following = graph.add(name, options)
+            ends.link_to(following)
+            ends = following
+        graph.configure()
+        graph.push(frame)
+        return graph.pull().side_data
 
 
 def covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[int, int]:
@@ -249,9 +304,12 @@ def covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[in
     return max(cover[0], round(height * scale)), max(cover[1], round(width * scale))
 
 
-def _to_rgb(frame: av.VideoFrame, size: tuple[int, int], reformatter: VideoReformatter) -> np.ndarray:
+def _to_rgb(
+    frame: av.VideoFrame, size: tuple[int, int], orientation: _Orientation, reformatter: VideoReformatter
+) -> np.ndarray:
     """The frame upright and resized to (height, width), uint8 [height, width, 3]."""
-    turns = _quarter_turns(frame)
-    height, width = size[::-1] if turns % 2 else size
-    frame = reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
-    return np.rot90(frame.to_ndarray(), turns)
+    transposed, upended, mirrored = orientation
+    height, width = size[::-1] if transposed else size
+    picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1).to_ndarray()
+    picture = picture.transpose(1, 0, 2) if transposed else picture
+    return picture[:: -1 if upended else 1, :: -1 if mirrored else 1]

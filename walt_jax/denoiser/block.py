@@ -117,8 +117,10 @@ class Block(nn.Module):
             h, gate = normed(name)
             x = added(attend(h, context.layout, images_alone=cfg.images_alone, beside=context.beside), gate)
 
-        if cfg.cross:
-            h = AffineNorm(dtype, name="cross_norm")(x) if cfg.adaln == "none" else layer_norm(x, dtype)
+        if cfg.cross_at(self.windows):
+            h = x if cfg.adaln == "single" else layer_norm(x, dtype)
+            if cfg.adaln == "none":
+                h = AffineNorm(dtype, name="cross_norm")(x)
             windows = (CROSS_WINDOW,) if cfg.cross_keys == "joint" else ()
             cross = attention(windows, "cross_attention")
             x = added(cross(h, context.layout, context.text, context.text_mask), None)

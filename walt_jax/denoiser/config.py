@@ -28,7 +28,8 @@ class DenoiserConfig:
         condition_by: how time and class, or text, are told: "norm", by modulating the normalisations (adaLN); "tokens",
             as tokens beside the clip's (DiT's in-context, U-ViT); "cross", as what a cross-attention looks at (DiT).
         adaln: how a block gets its modulation: "lora" (W.A.L.T); "separate", a layer of its own (DiT); "single", one
-            for all and a learned table a block (PixArt-α); "none": normalisations have a scale and shift of their own.
+            for all, of time and class alone, and a learned table a block (PixArt-α, whose text goes through two layers
+            and is looked at without a normalisation); "none": normalisations have a scale and shift of their own.
         adaln_rank: r of AdaLN-LoRA; 2 in the paper.
         gates: whether modulation also scales what a block adds, from zero on (adaLN-Zero).
         modulated: with split="attentions": "all" of a block's attentions, or the "last" alone (VDT).
@@ -39,11 +40,16 @@ class DenoiserConfig:
         qk_norm: whether queries and keys are normalised.
         attention_bias: which of attention's layers have one: "none", "out", or "all".
         cross_attention: whether blocks attend to text.
+        cross_in: which blocks do: "all", or those whose attention stays in "frames" (Latte's text-to-video).
         cross_keys: what cross-attention looks at: "joint", the frame and the text (W.A.L.T), or "text" alone (STDiT).
         classes: labels there are; 0 for a model without.
         self_conditioning: whether the input has the last estimate of the clean latents beside the noisy ones.
-        frame_prediction: whether the input has clean latents where they are given, and the mask that tells where.
+        frame_prediction: whether the input has clean latents where they are given.
+        known_by: how: "channels", beside the noisy ones with the mask that tells where (W.A.L.T); "place", in the place
+            of the noisy ones (VDT).
         upscale: above 1, the input has low-resolution latents, upscaled so many times.
+        time_frequencies: of the waves that tell the time: "original", 10000^(-i/n) for i < n (DiT); or "diffusers",
+            whose DiT has 10000^(-i/(n-1)).
         learned_sigma: whether the output has, beside the prediction, how large the sampler's noise is (DiT).
         skips: whether each block of the second half also gets what the first half's had, in reverse order (U-ViT).
         output_conv: whether a 3 × 3 convolution over each frame's latents comes last (U-ViT).
@@ -73,11 +79,14 @@ class DenoiserConfig:
     qk_norm: bool = True
     attention_bias: Literal["none", "out", "all"] = "none"
     cross_attention: bool = True
+    cross_in: Literal["all", "frames"] = "all"
     cross_keys: Literal["joint", "text"] = "joint"
     classes: int = 0
     self_conditioning: bool = True
     frame_prediction: bool = False
+    known_by: Literal["channels", "place"] = "channels"
     upscale: Positive = 1
+    time_frequencies: Literal["original", "diffusers"] = "original"
     learned_sigma: bool = False
     skips: bool = False
     output_conv: bool = False
@@ -108,8 +117,12 @@ class DenoiserConfig:
             raise ValueError("modulated='last' is for split='attentions'")
         if self.cross_attention and self.condition_by != "norm":
             raise ValueError(f"condition_by={self.condition_by!r} tells text as well; set cross_attention=False")
+        if self.cross_in != "all" and not self.cross_attention:
+            raise ValueError("cross_in is for cross_attention")
         if self.cross_keys != "joint" and not (self.cross_attention or self.condition_by == "cross"):
             raise ValueError("cross_keys is for cross_attention, or condition_by='cross'")
+        if self.known_by != "channels" and not self.frame_prediction:
+            raise ValueError("known_by is for frame_prediction")
         if self.upscale > 1 and self.condition_by != "norm":
             raise ValueError("upscale goes with condition_by='norm'")
         if self.skips and self.scan:
@@ -131,6 +144,10 @@ class DenoiserConfig:
     def cross(self) -> bool:
         """Whether blocks have a cross-attention."""
         return self.cross_attention or self.condition_by == "cross"
+
+    def cross_at(self, windows: tuple[Window, ...]) -> bool:
+        """Whether the block with these windows has one."""
+        return self.cross and (self.cross_in == "all" or all(window.time == 1 for window in windows))
 
     @property
     def attention_windows(self) -> tuple[Window, ...]:

@@ -14,6 +14,7 @@ from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
 from walt_jax.layers import Linear
 
+TIME_WAVES = 256  # cosines and sines of a time
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -43,14 +44,20 @@ class Condition:
     low_time: Float[Array, "b s"] | None = None
 
 
-def timestep_embedding(time: Float[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
+def timestep_embedding(time: Float[Array, "*n"], dim: int, closed: bool = False) -> Float[Array, "*n d"]:
     """Sinusoids of 1000·t, t in 0..1, as in DiT."""
-    return sinusoids(1000 * time, dim)
+    step = 1000 * time
+    # Thousandths are no numbers of 32 bits; their steps are.
+    excess = step - jnp.round(step)
+    step = step - jax.lax.stop_gradient(jnp.where(jnp.abs(excess) < 1e-4, excess, 0))
+    return sinusoids(step, dim, closed)
 
 
-def sinusoids(values: Float[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
-    """Cosines and sines of the values at `dim / 2` frequencies from 1 down to 1/10,000."""
-    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(dim // 2) / (dim // 2))
+def sinusoids(values: Float[Array, "*n"], dim: int, closed: bool = False) -> Float[Array, "*n d"]:
+    """Cosines and sines of the values at `dim / 2` frequencies from 1 down to 1/10,000, which is one if `closed`."""
+    # In 32 bits as others round them: a late time is a thousand turns of the last bit.
+    exponents = np.float32(-np.log(10_000.0)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2 - closed)
+    frequencies = jnp.asarray(np.exp(exponents))
     angles = values[..., None] * jnp.expand_dims(frequencies, tuple(range(values.ndim)))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -102,13 +109,14 @@ class Denoiser(nn.Module):
             if text is not None:
                 mask = condition.text_mask
                 weights = mask[..., None] / jnp.maximum(mask.sum(-1), 1)[..., None, None]
-                shared = shared + Linear(cfg.dim, dtype=dtype, name="text_pooled")((text * weights).sum(-2))
+                if cfg.adaln != "single":
+                    shared = shared + Linear(cfg.dim, dtype=dtype, name="text_pooled")((text * weights).sum(-2))
                 context = context.replace(text=text, text_mask=mask)
             if label is not None:
                 shared = shared + label
             if cfg.upscale > 1:
                 shared = shared + self._embedded_time(condition.low_time, "low_time")
-            context = context.replace(shared=nn.swish(shared))
+            told, context = shared, context.replace(shared=nn.swish(shared))
         else:
             words, mask = self._words(time, label, text, condition.text_mask)
             if cfg.condition_by == "cross":
@@ -128,7 +136,12 @@ class Denoiser(nn.Module):
         if cfg.adaln == "none":
             x = AffineNorm(dtype, name="norm_out")(x)
         else:
-            last = Linear(2 * cfg.dim, ("embed", "mlp"), kernel_init=zeros, dtype=dtype, name="adaln_out")(shared)
+            if cfg.adaln == "single":
+                init = nn.with_logical_partitioning(nn.initializers.normal(cfg.dim**-0.5), ("mlp",))
+                table = self.param("adaln_out_table", init, (2 * cfg.dim,)).astype(dtype)
+                last = jnp.concatenate([told, told], axis=-1) + table[None, None]
+            else:
+                last = Linear(2 * cfg.dim, ("embed", "mlp"), kernel_init=zeros, dtype=dtype, name="adaln_out")(shared)
             scale, shift = jnp.split(layout.spread(last), 2, axis=-1)
             x = modulate(layer_norm(x, dtype), scale, shift)
         width = 2 * patch if cfg.learned_sigma else patch
@@ -147,6 +160,9 @@ class Denoiser(nn.Module):
             label = self.param("label_embedding", init, (cfg.classes + 1, cfg.dim))[condition.label].astype(dtype)
         if condition.text is not None:
             text = Linear(cfg.dim, ("text", "embed"), dtype=dtype, name="text_in")(condition.text)
+            if cfg.adaln == "single":
+                text = nn.gelu(text, approximate=True)
+                text = Linear(cfg.dim, ("embed", "embed_out"), dtype=dtype, name="text_out")(text)
         return self._embedded_time(time, "time"), label, text
 
     def _words(
@@ -182,8 +198,11 @@ class Denoiser(nn.Module):
         cfg, inputs = self.config, [noisy]
         if cfg.self_conditioning:
             inputs.append(jnp.zeros_like(noisy) if estimate is None else estimate)
-        if cfg.frame_prediction:
+        if cfg.frame_prediction and cfg.known_by == "channels":
             inputs += [condition.known, condition.known_mask]
+        elif cfg.frame_prediction:
+            mask = jnp.repeat(condition.known_mask, noisy.shape[-1] // condition.known_mask.shape[-1], axis=-1)
+            inputs[0] = noisy * (1 - mask) + condition.known * mask
         if cfg.upscale > 1:
             scale, channels = cfg.upscale, condition.low.shape[-1]
             kernel_init = nn.with_logical_partitioning(
@@ -231,7 +250,8 @@ class Denoiser(nn.Module):
 
     def _embedded_time(self, time: Float[Array, "b s"], name: str) -> Float[Array, "b s d"]:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        embedded = Linear(cfg.dim, dtype=dtype, name=f"{name}_in")(timestep_embedding(time, 256))
+        waves = timestep_embedding(time, TIME_WAVES, closed=cfg.time_frequencies == "diffusers")
+        embedded = Linear(cfg.dim, dtype=dtype, name=f"{name}_in")(waves)
         return Linear(cfg.dim, dtype=dtype, name=f"{name}_out")(nn.swish(embedded))
 
     def _blocks(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:

@@ -25,6 +25,7 @@ class GuidanceConfig:
         interval: lowest and highest time, 0..1, only of "interval".
         power: only of "power_cosine", 4 in MDT: the higher, the later guidance sets in.
         rescale: φ of Lin et al. 2023, equations 15 and 16, 0 (off) to 1.
+        channels: only so many of the latents' channels are guided, 3 in DiT's released samplers; 0 is all.
     """
 
     scale: float = 1.0
@@ -32,6 +33,7 @@ class GuidanceConfig:
     interval: tuple[Fraction, Fraction] | None = None
     power: float | None = None
     rescale: Fraction = 0.0
+    channels: int = 0
 
     def __post_init__(self):
         for knob, kind in (("interval", "interval"), ("power", "power_cosine")):

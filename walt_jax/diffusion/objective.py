@@ -9,14 +9,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from walt_jax.config import Fraction
 from walt_jax.diffusion.adaptive import adapted_time
+from walt_jax.diffusion.learned_sigma import split, step_before, variational_loss
 from walt_jax.diffusion.parameterization import Kind, clean, target
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.diffusion.times import TimesConfig, resolution_shift, sample_times
 from walt_jax.diffusion.weights import min_snr
 
-# (noisy latents, each clip's time, estimate of the clean latents) -> prediction
-Denoise = Callable[[Float[Array, "b n p"], Float[Array, "b s"], Float[Array, "b n p"]], Float[Array, "b n p"]]
+# (noisy latents, each clip's time, estimate of the clean latents) -> prediction, maybe with `learned_sigma`'s v
+Denoise = Callable[[Float[Array, "b n p"], Float[Array, "b s"], Float[Array, "b n p"]], Float[Array, "b n k"]]
 Spread = Callable[[Float[Array, "b s k"]], Float[Array, "b n k"]]  # values of clips to their tokens
+Coarse = Callable[[Float[Array, "b n p"], int], Float[Array, "b *m"]]  # values averaged over squares of so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class DiffusionConfig:
         base_tokens: where above 0, a clip of n tokens has its noise shifted by √(n / base_tokens), in training and
             sampling (SD3).
         min_snr: where above 0, γ of min-SNR-γ weights; 5 in the paper.
+        multiscale: the loss is also taken of errors averaged over squares of 2, 4, … 2^multiscale latent positions,
+            each with twice the weight of the finer one (simple diffusion, Hoogeboom et al. 2023).
         adaptive: how far a clip's detail and motion raise the noise that it is trained at, see `adaptive`; 0 is not.
     """
 
@@ -40,6 +44,7 @@ class DiffusionConfig:
     self_conditioning: Fraction = 0.0
     base_tokens: int = 0
     min_snr: float = 0.0
+    multiscale: int = 0
     adaptive: float = 0.0
 
     def __post_init__(self):
@@ -63,6 +68,7 @@ def diffusion_loss(
     spread: Spread,
     key: PRNGKeyArray,
     config: DiffusionConfig,
+    coarse: Coarse | None = None,
 ) -> Float[Array, ""]:
     """The mean squared error over values that count, at random times, one a clip.
 
@@ -75,6 +81,7 @@ def diffusion_loss(
         spread: values of clips to their tokens.
         key: draws times, noise and which clips are self-conditioned. No gradient flows through a first estimate.
         config: see `DiffusionConfig`.
+        coarse: read where `config.multiscale` is above 0.
     """
     key_time, key_noise, key_estimate = jax.random.split(key, 3)
     time = sample_times(config.times, key_time, tokens.shape)
@@ -84,14 +91,29 @@ def diffusion_loss(
     alpha, sigma = (spread(level[..., None]) for level in levels)
     noise = jax.random.normal(key_noise, latents.shape)
     noisy = alpha * latents + sigma * noise
-    estimate = jnp.zeros_like(latents)
+    estimate, width = jnp.zeros_like(latents), latents.shape[-1]
     if config.self_conditioning > 0:
-        first = clean(config.parameterization, denoise(noisy, time, estimate), noisy, alpha, sigma)
+        first, _ = split(denoise(noisy, time, estimate), width)
+        first = clean(config.parameterization, first, noisy, alpha, sigma)
         first = jnp.where(alpha + sigma > 0, first, 0)  # of filling, which has no level, nothing follows
         chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, tokens.shape)
         estimate = jax.lax.stop_gradient(spread(chosen[..., None].astype(first.dtype)) * first)
     wanted = target(config.parameterization, latents, noise, alpha, sigma)
-    error = jnp.square(denoise(noisy, time, estimate) - wanted)
+    prediction, v = split(denoise(noisy, time, estimate), width)
+    difference = prediction - wanted
+    error = jnp.square(difference)
     if config.min_snr > 0:
         error = error * spread(min_snr(config.parameterization, *levels, config.min_snr)[..., None])
-    return (error * counted).sum() / jnp.maximum(counted.sum(), 1)
+    if v is not None:
+        shift, miss = config.shift(tokens), latents - clean(config.parameterization, prediction, noisy, alpha, sigma)
+        here, before = (
+            # Filling has no level: any that can be divided by.
+            tuple(jnp.where(alpha + sigma > 0, spread(level[..., None]), 0.5) for level in config.schedule(t, shift))
+            for t in step_before(time)
+        )
+        error = error + variational_loss(v, miss, here, before)
+    total = (error * counted).sum()
+    for level in range(1, config.multiscale + 1):
+        # As a sum over all positions, like the others: each of the coarse ones stands for a square of them.
+        total = total + 2**level * 4**level * jnp.square(coarse(difference * counted, 2**level)).sum()
+    return total / 2**config.multiscale / jnp.maximum(counted.sum(), 1)

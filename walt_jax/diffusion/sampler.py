@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from walt_jax.diffusion.learned_sigma import log_variance, log_variances
+
 Latents = Float[Array, "b *n"]
 Level = Float[Array, "..."]  # of α, σ: a scalar or broadcastable to the latents
 Index = Int[Array, ""]
@@ -62,6 +64,7 @@ def sample(
     steps: int,
     key: PRNGKeyArray,
     memory: Any = None,
+    learned: Callable[[Any], Latents] | None = None,
 ) -> Latents:
     """Clean latents from noise.
 
@@ -75,9 +78,13 @@ def sample(
         key: read by "ddpm" alone. One for all, or an array of them along the first axes of `noise`, such as one a clip,
             which makes a clip's sample independent of what is sampled beside it.
         memory: what the first call gets.
+        learned: v of `learned_sigma`, from what `predict` returned as memory; read by "ddpm" alone.
     """
     time = jnp.asarray(np.linspace(1.0, 0.0, steps + 1), noise.dtype)
-    return SAMPLERS[name](predict, noise, Grid(time, *jax.vmap(levels)(time)), key, memory)
+    grid = Grid(time, *jax.vmap(levels)(time))
+    if name == "ddpm":
+        return ddpm(predict, noise, grid, key, memory, learned)
+    return SAMPLERS[name](predict, noise, grid, key, memory)
 
 
 def ddim(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
@@ -96,10 +103,18 @@ def ddim(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: An
     return z
 
 
-def ddpm(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+def ddpm(
+    predict: Predict,
+    z: Latents,
+    grid: Grid,
+    key: PRNGKeyArray,
+    memory: Any,
+    learned: Callable[[Any], Latents] | None = None,
+) -> Latents:
     """Ancestral sampling (Ho et al. 2020): each step draws from q(z' | z, x̂), DDIM with η = 1.
 
-    With κ = (α/σ) / (α'/σ') = e^{−h} that posterior, for any schedule, is z' = α' x̂ + σ' (κ ε̂ + √(1 − κ²) n).
+    With κ = (α/σ) / (α'/σ') = e^{−h} that posterior, for any schedule, is z' = α' x̂ + σ' (κ ε̂ + √(1 − κ²) n); where the
+    variance is `learned`, that of n is.
     """
 
     def step(carry, i):
@@ -107,8 +122,14 @@ def ddpm(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: An
         x, memory = predict(z, grid.time[i], memory)
         kept = grid.alpha[i] * grid.sigma[i + 1] / (grid.sigma[i] * grid.alpha[i + 1])
         eps = (z - grid.alpha[i] * x) / grid.sigma[i]
-        fresh = jnp.sqrt(jnp.maximum(1 - kept**2, 0)) * _normal(key, i, z)
-        return (grid.alpha[i + 1] * x + grid.sigma[i + 1] * (kept * eps + fresh), memory), None
+        deviation = grid.sigma[i + 1] * jnp.sqrt(jnp.maximum(1 - kept**2, 0))
+        if learned is not None:
+            sigma = jnp.maximum(grid.sigma[i + 1], 1e-8)  # of the last step, which has no noise
+            least, most = log_variances(grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], sigma)
+            own = jnp.exp(0.5 * log_variance(learned(memory), least, most))
+            deviation = jnp.where(grid.sigma[i + 1] > 0, own, 0)
+        fresh = deviation * _normal(key, i, z)
+        return (grid.alpha[i + 1] * x + grid.sigma[i + 1] * kept * eps + fresh, memory), None
 
     (z, _), _ = jax.lax.scan(step, (z, memory), jnp.arange(grid.steps))
     return z

@@ -14,6 +14,7 @@ from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, guide
+from walt_jax.diffusion.learned_sigma import split
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import sample
 from walt_jax.generation.codec import Codec, TrainedTokenizer
@@ -174,19 +175,26 @@ class LatentDiffusion:
                 level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
             )
 
-        def predict(z, time, estimates):
+        channel = jnp.arange(noise.shape[-1]) % self.latent_shape[3]
+
+        def predict(z, time, memory):
             # Each model is conditioned on its own last estimate, as it was in training.
             times, level = jnp.full((len(z), 1), time), levels(time)
-            estimates = [
-                parameterization.clean(kind, model(z, times, estimate), z, *level)
-                for model, estimate in zip(models, estimates, strict=True)
-            ]
-            guided = estimates[0] if len(models) == 1 else guide(config.guidance, time, *estimates)
-            return guided, estimates
+            outputs = [model(z, times, estimate) for model, estimate in zip(models, memory[0], strict=True)]
+            split_outputs = [split(output, z.shape[-1]) for output in outputs]
+            estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
+            guided = estimates[0]
+            if len(models) > 1:
+                guided = guide(config.guidance, time, *estimates)
+                if config.guidance.channels:
+                    guided = jnp.where(channel[None, None] < config.guidance.channels, guided, estimates[0])
+            return guided, (estimates, split_outputs[0][1])
 
-        empty_estimates = [jnp.zeros_like(noise) for _ in models]
+        learns = self.denoiser.config.learned_sigma
+        memory = [jnp.zeros_like(noise) for _ in models], jnp.zeros_like(noise) if learns else None
+        learned = (lambda memory: memory[1]) if learns else None
         key = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        latents = sample(config.sampler, predict, noise, levels, config.steps, key, empty_estimates)
+        latents = sample(config.sampler, predict, noise, levels, config.steps, key, memory, learned)
         latents = from_tokens(latents, layout.grid, self.denoiser.config.patch_size)
         latents = mask * known + (1 - mask) * latents
         return self.codec.decode(tokenizer, latents)[0]

@@ -13,6 +13,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import tqdm
 from etils import epath
 
@@ -20,6 +21,7 @@ import walt_jax
 from walt_jax.config import build
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.data.pipeline import Batches, Clips, Data, Source, numbered
+from walt_jax.denoiser import weights
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
@@ -70,6 +72,8 @@ class Run:
         self.unseen()
         if self.config.tokenizer_from:
             self._other_run()
+        if self.config.init_from:
+            self._published()
         for name in self.config.trained_stages:
             self.data.source("train", self.config.clip_shapes(name))
             if self.config.stages[name].latents:
@@ -105,6 +109,8 @@ class Run:
         """Runs every stage to its end; stages that are done cost nothing."""
         names = list(self.config.stages)
         initial: dict[str, Any] = {}  # of each task, what its last stage has trained
+        if self.config.init_from:
+            initial["denoiser"] = self._published()
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
         for name in self.config.trained_stages:
             index, stage = names.index(name), self.config.stages[name]
@@ -155,6 +161,35 @@ class Run:
             self._captions(),
             self.config.sampling,
         )
+
+    def _published(self) -> dict[str, Any]:
+        """The denoiser's parameters in the file that `init_from` names.
+
+        Raises:
+            UserError: if it does not fit the config.
+        """
+        model = make_model(self.config, self.config.most_pieces)
+        like = unboxed(jax.eval_shape(model.init, jax.random.key(0)))["denoiser"]
+        return {"denoiser": weights.load(self.config.init_from, self.config.denoiser, like)}
+
+    def export(self, out: pathlib.Path) -> int:
+        """Writes the trained denoiser as diffusers names it, or as DiT and Latte do where that is what it can be.
+
+        Returns:
+            How many parameters there are.
+
+        Raises:
+            UserError: if the config is neither DiT nor Latte, or nothing has been trained.
+        """
+        denoiser = self.config.denoiser
+        if denoiser is None:
+            raise UserError("This config trains a tokenizer alone, and denoisers are what is exported.")
+        params = self._restore("denoiser").served["denoiser"]
+        of_diffusers = denoiser.adaln == "single" or denoiser.time_frequencies == "diffusers"
+        tensors = weights.export(jax.device_get(params), denoiser, of_diffusers)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, safetensors.numpy.save(tensors))
+        return sum(tensor.size for tensor in tensors.values())
 
     def _task(self, stage: str) -> Task:
         """What a stage trains."""

@@ -48,7 +48,8 @@ class RunConfig:
     denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
     tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes; stages of the tokenizer are then
-    left out. `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and variance 1
+    left out. `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts
+    from, see `denoiser.weights`. `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and variance 1
     over training clips, or as the tokenizer leaves them.
     """
 
@@ -60,6 +61,7 @@ class RunConfig:
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     inflation: Placement = "last"
     tokenizer_from: str = ""
+    init_from: str = ""
     normalise_latents: bool = True
     text: TextConfig | None = None
     denoiser: DenoiserConfig | None = None
@@ -81,8 +83,9 @@ class RunConfig:
         if len(set(groups.values())) > 1:
             missing = next(name for name, given in groups.items() if not given)
             raise ValueError(f"{missing} is missing; denoiser, diffusion and sampling go together")
-        if (self.text is not None) != (self.denoiser is not None and self.denoiser.cross_attention):
-            raise ValueError("text and denoiser.cross_attention go together: give both or neither")
+        self._check_text()
+        if self.init_from and self.denoiser is None:
+            raise ValueError("init_from is for runs that train a denoiser, and no stage of this one does")
         shape = self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
         for name, stage in self.stages.items():
             for kind, changed in stage.shapes.items():
@@ -111,13 +114,21 @@ class RunConfig:
         config = self.stages[stage]
         return config.task == "tokenizer" and config.of_images and self.tokenizer.taps > 1
 
+    def _check_text(self) -> None:
+        denoiser = self.denoiser
+        reads_text = denoiser is not None and (denoiser.cross_attention or denoiser.condition_by != "norm")
+        if self.text is not None and not reads_text:
+            raise ValueError("there is text, and no denoiser.cross_attention to read it: give both or neither")
+        if self.text is None and denoiser is not None and denoiser.cross_attention:
+            raise ValueError("denoiser.cross_attention reads text, and there is none: give both or neither")
+
     def _check_denoiser(self, shape: tuple[int, ...]) -> None:
         denoiser, conditioning = self.denoiser, self.conditioning
         grid = denoiser.grid(shape[:3])
         for window in denoiser.windows:
             Window(*window).sizes(grid)
-        if denoiser.classes and denoiser.cross_attention:
-            raise ValueError("denoiser.classes and cross_attention exclude each other: a caption is a class, or a text")
+        if denoiser.classes and self.text is not None:
+            raise ValueError("denoiser.classes and text exclude each other: a caption is a class, or a text")
         if (self.diffusion.self_conditioning > 0) != denoiser.self_conditioning:
             raise ValueError(
                 f"denoiser.self_conditioning is {denoiser.self_conditioning} and its probability, "
@@ -132,6 +143,13 @@ class RunConfig:
                 f"conditioning.frames {conditioning.frames} should be fewer than the {shape[0]} latent frames, and "
                 "denoiser.patch_size 1 in time"
             )
+        if any(axis % 2**self.diffusion.multiscale for axis in shape[1:3]):
+            raise ValueError(
+                f"diffusion.multiscale={self.diffusion.multiscale} halves {shape[1]} × {shape[2]} latents more often "
+                "than they can be"
+            )
+        if self.sampling.guidance.channels > shape[3]:
+            raise ValueError(f"sampling.guidance.channels is more than the latents' {shape[3]}")
         scale = denoiser.upscale
         if conditioning.low_noise and scale == 1:
             raise ValueError("conditioning.low_noise is for what upscales: set denoiser.upscale, or leave it out")
@@ -142,8 +160,14 @@ class RunConfig:
                 raise ValueError(f"stages.{name}: what upscales needs the clips; leave out cached_clips and latents")
             if stage.pack is None:
                 continue
-            if self.diffusion.adaptive > 0:
-                raise ValueError(f"diffusion.adaptive is for clips of one size; stages.{name} has packs")
+            alike = {
+                "diffusion.adaptive": self.diffusion.adaptive,
+                "diffusion.multiscale": self.diffusion.multiscale,
+                "denoiser.output_conv": denoiser.output_conv,
+            }
+            for knob, value in alike.items():
+                if value:
+                    raise ValueError(f"{knob} is for clips of one size; stages.{name} has packs")
             for kind, changed in stage.shapes.items():
                 clip = max(math.prod(denoiser.grid(latents[:3])) for latents in self.latent_shapes(changed))
                 if clip > stage.pack.tokens:

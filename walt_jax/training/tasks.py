@@ -1,20 +1,24 @@
 """What a stage trains. A task knows parameters and gradients; the loop knows the rest."""
 
 import dataclasses
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from einops import reduce
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from walt_jax.config import Fraction, Positive, Range
-from walt_jax.denoiser.layout import Layout
+from walt_jax.denoiser.layout import Layout, from_tokens
 from walt_jax.diffusion.adaptive import complexity
 from walt_jax.diffusion.objective import diffusion_loss
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion
 
 Metrics = dict[str, Float[Array, ""]]
+
+# VDT's: every fourth frame, each frame with 0.8, half of the area
+EVERY, RANDOM_FRAMES, SQUARE = 4, 0.8, 0.5**0.5
 
 
 class Task(Protocol):
@@ -43,14 +47,18 @@ class ConditioningConfig:
     """What a denoiser that predicts frames or upscales is trained to be given.
 
     Attributes:
-        frames: latent frames at a clip's start that may be given, each as often: 1 is image to video, 2 is W.A.L.T's
-            video prediction.
+        frames: how many latent frames may be given, each as often: 1 is image to video, 2 is W.A.L.T's video
+            prediction.
         probability: that a clip is given any, W.A.L.T's p_fp.
+        kinds: which of a clip's tokens are given, each as often: so many frames at its "start", or at its "end";
+            "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of a "square" of half
+            the area, in all frames (VDT's unified masks, Lu et al. 2023).
         low_noise: the low-resolution latents get noise of a time between 0 and this, t_max of W.A.L.T.
     """
 
     frames: tuple[Positive, ...] = ()
     probability: Fraction = 0.0
+    kinds: tuple[Literal["start", "end", "every", "one", "random", "square"], ...] = ("start",)
     low_noise: Annotated[float, Range(0, 1)] = 0.0
 
 
@@ -105,8 +113,12 @@ class DenoiserTask:
         def loss(params):
             denoise = model.denoise(params, model.condition(params, ids, **given), layout)
             return diffusion_loss(
-                denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, key_loss, model.diffusion
+                denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, key_loss, model.diffusion, coarse
             )
+
+        def coarse(values, size):
+            values = from_tokens(values, layout.grid, model.denoiser.config.patch_size)
+            return reduce(values, "b t (h s) (w r) c -> b t h w c", "mean", s=size, r=size)
 
         value, gradients = jax.value_and_grad(loss)(params)
         metrics = {"loss": value}
@@ -118,19 +130,41 @@ class DenoiserTask:
         return params
 
     def start(self, params: Any, moving: Any, served: Any) -> tuple[Any, Any]:
-        return served, moving
+        """Published weights are the denoiser's alone; the text encoder stays as it is."""
+        return {**params, **served}, moving
 
     def _given(
         self, layout: Layout, tokens: Float[Array, "b n p"], clips: tuple[int, int], key: PRNGKeyArray
     ) -> Float[Array, "b n q"]:
-        """1 for the latent positions at each clip's start that are given."""
-        key_frames, key_whether = jax.random.split(key)
-        count = jax.random.choice(key_frames, jnp.array(self.conditioning.frames), clips)
-        count = count * jax.random.bernoulli(key_whether, self.conditioning.probability, clips)
-        frame = layout.coordinates()[..., :1]
-        mask = (frame < layout.spread(count[..., None].astype(jnp.float32))).astype(jnp.float32)
+        """1 for the latent positions that are given of each clip."""
+        keys = jax.random.split(key, 6)
+        cfg, sizes = self.conditioning, jnp.broadcast_to(layout.clip_sizes(), (*clips, 3)).astype(jnp.float32)
+        count = jax.random.choice(keys[0], jnp.array(cfg.frames), clips)
+        whether = jax.random.bernoulli(keys[1], cfg.probability, clips)
+        corner = jax.random.uniform(keys[2], (*clips, 2)) * (1 - SQUARE) * sizes[..., 1:]
+        one = jnp.floor(jax.random.uniform(keys[3], clips) * sizes[..., 0])
+        each = jax.random.bernoulli(keys[4], RANDOM_FRAMES, (*clips, self.model.denoiser.bounds[0]))
+        kind = jax.random.choice(keys[5], jnp.arange(len(cfg.kinds)), clips)
+
+        def told(values):
+            """Of each token's clip."""
+            return layout.spread(values.reshape(*clips, -1).astype(jnp.float32))
+
+        frame, place = layout.coordinates()[..., :1], layout.coordinates()[..., 1:]
+        inside = (place >= told(corner)) & (place < told(corner + SQUARE * sizes[..., 1:]))
+        numbers = jnp.arange(each.shape[-1])[None, None]
+        masks = {
+            "start": lambda: frame < told(count),
+            "end": lambda: frame >= told(sizes[..., 0] - count),
+            "every": lambda: frame % EVERY == 0,
+            "one": lambda: frame == told(one),
+            "random": lambda: (told(each) * (frame == numbers)).sum(-1, keepdims=True) > 0,
+            "square": lambda: ~inside.all(-1, keepdims=True),
+        }
+        chosen = told(jax.nn.one_hot(kind, len(cfg.kinds)) * whether[..., None])
+        mask = sum(chosen[..., i : i + 1] * masks[name]() for i, name in enumerate(cfg.kinds))
         positions = tokens.shape[-1] // self.model.latent_shape[3]
-        return jnp.broadcast_to(mask, (*tokens.shape[:2], positions))
+        return jnp.broadcast_to(mask.astype(jnp.float32), (*tokens.shape[:2], positions))
 
     def _low(
         self, frozen: TrainedTokenizer, video: UInt8[Array, "b t h w 3"], key: PRNGKeyArray

@@ -1,0 +1,17 @@
+"""Latte-XL/2, variant 4: half of the heads attend in space, half in time (Ma et al. 2024); ViViT's model 4.
+
+    python -m walt_jax.main --config=configs/latte_xl_2_v4.py --config.data.source=FOLDER --workdir=runs/latte
+
+See `latte_xl_2_v1.py`. Not run here.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("latte_xl_2_v1.py")))["get_config"]()
+    config.denoiser.split = "heads"
+    return config

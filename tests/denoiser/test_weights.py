@@ -1,0 +1,142 @@
+"""DiT and Latte with published weights answer what diffusers answers, and go back to the same files.
+
+`tests/golden/make_published.py` makes the files and says what is in them.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
+from walt_jax.denoiser.model import Condition, Denoiser
+from walt_jax.denoiser.weights import export, load
+from walt_jax.errors import UserError
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+DIT = DenoiserConfig(
+    dim=24,
+    heads=2,
+    layers=2,
+    windows=((None, None, None),),
+    patch_size=(1, 2, 2),
+    adaln="separate",
+    positions="sincos",
+    relative="none",
+    qk_norm=False,
+    attention_bias="all",
+    cross_attention=False,
+    classes=5,
+    self_conditioning=False,
+    learned_sigma=True,
+)
+CLOSED = dataclasses.replace(DIT, time_frequencies="diffusers")
+LATTE = dataclasses.replace(
+    DIT,
+    layers=4,
+    windows=((1, None, None), (None, 1, 1)),
+    adaln="single",
+    cross_attention=True,
+    cross_keys="text",
+    cross_in="frames",
+    classes=0,
+)
+CASES = {"dit": CLOSED, "dit_original": DIT, "latte": LATTE}
+
+
+def golden(name, folder):
+    """(weights alone, as a file; inputs and output)."""
+    tensors = load_file(GOLDEN / f"published_{name}.safetensors")
+    rest = {key: tensors.pop(key) for key in list(tensors) if key.startswith("input.") or key == "output"}
+    path = folder / f"{name}.safetensors"
+    save_file(tensors, path)
+    return path, tensors, rest
+
+
+def inputs(config, rest):
+    clips = rest["input.video" if "input.video" in rest else "input.image"]
+    clips = np.moveaxis(clips.reshape(*clips.shape[:2], -1, *clips.shape[-2:]), 1, -1)
+    condition = Condition()
+    if config.classes:
+        condition = Condition(label=rest["input.labels"][:, None])
+    if config.cross_attention:
+        text = rest["input.text"][:, None]
+        condition = Condition(text=text, text_mask=np.ones(text.shape[:-1], bool))
+    # Their first step's time is 0, ours is a thousandth.
+    time = ((rest["input.steps"] + 1) / 1000).astype(np.float32)[:, None]
+    grid = config.grid(clips.shape[1:4])
+    return to_tokens(clips, config.patch_size), time, condition, Layout(grid=grid)
+
+
+def like(config, values):
+    model = Denoiser(config, values[-1].grid)
+    return model, jax.tree.map(
+        lambda leaf: leaf.unbox(), jax.eval_shape(model.init, jax.random.key(0), *values)["params"], is_leaf=is_box
+    )
+
+
+def is_box(leaf):
+    return hasattr(leaf, "unbox")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_the_answers_are_theirs(name, scan, tmp_path):
+    config = dataclasses.replace(CASES[name], scan=scan)
+    path, _, rest = golden(name, tmp_path)
+    values = inputs(config, rest)
+    model, shapes = like(config, values)
+    params = load(path, config, shapes)
+    out = np.asarray(jax.jit(model.apply)({"params": params}, *values))
+    # The prediction and v, of each the channels of a clip.
+    halves = [from_tokens(half, values[-1].grid, config.patch_size) for half in np.split(out, 2, axis=-1)]
+    ours = np.moveaxis(np.concatenate(halves, axis=-1), -1, 1).reshape(rest["output"].shape)
+    error = np.abs(ours - rest["output"]).max() / np.abs(rest["output"]).max()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_back_they_are_the_same_tensors(name, tmp_path):
+    config = CASES[name]
+    path, tensors, rest = golden(name, tmp_path)
+    params = load(path, config, like(config, inputs(config, rest))[1])
+    back = export(params, config, diffusers=name != "dit_original")
+    assert set(back) == set(tensors)
+    for key, tensor in tensors.items():
+        np.testing.assert_allclose(back[key], tensor, rtol=1e-6, atol=1e-6)
+
+
+def refused(tmp_path, config, tensors):
+    path = tmp_path / "changed.safetensors"
+    save_file(tensors, path)
+    _, _, rest = golden("dit", tmp_path)
+    with pytest.raises(UserError) as caught:
+        load(path, config, like(config, inputs(config, rest))[1])
+    return str(caught.value)
+
+
+def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
+    _, tensors, rest = golden("dit", tmp_path)
+    assert "lacks proj_out_2.bias" in refused(
+        tmp_path, CLOSED, {key: value for key, value in tensors.items() if key != "proj_out_2.bias"}
+    )
+    assert "has more.weight, which this config has no place for" in refused(
+        tmp_path, CLOSED, {**tensors, "more.weight": np.zeros(3)}
+    )
+    assert "proj_out_2.bias of shape (5,) does not fit patch_out/bias" in refused(
+        tmp_path, CLOSED, {**tensors, "proj_out_2.bias": np.zeros(5, np.float32)}
+    )
+    assert "time_frequencies='diffusers', not 'original'" in refused(tmp_path, DIT, tensors)
+    assert "has nothing for relative" not in refused(tmp_path, dataclasses.replace(CLOSED, layers=3), tensors)
+    assert "has nothing for cycle0/block0/self_attention/key_norm/scale" in refused(
+        tmp_path, dataclasses.replace(CLOSED, qk_norm=True), tensors
+    )
+    copy = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    assert f"{copy} differs from" in refused(tmp_path, CLOSED, {**tensors, copy: 1 + tensors[copy]})
+    (tmp_path / "no.safetensors").write_text("<html>")
+    with pytest.raises(UserError, match="can't be read as safetensors"):
+        load(tmp_path / "no.safetensors", CLOSED, like(CLOSED, inputs(CLOSED, rest))[1])
