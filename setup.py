@@ -42,7 +42,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "prepare": PREPARE,
-        "race": ["magvit2-pytorch==0.5.1", "torch"],  # benchmarks/race_tokenizers.py
+        "race": ["diffusers", "magvit2-pytorch==0.5.1", "torch"],  # benchmarks/{race_tokenizers,loaders,dit_speed}.py
         "tpu": ["jax[tpu]"],
         "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", *PREPARE],
     },

@@ -80,7 +80,8 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "out",
         None,
-        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set; export: the .safetensors to write",
+        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set; export: the "
+        ".safetensors to write",
         flag_values=values,
     )
     flags.DEFINE_integer(

@@ -15,10 +15,11 @@ import pytest
 
 from walt_jax.config import build
 from walt_jax.data.shapes import ShapeConfig
+from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.main import main
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.loop import PackConfig
-from walt_jax.training.plan import plan
+from walt_jax.training.plan import denoiser_flops, plan
 from walt_jax.training.run_config import RunConfig, make_model
 from walt_jax.workdir import check_empty
 
@@ -30,6 +31,7 @@ def config_of(name):
     return build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config")
 
 
+@functools.cache
 def denoiser_of(name):
     """The shapes of a config's denoiser."""
     config = config_of(name)
@@ -172,6 +174,59 @@ def test_packs_of_equal_clips_cost_what_those_clips_do():
 )
 def test_the_papers_denoisers_have_the_papers_size(name, parameters):
     assert size(denoiser_of(name)) == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiplications"),
+    [
+        ("dit_s_2", 33e6, 6.06e9),
+        ("dit_b_2", 130e6, 23.01e9),
+        ("dit_l_2", 458e6, 80.71e9),
+        ("dit_xl_2", 675e6, 118.64e9),
+        ("uvit_m_2", 131e6, None),
+        ("uvit_l_2", 287e6, None),
+        ("uvit_h_2", 501e6, None),
+    ],
+)
+def test_the_siblings_have_their_papers_size_and_cost(name, parameters, multiplications):
+    """DiT's "Gflops" are multiplications with their additions."""
+    assert size(denoiser_of(name)) == pytest.approx(parameters, rel=0.01)
+    if multiplications:
+        config = config_of(name)
+        model = make_model(config, config.most_pieces)
+        params = unboxed(jax.eval_shape(model.init, jax.random.key(0)))
+        cost = sum(denoiser_flops(model, params, config.words).values())
+        assert cost / 2 == pytest.approx(multiplications, rel=0.01)
+
+
+def test_u_vit_s_is_its_papers_without_classes():
+    """Its 44M are those of CIFAR-10, without a layer on the time: 0.4M less."""
+    denoiser = denoiser_of("uvit_s_2")
+    extra = size(denoiser["label_embedding"]) + size(denoiser["time_in"]) + size(denoiser["time_out"])
+    assert size(denoiser) - extra == pytest.approx(44e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"latte_xl_2_v{variant}" for variant in (1, 2, 3, 4)),
+        "vdt_s_2",
+        "vdt_l_2",
+        "stdit_xl_2",
+        "joint_l",
+        "axial_l",
+        "hierarchical_l",
+        "navit_l",
+    ],
+)
+def test_every_sibling_is_a_config_that_can_be_made(name):
+    assert size(denoiser_of(name)) > 0
+
+
+def test_lattes_variants_of_one_width_have_equally_many_parameters_but_the_third():
+    """Whose blocks have two attentions each."""
+    first, second, third, fourth = (size(denoiser_of(f"latte_xl_2_v{variant}")) for variant in (1, 2, 3, 4))
+    assert first == second == fourth < third
 
 
 def test_the_3b_models_blocks_have_the_papers_size():

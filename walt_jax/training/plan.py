@@ -37,7 +37,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         model = make_model(config, config.most_pieces)
         params = unboxed(jax.eval_shape(model.init, key))
         variables["denoiser"] = params["denoiser"]
-        costs["denoiser"] = _denoiser_flops(model, params, config.words)
+        costs["denoiser"] = denoiser_flops(model, params, config.words)
         if config.text is not None:
             variables["text_encoder"] = params["text"]
             ids = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
@@ -65,7 +65,7 @@ def _modules(sizes: dict[str, int], costs: dict[str, int]) -> dict[str, dict[str
     return {name: {"params": sizes.get(name, 0), "forward_flops_per_clip": costs.get(name, 0)} for name in names}
 
 
-def _denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str, int]:
+def denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str, int]:
     """Of one pass over one clip with a caption of so many tokens, by module."""
 
     def inputs():

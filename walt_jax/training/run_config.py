@@ -49,8 +49,8 @@ class RunConfig:
     tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes; stages of the tokenizer are then
     left out. `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts
-    from, see `denoiser.weights`. `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and variance 1
-    over training clips, or as the tokenizer leaves them.
+    from, see `denoiser.weights`. `normalise_latents` says whether the denoiser gets each channel of the latents with
+    mean 0 and variance 1 over training clips, or as the tokenizer leaves them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
