@@ -185,6 +185,8 @@ def open_trained_run(values: flags.FlagValues) -> Any:
 
     run, knobs = open_run(values)
     before = knobs_before(run.workdir)
+    if before is None and run.only_published:
+        return run
     if before is None:
         raise UserError(f"{run.workdir} holds no run; train one first, with --mode=train.")
     check_same(run.workdir, before, knobs)
@@ -342,7 +344,8 @@ def encode(values: flags.FlagValues) -> None:
     run, _ = open_run(values)
     workdir = run.workdir
     out = epath.Path(values.out) if values.out else workdir / "encoded"
-    report = run.encode(out, run.run_in(workdir).tokenizer(), values.clips)
+    tokenizer = run.tokenizer() if run.config.tokenizer_from else run.run_in(workdir).tokenizer()
+    report = run.encode(out, tokenizer, values.clips)
     print(
         f"wrote {report['clips']:,} clips, {report['latents_bytes']:,} bytes of latents, to {out}; train on them with "
         f"--config.tokenizer_from={workdir} --config.stages.NAME.latents={out}"

@@ -39,8 +39,8 @@ def dit() -> None:
         DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=12,
-            in_channels=3,
-            out_channels=6,
+            in_channels=4,
+            out_channels=8,
             num_layers=2,
             sample_size=8,
             patch_size=2,
@@ -51,7 +51,7 @@ def dit() -> None:
     first = model.transformer_blocks[0].norm1.emb
     for block in model.transformer_blocks[1:]:
         block.norm1.emb.load_state_dict(first.state_dict())
-    image = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    image = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double()
     labels = torch.tensor([0, 4, 5])
 
     def answer():

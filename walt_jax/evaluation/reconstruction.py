@@ -51,12 +51,10 @@ def in_batches(function: Callable[[np.ndarray], np.ndarray], items: Sequence[np.
 
 def code_bits(codec: Codec, clip: Clip) -> float | None:
     """Bits that a clip's codes take, each at log2 of how many there are; None for a head without codes."""
-    config = codec.tokenizer.config
-    codes = config.head.group_codes(config.latent_channels)
-    if not codes:
+    if not codec.codes:
         return None
-    positions = math.prod(config.latent_shape(*clip.shape[:3])[:3])
-    return positions * math.log2(math.prod(codes))
+    positions = math.prod(codec.tokenizer.config.latent_shape(*clip.shape[:3])[:3])
+    return positions * math.log2(math.prod(codec.codes))
 
 
 def measure(
@@ -92,12 +90,10 @@ def measure(
         if bits is not None:
             row["bits_per_pixel"] = bits / math.prod(clip.shape[:3])
         rows.append(row)
-    config = codec.tokenizer.config
-    codes = config.head.group_codes(config.latent_channels)
-    if not codes:
+    if not codec.codes:
         return reconstructions, rows, {}
     indices = np.stack(in_batches(functools.partial(codec.tokenize, trained), clips))
-    return reconstructions, rows, {k: float(v) for k, v in code_statistics(jnp.asarray(indices), codes).items()}
+    return reconstructions, rows, {k: float(v) for k, v in code_statistics(jnp.asarray(indices), codec.codes).items()}
 
 
 def entropy_bits(symbols: Int[np.ndarray, "..."]) -> float:
@@ -115,13 +111,11 @@ def rate_distortion(codec: Codec, trained: TrainedTokenizer, clips: Sequence[Cli
     Returns:
         {"codec", "setting", "bits_per_pixel", "psnr_db"} each.
     """
-    config = codec.tokenizer.config
     pixels = len(clips) * math.prod(clips[0].shape[:3])
-    codes = config.head.group_codes(config.latent_channels)
     latents = np.stack(in_batches(lambda video: codec.encode(trained, video)[0], clips))
-    if codes:
+    if codec.codes:
         indices = np.stack(in_batches(functools.partial(codec.tokenize, trained), clips))
-        choices = [("codes", entropy_bits(np.asarray(joint_index(jnp.asarray(indices), codes))), latents)]
+        choices = [("codes", entropy_bits(np.asarray(joint_index(jnp.asarray(indices), codec.codes))), latents)]
     else:
         choices = []
         for exponent in range(1, -5, -1):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from walt_jax.layers import along_channels
 from walt_jax.tokenizer.autoencoder import Tokenizer
+from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from walt_jax.tokenizer.convolution import Cache
 
 CHUNK_LATENTS = 4  # latent frames that a file is streamed by
@@ -26,6 +27,26 @@ def to_float(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
 def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
     """-1..1 to 0..255, rounded; what is outside is clipped."""
     return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerFrame:
+    """An autoencoder of images in the tokenizer's place: each frame by itself, with nothing to remember.
+
+    Attributes:
+        model: what DiT and Latte were trained on.
+    """
+
+    model: AutoencoderKL
+
+    @property
+    def config(self) -> AutoencoderKLConfig:
+        """Its sizes."""
+        return self.model.config
+
+    def apply(self, variables: Any, x: Array, cache: Cache = None, method: str = "encode") -> tuple[Array, Cache]:
+        """As the tokenizer's, of chunks of any length."""
+        return self.model.apply(variables, x, method=method), cache
 
 
 class TrainedTokenizer(flax.struct.PyTreeNode):
@@ -43,7 +64,15 @@ class Codec:
     Latents are normalised here: each channel has mean 0 and variance 1 over training clips.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PerFrame
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """How many codes each group of the head has; none where latents are continuous."""
+        if isinstance(self.tokenizer, PerFrame):
+            return ()
+        config = self.tokenizer.config
+        return tuple(config.head.group_codes(config.latent_channels))
 
     @functools.partial(jax.jit, static_argnums=0)
     def encode(

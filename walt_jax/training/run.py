@@ -23,19 +23,18 @@ from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.data.pipeline import Batches, Clips, Data, Source, numbered
 from walt_jax.denoiser import weights
 from walt_jax.errors import UserError
-from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.sample import Generator
 from walt_jax.text import vocabulary
 from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
-from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path, packed_batches
 from walt_jax.training.loop import Trained, run_stage
-from walt_jax.training.run_config import RunConfig, make_model, make_task
+from walt_jax.training.run_config import RunConfig, make_codec, make_model, make_task, read_autoencoder
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
@@ -55,7 +54,7 @@ class Run:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.codec = Codec(Tokenizer(config.tokenizer))
+        self.codec = make_codec(config)
         self.data = Data(config.data)
 
     def unseen(self) -> Source:
@@ -70,7 +69,7 @@ class Run:
             UserError: if it can't be.
         """
         self.unseen()
-        if self.config.tokenizer_from:
+        if self.config.tokenizer_from and not self.config.takes_autoencoder:
             self._other_run()
         if self.config.init_from:
             self._published()
@@ -143,7 +142,7 @@ class Run:
         return self._trained_tokenizer(self._restore("tokenizer"))
 
     def generator(self) -> Generator:
-        """The trained models.
+        """The trained models; those that were published where nothing is trained yet.
 
         Raises:
             UserError: if the config has no denoiser, a stage has not been trained, or the workdir's checkpoints are of
@@ -153,7 +152,7 @@ class Run:
             raise UserError("This config trains a tokenizer alone: it reconstructs, with --mode=reconstruct.")
         if self.config.denoiser.upscale > 1:
             raise UserError("This config upscales latents; it is sampled from as a stage of a cascade alone.")
-        params = self._restore("denoiser").served
+        params = self._published() if self.only_published else self._restore("denoiser").served
         return Generator(
             make_model(self.config, self._vocab_size()),
             params,
@@ -253,8 +252,17 @@ class Run:
     def _vocabulary_path(self) -> pathlib.Path:
         return self.workdir / ("labels.json" if self.config.text is None else "vocabulary.model")
 
+    @property
+    def only_published(self) -> bool:
+        """Whether there is nothing here but what others have published, a denoiser and an autoencoder."""
+        config = self.config
+        published = bool(config.init_from) and config.takes_autoencoder and config.text is None
+        return published and not (self.workdir / CONFIG).exists()
+
     def _captions(self) -> Vocabulary | Labels:
-        """What makes ids of captions."""
+        """What makes ids of captions; of published classes, which have no names, their numbers."""
+        if self.only_published:
+            return Labels(tuple(map(str, range(self.config.denoiser.classes))))
         if self.config.text is None:
             return Labels.load(self._vocabulary_path)
         return Vocabulary.load(self._vocabulary_path, self.config.text.length)
@@ -374,6 +382,10 @@ class Run:
 
     def _taken_tokenizer(self) -> TrainedTokenizer:
         """The other run's tokenizer; the workdir gets a copy, so that it is whole by itself."""
+        if self.config.takes_autoencoder:
+            _, params = read_autoencoder(self.config.tokenizer_from)
+            channels = self.config.tokenizer.latent_channels
+            return TrainedTokenizer({"params": params}, jnp.zeros(channels), jnp.ones(channels))
         other, copy = self._other_run(), self.workdir / TOKENIZER
         if other.workdir == copy or not self.workdir.exists():
             return other.tokenizer()

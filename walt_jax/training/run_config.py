@@ -1,8 +1,9 @@
 """What a run is made of: a config file's knobs, and the modules that they describe."""
 
 import dataclasses
+import functools
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from walt_jax.config import Positive, Range
 from walt_jax.data.pipeline import DataConfig
@@ -12,11 +13,14 @@ from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.windows import Window
 from walt_jax.diffusion.objective import DiffusionConfig
+from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import EvaluationConfig
-from walt_jax.generation.codec import Codec
+from walt_jax.generation.codec import Codec, PerFrame
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
+from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL
+from walt_jax.tokenizer.autoencoder_kl_weights import load_weights
 from walt_jax.tokenizer.inflation import Placement
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import load_features
@@ -47,10 +51,11 @@ class RunConfig:
     Without `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `text` is there where the
     denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
     tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
-    `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes; stages of the tokenizer are then
-    left out. `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts
-    from, see `denoiser.weights`. `normalise_latents` says whether the denoiser gets each channel of the latents with
-    mean 0 and variance 1 over training clips, or as the tokenizer leaves them.
+    `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
+    Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
+    `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
+    `denoiser.weights`. `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and
+    variance 1 over training clips, or as the tokenizer leaves them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -103,6 +108,11 @@ class RunConfig:
             raise ValueError("tokenizer.block_transform can't be inflated from images; leave their stage out, or it")
         if self.denoiser is not None:
             self._check_denoiser(shape)
+
+    @property
+    def takes_autoencoder(self) -> bool:
+        """Whether the tokenizer is a published autoencoder of images."""
+        return self.tokenizer_from.endswith(".safetensors")
 
     @property
     def trained_stages(self) -> list[str]:
@@ -223,12 +233,41 @@ class RunConfig:
         return [self.tokenizer.latent_shape(shape.frames, *size) for size in sorted(shape.sizes())]
 
 
+def make_codec(config: RunConfig) -> Codec:
+    """Pixels to latents and back: the config's tokenizer, or the autoencoder of images that `tokenizer_from` names.
+
+    Raises:
+        UserError: if that can't be read, or its latents have another shape than the config's.
+    """
+    if not config.takes_autoencoder:
+        return Codec(Tokenizer(config.tokenizer))
+    model, _ = read_autoencoder(config.tokenizer_from)
+    ours, theirs = ((c.strides, c.latent_channels) for c in (config.tokenizer, model.config))
+    if ours != theirs:
+        raise UserError(
+            f"{config.tokenizer_from} has strides {theirs[0]} and {theirs[1]} channels, config.tokenizer {ours[0]} and "
+            f"{ours[1]}; use a config whose latents are of that shape, such as configs/dit_xl_2.py."
+        )
+    return Codec(PerFrame(model))
+
+
+@functools.cache
+def read_autoencoder(path: str) -> tuple[AutoencoderKL, Any]:
+    """The autoencoder of images in a file, and its parameters.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    config, params = load_weights(path)
+    return AutoencoderKL(config), params
+
+
 def make_model(config: RunConfig, vocab_size: int) -> LatentDiffusion:
     """The models that sample; `vocab_size` is read where the config has text."""
     text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     denoiser = Denoiser(config.denoiser, config.bounds)
-    return LatentDiffusion(Codec(Tokenizer(config.tokenizer)), text, denoiser, config.diffusion, shape)
+    return LatentDiffusion(make_codec(config), text, denoiser, config.diffusion, shape)
 
 
 def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
