@@ -1,50 +1,75 @@
-"""Trains each variant of `configs/walt_trends.py` on one tokenizer and tells what each brings.
+"""Trains each variant of a config on one tokenizer and tells what each brings.
 
-    python benchmarks/trends.py --workdir=runs/trends
+    python benchmarks/trends.py --tokenizer=runs/demo --workdir=runs/trends
+    python benchmarks/trends.py --tokenizer=runs/demo --config=configs/demo_siblings.py --workdir=runs/siblings
 
-The tokenizer is trained once, or taken from a run of `configs/walt_demo.py` with --tokenizer=WORKDIR. Variants have as
-many steps as the base, and so as many tokens; "full_attention" has as many as take the time of the base's, by the ratio
-of their steps measured in turn. What is done already is not done again. Leaves `trends.json` and `trends.md`.
+The tokenizer is that of a run of `configs/walt_demo.py`; clips are encoded once for all that see them alike. Variants
+have as many steps as the first, and so as many tokens; those in the config's `EQUAL_TIME` have as many as take the first
+one's time, by the ratio of their steps measured in turn. What is done already is not done again. Leaves `trends.json`
+and `trends.md`.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import runpy
-import shutil
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 
 from walt_jax.config import build
 from walt_jax.evaluation.evaluate import evaluate
-from walt_jax.training.benchmark import benchmark
+from walt_jax.parallel.cost import flops
+from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run import Run
-from walt_jax.training.run_config import RunConfig
+from walt_jax.training.run_config import RunConfig, make_task
+from walt_jax.training.state import TrainState, make_train_step
 from walt_jax.workdir import write_atomically
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "walt_trends.py"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 COLUMNS = ("trained_all_right", "held_out_all_right", "trained_colour_right", "trained_shape_right")
+ROUNDS = 8
 
 
 def main() -> None:
     """Trains and measures what is not done yet, and writes the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    parser.add_argument("--tokenizer", type=pathlib.Path, help="a trained run of configs/walt_demo.py")
-    parser.add_argument("--steps", type=int, help="of the base, instead of the config's")
+    parser.add_argument("--tokenizer", required=True, type=pathlib.Path, help="a trained run of configs/walt_demo.py")
+    parser.add_argument("--config", type=pathlib.Path, default=CONFIGS / "walt_trends.py")
+    parser.add_argument("--steps", type=int, help="of the first, instead of the config's")
+    parser.add_argument("--clips", type=int, help="that are encoded, instead of the config's")
     parser.add_argument("--variants", nargs="*", help="these alone")
     flags = parser.parse_args()
-    module = runpy.run_path(str(CONFIG))
+    module = runpy.run_path(str(flags.config))
+    first, *_ = module["VARIANTS"]
+
+    def config_of(variant: str) -> RunConfig:
+        knobs = module["get_config"](variant)
+        knobs.tokenizer_from = str(flags.tokenizer)
+        stage = knobs.stages.denoiser
+        stage.steps = flags.steps or stage.steps
+        stage.cached_clips = flags.clips or stage.cached_clips
+        if stage.pack is None and knobs.normalise_latents:
+            stage.latents = str(flags.workdir / "latents")
+        return build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config")
+
+    encoder = Run(config_of(first), flags.workdir / "encoder")
+    encoder.encode(flags.workdir / "latents", encoder.tokenizer(), encoder.config.stages["denoiser"].cached_clips)
+
     rows = []
     for variant in flags.variants or module["VARIANTS"]:
-        folder = flags.workdir / variant
+        folder, config = flags.workdir / variant, config_of(variant)
         if not (folder / "row.json").exists():
-            knobs = module["get_config"](variant)
-            if flags.steps:
-                knobs.stages.denoiser.steps = flags.steps
-            if variant == "full_attention":
-                knobs.stages.denoiser.steps = round(knobs.stages.denoiser.steps * time_ratio(module))
-            row = {"variant": variant, **run(build(RunConfig, knobs.to_dict(), "config"), folder, flags)}
+            ratio = 1.0
+            if variant in module["EQUAL_TIME"]:
+                ratio = time_ratio(config_of(first), config)
+            row = {"variant": variant, "step_seconds_over_firsts": ratio, **run(config, ratio, folder)}
             write_atomically(folder / "row.json", json.dumps(row, indent=1) + "\n")
         rows.append(json.loads((folder / "row.json").read_text()))
     write_atomically(flags.workdir / "trends.json", json.dumps(rows, indent=1) + "\n")
@@ -52,42 +77,81 @@ def main() -> None:
     print(table(rows))
 
 
-def time_ratio(module: dict) -> float:
-    """The seconds of a base's step over those of a step with full attention, measured in turn."""
-    timed = benchmark(build(RunConfig, module["get_config"]("base").to_dict(), "config"))
-    seconds = {row["name"]: row["seconds_median"] for row in timed}
-    return seconds["denoiser_train_step"] / seconds["denoiser_train_step_full_attention"]
+def time_ratio(first: RunConfig, config: RunConfig) -> float:
+    """The seconds of a step of `config` over those of `first`, in turn; the clips are noise."""
+    steps = [train_step(each)[0] for each in (first, config)]
+    for step in steps:
+        step()
+    ratios = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for step in steps:
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
 
 
-def run(config: RunConfig, folder: pathlib.Path, flags: argparse.Namespace) -> dict:
+def train_step(config: RunConfig) -> tuple[Callable[[], Any], int, int]:
+    """A train step on equal clips, the parameters that it trains, and its operations."""
+    stage, task = config.stages["denoiser"], make_task(config, "denoiser", config.most_pieces)
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    boxed, moving = task.init(key)
+    params = jax.tree.map(lambda leaf: leaf.unbox(), boxed, is_leaf=lambda leaf: hasattr(leaf, "unbox"))
+    optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key)[0])
+    shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
+    latents = rng.normal(size=(stage.batch_size, *shape)).astype(np.float32)
+    batch = {"latents": latents, "text": np.ones((stage.batch_size, config.words), np.int32)}
+    state = [jax.jit(lambda params: TrainState.create(params, moving, task, optimizer))(params)]
+    update = make_train_step(task, optimizer, stage.ema_decay)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params["denoiser"]))
+    cost = flops(task.gradients, params, moving, None, batch, key, np.int32(0))
+
+    def step() -> None:
+        state[0], metrics = update(state[0], None, batch, key)
+        jax.block_until_ready(metrics)
+
+    return step, size, cost
+
+
+def run(config: RunConfig, ratio: float, folder: pathlib.Path) -> dict:
     """Trains and measures one variant."""
-    shared = flags.tokenizer or flags.workdir / "base"
+    stage = config.stages["denoiser"]
+    stage = dataclasses.replace(stage, steps=round(stage.steps / ratio))
+    config = dataclasses.replace(config, stages={**config.stages, "denoiser": stage})
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints/tokenizer", "vocabulary.model"):
-        source, copy = shared / name, folder / name
-        if source.is_dir() and not copy.exists():
-            shutil.copytree(source, copy)
-        elif source.exists() and not copy.exists():
-            shutil.copyfile(source, copy)
     run = Run(config, folder)
     run.keep_vocabulary(run.make_vocabulary())
     run.train()
     generator = run.generator()
     metrics = evaluate(folder, run.codec, generator.tokenizer, generator, run.unseen(), config.data, config.evaluation)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["stage"] == "denoiser"]
+    _, size, cost = train_step(config) if stage.pack is None else (None, None, None)
     return {
+        "parameters": size,
+        "train_flops_per_step": cost,
         "steps": lines[-1]["step"],
+        "seconds": lines[-1]["elapsed_seconds"],
         "last_loss": float(np.mean([line["loss"] for line in lines[-10:]])),
         **{metric["name"]: metric["value"] for metric in metrics},
     }
 
 
 def table(rows: list[dict]) -> str:
-    heads = ["variant", "steps", "last loss", *(name.replace("_", " ") for name in COLUMNS)]
+    heads = [
+        "variant",
+        "parameters",
+        "steps",
+        "time a step",
+        "last loss",
+        *(name.replace("_", " ") for name in COLUMNS),
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [row["variant"], f"{row['steps']:,}", f"{row['last_loss']:.4f}"]
+        size = f"{row['parameters'] / 1e6:.2f}M" if row["parameters"] else ""
+        cells = [row["variant"], size, f"{row['steps']:,}"]
+        cells += [f"{row['step_seconds_over_firsts']:.2f}", f"{row['last_loss']:.4f}"]
         cells += [f"{row[name]:.0%}" for name in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """A smaller `walt_demo.py` in variants that differ in one idea each, to see what it brings.
 
 python -m walt_jax.main --config=configs/walt_trends.py:no_self_conditioning --workdir=runs/no_self_conditioning
-python benchmarks/trends.py --workdir=runs/trends  # all of them on one tokenizer, and the table
+python benchmarks/trends.py --tokenizer=runs/demo --workdir=runs/trends  # all on one tokenizer, and the table
 """
 
 import pathlib
@@ -28,6 +28,8 @@ VARIANTS = {
         "stages.denoiser.batch_size": 4,
     },
 }
+# These have as long a time as the base, the others as many steps.
+EQUAL_TIME = frozenset({"full_attention"})
 
 
 def get_config(variant: str = "base") -> ConfigDict:
