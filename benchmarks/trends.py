@@ -4,9 +4,9 @@
     python benchmarks/trends.py --tokenizer=runs/demo --config=configs/demo_siblings.py --workdir=runs/siblings
 
 The tokenizer is that of a run of `configs/walt_demo.py`; clips are encoded once for all that see them alike. Variants
-have as many steps as the first, and so as many tokens; those in the config's `EQUAL_TIME` have as many as take the first
-one's time, by the ratio of their steps measured in turn. What is done already is not done again. Leaves `trends.json`
-and `trends.md`.
+have as many steps as the first, and so as many tokens; those in the config's `EQUAL_TIME` have as many as take the
+first one's time, by the ratio of their steps measured in turn. What is done already is not done again. Leaves
+`trends.json` and `trends.md`.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from walt_jax.training.run_config import RunConfig
 from walt_jax.workdir import locked
 
 TINY = f"--config={commands.ROOT / 'configs' / 'walt_tiny.py'}"
+DIT = f"--config={commands.ROOT / 'configs' / 'dit_s_2.py'}"
 CLIPS = f"--config={commands.ROOT / 'configs' / 'walt_clips.py'}"
 
 
@@ -55,6 +56,20 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--mode=sample", "--prompts=none.txt"], ["none.txt"]),
         ([TINY, "--workdir=W", "--mode=sample", "--prompt=a", "--num_samples=0"], ["num_samples"]),
         ([TINY, "--workdir=W", "--mode=evaluate"], ["W", "--mode=train"]),
+        ([TINY, "--workdir=W", "--mode=encode"], ["W holds no run", "--workdir"]),
+        ([TINY, "--workdir=W", "--mode=export"], ["--out=FILE.safetensors"]),
+        ([TINY, "--workdir=W", "--mode=export", "--out=x.safetensors"], ["W", "--mode=train"]),
+        ([TINY, "--workdir=W", "--config.tokenizer_from=nowhere"], ["nowhere", "--workdir"]),
+        ([TINY, "--workdir=W", "--config.tokenizer_from=none.safetensors"], ["none.safetensors", "can't be read"]),
+        (
+            [DIT, "--workdir=W", "--config.data.source=drawn", "--config.init_from=none.safetensors"],
+            ["none.safetensors"],
+        ),
+        ([TINY, "--workdir=W", "--config.stages.denoiser.latents=nowhere"], ["nowhere", "--mode=encode"]),
+        ([TINY, "--workdir=W", "--config.stages.tokenizer.latents=x"], ["latents", "denoiser stages"]),
+        ([TINY, "--workdir=W", "--config.denoiser.adaln=none"], ["condition_by", "adaln='none'"]),
+        ([TINY, "--workdir=W", "--config.sampling.guidance.channels=99"], ["channels", "12"]),
+        ([TINY, "--workdir=W", "--config.diffusion.multiscale=3"], ["multiscale=3", "4 × 4"]),
     ],
 )
 def test_one_sentence(flags, words, tmp_path, monkeypatch, capsys):

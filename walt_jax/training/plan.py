@@ -140,7 +140,7 @@ def _gradients(
     frozen = None
     if stage.task == "denoiser":
         batch["text"] = jax.ShapeDtypeStruct((batch_size, config.words), jnp.int32)
-        if stage.cached_clips:
+        if stage.cached_clips or stage.latents:
             batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
         channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
         video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
