@@ -40,13 +40,13 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, ema_decay: float
+    task: Task, optimizer: optax.GradientTransformation, ema_decay: float, platform: str | None = None
 ) -> Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Compiles `(state, frozen, batch, key) -> (state, metrics)`.
 
     The step's randomness is `fold_in(key, step)`: a resumed run draws what an uninterrupted one would have. `metrics`
     has `gradient_norm`, `parameter_norm` (after the update) and what the task adds, `loss` among it. The state's
-    buffers are donated.
+    buffers are donated. `platform` is what it is compiled for, where that isn't what is here.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray):
@@ -62,5 +62,5 @@ def make_train_step(
         norms = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, moving, ema, opt_state), {**metrics, **norms}
 
-    options = COMPILER_OPTIONS.get(jax.default_backend())
+    options = COMPILER_OPTIONS.get(platform or jax.default_backend())
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)

@@ -1,0 +1,105 @@
+"""Compiles the train step of a denoiser, dense and packed, for TPUs that aren't there: `pip install -e ".[tpu]"`.
+
+    python benchmarks/tpu_compile.py --config=walt_l --topology=v5e:2x2 --out=tpu_compile.json
+
+Parameters are on every chip, clips are divided among them. What is told is the compiler's: seconds to compile, bytes of
+HBM a chip, and that its attention, gathers and scans are something that a TPU can do. Needs no accelerator.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import runpy
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it is not asked on which machine this is
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from walt_jax.config import build
+from walt_jax.denoiser.layout import make_pack, place_clips, row_lengths
+from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.training.optimizer import make_optimizer
+from walt_jax.training.run_config import RunConfig, make_task
+from walt_jax.training.state import TrainState, make_train_step
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def main() -> None:
+    """Compiles both and writes what the compiler says."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="walt_l")
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--clips_a_chip", type=int, default=4)
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    flags = parser.parse_args()
+    knobs = runpy.run_path(str(CONFIGS / f"{flags.config}.py"))["get_config"]()
+    config = build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
+    mesh = Mesh(np.array(devices), ("data",))
+    rows = []
+    for name, batch in batches(config, flags.clips_a_chip * len(devices), len(devices)).items():
+        rows.append({"name": name, "topology": flags.topology, "chips": len(devices), **compiled(config, batch, mesh)})
+        print(json.dumps(rows[-1]), flush=True)
+        flags.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
+    """As many clips of the data's shape as a batch, and in packs, one a chip."""
+    shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
+    grid = config.denoiser.grid(shape[:3])
+    text = np.ones((clips, config.words), np.int32)
+    each = clips // packs
+    positions, sizes = place_clips([[grid] * each] * packs, each * math.prod(grid), each)
+    windows, alone = config.denoiser.attention_windows, config.denoiser.images_alone
+    pack = make_pack(positions, sizes, windows, row_lengths(positions, sizes, windows, alone), alone)
+    width = shape[3] * math.prod(config.denoiser.patch_size)
+    tokens = np.zeros((packs, each * math.prod(grid), width), np.float32)
+    return {
+        "dense": {"latents": np.zeros((clips, *shape), np.float32), "text": text},
+        "packed": {"tokens": tokens, "text": text.reshape(packs, each, -1), "pack": pack},
+    }
+
+
+def compiled(config: RunConfig, batch: dict, mesh: Mesh) -> dict:
+    """What the compiler says of a train step."""
+    stage, task = config.stages["denoiser"], make_task(config, "denoiser", config.most_pieces)
+    everywhere, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    boxed, moving = jax.eval_shape(task.init, jax.random.key(0))
+    optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
+    state = jax.eval_shape(lambda params: TrainState.create(params, moving, task, optimizer), unboxed(boxed))
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def of_batch(leaf):
+        whole = leaf.ndim == 0 or leaf.shape[0] % len(mesh.devices)
+        return placed(leaf, everywhere if whole else divided)
+
+    state = jax.tree.map(lambda leaf: placed(leaf, everywhere), state)
+    arguments = state, None, jax.tree.map(lambda leaf: of_batch(jnp.asarray(leaf)), batch)
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    step = make_train_step(task, optimizer, stage.ema_decay, platform="tpu")
+    began = time.perf_counter()
+    lowered = step.trace(*arguments, key).lower(lowering_platforms=("tpu",))
+    lowering = time.perf_counter() - began
+    began = time.perf_counter()
+    program = lowered.compile()
+    memory = program.memory_analysis()
+    return {
+        "lowering_seconds": lowering,
+        "compile_seconds": time.perf_counter() - began,
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    main()
