@@ -20,10 +20,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from walt_jax.config import build
+from walt_jax.diffusion.parameterization import clean
 from walt_jax.evaluation.evaluate import evaluate
+from walt_jax.generation.sample import Generator
 from walt_jax.parallel.cost import flops
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run import Run
@@ -33,7 +36,8 @@ from walt_jax.workdir import write_atomically
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 COLUMNS = ("trained_all_right", "held_out_all_right", "trained_colour_right", "trained_shape_right")
-ROUNDS = 8
+ROUNDS, UNSEEN = 8, 72
+LEVELS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of noise over signal
 
 
 def main() -> None:
@@ -126,6 +130,7 @@ def run(config: RunConfig, ratio: float, folder: pathlib.Path) -> dict:
     run.train()
     generator = run.generator()
     metrics = evaluate(folder, run.codec, generator.tokenizer, generator, run.unseen(), config.data, config.evaluation)
+    error = denoising_error(run, generator)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     _, size, cost = train_step(config) if stage.pack is None else (None, None, None)
     return {
@@ -133,9 +138,39 @@ def run(config: RunConfig, ratio: float, folder: pathlib.Path) -> dict:
         "train_flops_per_step": cost,
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["elapsed_seconds"],
+        "denoising_error": error,
         "last_loss": float(np.mean([line["loss"] for line in lines[-10:]])),
         **{metric["name"]: metric["value"] for metric in metrics},
     }
+
+
+def denoising_error(run: Run, generator: Generator) -> float:
+    """How far the estimate of clean latents is off, over their variance; of unseen clips, at noise of several levels.
+
+    Unlike the loss it means the same whatever is predicted and at whatever times was trained. The noise is so much of a
+    clip's latents' own deviation, which normalised latents and others have alike.
+    """
+    model, source = generator.model, run.unseen()
+    clips = [source.sample(i, np.random.default_rng([i])) for i in range(min(UNSEEN, len(source)))]
+    latents = np.concatenate([run.codec.encode(generator.tokenizer, clip["video"][None])[0] for clip in clips])
+    scale, kind = np.std(latents), model.diffusion.parameterization
+    ids = generator.captions.encode([clip["caption"] for clip in clips])
+    noise = jax.random.normal(jax.random.key(0), latents.shape)
+    x, noise = model.tokens(latents), model.tokens(noise)
+
+    @jax.jit
+    def estimate(level):
+        # z / α = x + level · scale · ε, at the schedule's time for that ratio
+        alpha = 1 / jnp.sqrt(1 + (level * scale) ** 2)
+        sigma = level * scale * alpha
+        time = jnp.full((len(x), 1), model.diffusion.schedule.time_of(alpha[None])[0])
+        z = alpha * x + sigma * noise
+        denoise = model.denoise(generator.params, model.condition(generator.params, ids[:, None]), model.layout)
+        first = clean(kind, denoise(z, time, jnp.zeros_like(x)), z, alpha, sigma)
+        return clean(kind, denoise(z, time, first), z, alpha, sigma) if model.diffusion.self_conditioning else first
+
+    errors = [float(np.mean(np.square(estimate(jnp.float32(level)) - x))) for level in LEVELS]
+    return float(np.mean(errors) / scale**2)
 
 
 def table(rows: list[dict]) -> str:
@@ -144,14 +179,14 @@ def table(rows: list[dict]) -> str:
         "parameters",
         "steps",
         "time a step",
-        "last loss",
+        "denoising error",
         *(name.replace("_", " ") for name in COLUMNS),
     ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         size = f"{row['parameters'] / 1e6:.2f}M" if row["parameters"] else ""
         cells = [row["variant"], size, f"{row['steps']:,}"]
-        cells += [f"{row['step_seconds_over_firsts']:.2f}", f"{row['last_loss']:.4f}"]
+        cells += [f"{row['step_seconds_over_firsts']:.2f}", f"{row['denoising_error']:.4f}"]
         cells += [f"{row[name]:.0%}" for name in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
