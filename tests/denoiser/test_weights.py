@@ -140,3 +140,29 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "no.safetensors").write_text("<html>")
     with pytest.raises(UserError, match="can't be read as safetensors"):
         load(tmp_path / "no.safetensors", CLOSED, like(CLOSED, inputs(CLOSED, rest))[1])
+
+
+@pytest.mark.parametrize("tubelets", ["central", "average"])
+def test_of_a_still_clip_tubelets_answer_as_the_image_does(tubelets, tmp_path):
+    """Patches of two frames of a clip whose frames are alike, and so are all frames of the answer."""
+    path, _, rest = golden("dit", tmp_path)
+    tokens, time, condition, layout = inputs(CLOSED, rest)
+    video = dataclasses.replace(CLOSED, patch_size=(2, 2, 2))
+    image = from_tokens(tokens, layout.grid, CLOSED.patch_size)
+    still = np.repeat(image, 2, axis=1)
+    values = to_tokens(still, video.patch_size), time, condition, layout
+    model, shapes = like(video, values)
+    params = load(path, video, shapes, tubelets)
+    kernel = params["patch_in"]["kernel"].reshape(2, -1, video.dim)
+    if tubelets == "central":
+        assert not kernel[0].any() and kernel[1].any()
+    else:
+        np.testing.assert_array_equal(kernel[0], kernel[1])
+    out = np.asarray(jax.jit(model.apply)({"params": params}, *values))
+    parts = [from_tokens(half, layout.grid, video.patch_size) for half in np.split(out, 2, axis=-1)]
+    answer = np.concatenate(parts, axis=-1)
+    np.testing.assert_array_equal(answer[:, 0], answer[:, 1])
+    expected = np.moveaxis(rest["output"], 1, -1)
+    assert np.abs(answer[:, 0] - expected).max() / np.abs(expected).max() < 1e-5
+    with pytest.raises(UserError, match="patches of one frame"):
+        export(params, video)

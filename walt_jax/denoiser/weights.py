@@ -6,10 +6,10 @@ Two layouts are known by their names: the original one (facebookresearch/DiT, Vc
 
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from einops import EinopsError, rearrange
+from einops import EinopsError, rearrange, repeat
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -42,20 +42,26 @@ class Entry(NamedTuple):
     part: int | None = None
 
 
-def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params) -> Params:
+# How a patch of one frame becomes one of several, a tubelet (ViViT, Arnab et al. 2021, section 3.4): its weights on the
+# frame in the middle, or their share on each frame.
+Tubelets = Literal["central", "average"]
+
+
+def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelets: Tubelets = "central") -> Params:
     """Parameters of a file.
 
     Args:
         path: a `.safetensors` in one of the two layouts.
         config: of the denoiser; its sizes and parts should be those of the file.
         like: parameters, or their shapes, that the file has to fill.
+        tubelets: read where the config's patches have several frames; all of them get what one frame's would have been.
 
     Raises:
         UserError: if the file can't be read, or its tensors are not those of the config.
     """
     tensors = _tensors(path)
     diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
-    entries = _entries(config, diffusers)
+    entries = _entries(config, diffusers, tubelets)
     _check_config(path, config, diffusers)
     known = {entry.theirs for entry in entries} | set(FIXED) | _copies(path, tensors)
     strange = sorted(set(tensors) - known)
@@ -97,6 +103,8 @@ def export(params: Params, config: DenoiserConfig, diffusers: bool = True) -> di
     params = {key: np.asarray(leaf) for key, leaf in flatten_dict(params).items()}
     unrolled = flatten_dict(_unrolled(config, unflatten_dict(params)))
     ours = {"/".join(key): leaf for key, leaf in unrolled.items()}
+    if config.patch_size[0] > 1:
+        raise UserError(f"patch_size {config.patch_size}: published layouts have patches of one frame.")
     entries = _entries(config, diffusers)
     left = sorted(set(ours) - {entry.ours for entry in entries})
     if left:
@@ -201,15 +209,21 @@ def _time_in(theirs: str, closed: bool) -> list[Entry]:
     ]
 
 
-def _entries(config: DenoiserConfig, diffusers: bool) -> list[Entry]:
+def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "central") -> list[Entry]:
     """All parameters of a config in a layout."""
-    dim, (_, height, width) = config.dim, config.patch_size
+    dim, (frames, height, width) = config.dim, config.patch_size
+
+    def patch_in(x: Tensor) -> Tensor:
+        frame = rearrange(x, "d c p q -> (p q c) d")
+        if tubelets == "average":
+            return np.concatenate([frame / frames] * frames)
+        return np.concatenate([frame if number == frames // 2 else 0 * frame for number in range(frames)])
 
     def patch_out(x: Tensor) -> Tensor:
         """Of each pixel the prediction and then v, to the prediction of all pixels and then v."""
-        if not config.learned_sigma:
-            return x
-        return rearrange(x, "... (p q two c) -> ... (two p q c)", p=height, q=width, two=2)
+        two = 2 if config.learned_sigma else 1
+        x = rearrange(x, "... (p q two c) -> ... two (p q c)", p=height, q=width, two=two)
+        return repeat(x, "... two k -> ... (two t k)", t=frames)
 
     def patch_out_back(x: Tensor) -> Tensor:
         if not config.learned_sigma:
@@ -227,7 +241,7 @@ def _entries(config: DenoiserConfig, diffusers: bool) -> list[Entry]:
         Entry(
             "patch_in/kernel",
             f"{patches}.weight",
-            lambda x: rearrange(x, "d c p q -> (p q c) d"),
+            patch_in,
             lambda x: rearrange(x, "(p q c) d -> d c p q", p=height, q=width),
         ),
         Entry("patch_in/bias", f"{patches}.bias", _same, _same),

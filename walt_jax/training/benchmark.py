@@ -111,7 +111,8 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
         rows.append({**row, **part.more})
     if config.data.parts and "drawn" not in dict(config.data.parts):
         shapes = config.clip_shapes(list(config.stages)[-1])
-        rows += [{**row, "device": "host"} for row in benchmark_decoding(config.data, shapes, config.seed)]
+        timed = benchmark_decoding(config.data, shapes, config.seed, config.tokens)
+        rows += [{**row, "device": "host"} for row in timed]
     return rows
 
 

@@ -6,10 +6,12 @@ import io
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
 import av
+import jax
 import numpy as np
 from etils import epath
 
@@ -22,7 +24,9 @@ from walt_jax.data.video import RESIZE
 CLIPS, ROUNDS = 64, 3
 
 
-def benchmark_decoding(config: DataConfig, shapes: tuple[ClipShape, ...], seed: int) -> list[dict[str, Any]]:
+def benchmark_decoding(
+    config: DataConfig, shapes: tuple[ClipShape, ...], seed: int, tokens: Callable[[tuple[int, int, int]], int]
+) -> list[dict[str, Any]]:
     """Times the first clips of an epoch, in turn through the pipeline and with PyAV; nothing is kept decoded.
 
     PyAV is asked for the same windows: it seeks to each one's start, decodes until there are as many frames as long a
@@ -33,9 +37,11 @@ def benchmark_decoding(config: DataConfig, shapes: tuple[ClipShape, ...], seed: 
         config: of folders.
         shapes: of clips.
         seed: of the order.
+        tokens: of a clip of (frames, height, width).
 
     Returns:
-        Two rows {"name", "seconds_median", "clips_per_second", "frames_per_second", "threads"}.
+        Two rows {"name", "seconds_median", "clips_per_second", "frames_per_second", "threads"}; the pipeline's clips
+        are put onto the device, and it has "tokens_per_second".
     """
     data = Data(dataclasses.replace(config, cache_bytes=0))
     mixture = data.source("train", shapes)
@@ -44,9 +50,16 @@ def benchmark_decoding(config: DataConfig, shapes: tuple[ClipShape, ...], seed: 
     count = min(CLIPS, sum(sizes))
     draws = [order[number] for number in range(count)]
 
+    tokens_read = []
+
     def pipeline() -> int:
-        clips = itertools.islice(stream(Clips(mixture, seed), Share()), count)
-        return sum(len(clip["video"]) for clip in clips)
+        frames = 0
+        tokens_read.clear()
+        for clip in itertools.islice(stream(Clips(mixture, seed), Share()), count):
+            video = jax.block_until_ready(jax.device_put(clip["video"]))
+            frames += len(video)
+            tokens_read.append(tokens(video.shape[:3]))
+        return frames
 
     def bare() -> int:
         with futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
@@ -60,7 +73,7 @@ def benchmark_decoding(config: DataConfig, shapes: tuple[ClipShape, ...], seed: 
             frames[name] = run()
             if number:  # the first round opens the files and starts processes
                 seconds[name].append(time.perf_counter() - began)
-    return [
+    rows = [
         {
             "name": name,
             "seconds_median": statistics.median(values),
@@ -70,6 +83,8 @@ def benchmark_decoding(config: DataConfig, shapes: tuple[ClipShape, ...], seed: 
         }
         for name, values in seconds.items()
     ]
+    rows[0]["tokens_per_second"] = sum(tokens_read) / rows[0]["seconds_median"]
+    return rows
 
 
 def _bare(source: StoredClips, draw: Draw, fps: float, seed: int) -> int:

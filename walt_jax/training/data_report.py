@@ -60,7 +60,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
             seconds = time.perf_counter() - began
     for index in range(min(len(held_out), MOST)):
         held_out.sample(index, np.random.default_rng(index))
-    tokens = [_tokens(config, size) for size in sizes]
+    tokens = [config.tokens(size) for size in sizes]
     packs: list[list[Item]] = []
     if stage.pack is not None:
         if stage.pack.drop is not None:
@@ -86,7 +86,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
             )
         ],
         "shapes": [
-            {"frames": size[0], "height": size[1], "width": size[2], "tokens": _tokens(config, size), "clips": number}
+            {"frames": size[0], "height": size[1], "width": size[2], "tokens": config.tokens(size), "clips": number}
             for size, number in kinds.items()
         ],
         "packs": {
@@ -100,12 +100,6 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
             "without packs every token is a clip's"
         ),
     }
-
-
-def _tokens(config: RunConfig, size: tuple[int, int, int]) -> int:
-    """Of a clip of (frames, height, width); latent positions where there is no denoiser."""
-    latents = config.tokenizer.latent_shape(*size)[:3]
-    return math.prod(latents if config.denoiser is None else config.denoiser.grid(latents))
 
 
 def _packs(items: list[Item], tokens: int, clips: int) -> list[list[Item]]:

@@ -169,7 +169,7 @@ class Run:
         """
         model = make_model(self.config, self.config.most_pieces)
         like = unboxed(jax.eval_shape(model.init, jax.random.key(0)))["denoiser"]
-        return {"denoiser": weights.load(self.config.init_from, self.config.denoiser, like)}
+        return {"denoiser": weights.load(self.config.init_from, self.config.denoiser, like, self.config.tubelets)}
 
     def export(self, out: pathlib.Path) -> int:
         """Writes the trained denoiser as diffusers names it, or as DiT and Latte do where that is what it can be.

@@ -11,6 +11,7 @@ from walt_jax.data.shapes import ClipShape, ShapeConfig
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser
+from walt_jax.denoiser.weights import Tubelets
 from walt_jax.denoiser.windows import Window
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.errors import UserError
@@ -54,8 +55,8 @@ class RunConfig:
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
     Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
     `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
-    `denoiser.weights`. `normalise_latents` says whether the denoiser gets each channel of the latents with mean 0 and
-    variance 1 over training clips, or as the tokenizer leaves them.
+    `denoiser.weights`, which also says what `tubelets` are. `normalise_latents` says whether the denoiser gets each
+    channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer leaves them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -67,6 +68,7 @@ class RunConfig:
     inflation: Placement = "last"
     tokenizer_from: str = ""
     init_from: str = ""
+    tubelets: Tubelets = "central"
     normalise_latents: bool = True
     text: TextConfig | None = None
     denoiser: DenoiserConfig | None = None
@@ -222,6 +224,11 @@ class RunConfig:
         """Clips a batch, for each of a stage's shapes."""
         config = self.stages[stage]
         return tuple(shape.batch_size or config.batch_size for shape in config.shapes.values()) or (config.batch_size,)
+
+    def tokens(self, size: tuple[int, int, int]) -> int:
+        """Of a clip of (frames, height, width); latent positions where there is no denoiser."""
+        latents = self.tokenizer.latent_shape(*size)[:3]
+        return math.prod(latents if self.denoiser is None else self.denoiser.grid(latents))
 
     def latent_shapes(self, changed: ShapeConfig) -> list[tuple[int, int, int, int]]:
         """(t, h, w, c) of a shape's latents, of each size that its clips may have.
