@@ -171,11 +171,12 @@ def twin(params, config, grid, noisy, time, condition, estimate):
         parts.append(estimate)
     if config.frame_prediction and config.known_by == "channels":
         parts += [condition.known, condition.known_mask]
-    elif config.frame_prediction:
+    elif config.known_by == "place":
         parts[0] = np.where(condition.known_mask > 0, condition.known, noisy)
     if config.upscale > 1:
         parts.append(upscaled(params["upscale"], condition.low, config.upscale))
     x = linear(params["patch_in"], np.concatenate(parts, -1))
+    before = x
     if config.positions == "learned":
         t, y, z = places.T
         x = x + params["space_embedding"][0, y, z] + params["time_embedding"][t, 0, 0]
@@ -204,6 +205,12 @@ def twin(params, config, grid, noisy, time, condition, estimate):
             text = {"text": words[None, None], "text_mask": mask[None, None]}
     if config.upscale > 1:
         shared = shared + clock(params, "low_time", condition.low_time.item())
+    if config.known_by in ("norm", "cross"):
+        known, given = linear(params["known_in"], condition.known), condition.known_mask[:, 0] > 0
+        if config.known_by == "norm":
+            shared = shared + known[given].sum(0) / max(1, given.sum())
+        else:
+            text = {"text": (known + x - before)[None, None], "text_mask": given[None, None]}
     told_all, shared = shared, swish(shared)
     tokens = len(x)
     if config.condition_by != "norm":
@@ -389,6 +396,7 @@ COVERING = [
     },
     # two attentions a block, as in STDiT, Latte 3 and VDT; heads divided, as in Latte 4
     {"split": "attentions", "adaln": "single", "cross_keys": "text", "relative": "none"},
+    {"cross_attention": False, "frame_prediction": True, "known_by": "norm", "relative": "none"},
     {
         "adaln": "single",
         "cross_keys": "text",
@@ -455,9 +463,23 @@ def test_the_last_convolution_equals_its_equations():
     np.testing.assert_allclose(ours, [twin(params, config, VIDEO, *clip) for clip in clips], rtol=1e-4, atol=1e-4)
 
 
+def test_given_frames_that_are_looked_at_equal_their_equations():
+    """Of equal clips alone."""
+    config = dataclasses.replace(
+        CONFIG, frame_prediction=True, known_by="cross", cross_attention=False, cross_keys="text", relative="none"
+    )
+    values = videos(config)
+    params = filled(Denoiser(config, BOUNDS), *arguments(values, Layout(grid=VIDEO)))["params"]
+    ours = compiled(config)(params, *arguments(values, Layout(grid=VIDEO)))
+    clips = [jax.tree.map(lambda leaf, n=n: leaf[n, 0] if leaf.shape[1] == 1 else leaf[n], values) for n in range(2)]
+    np.testing.assert_allclose(ours, [twin(params, config, VIDEO, *clip) for clip in clips], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
+        ({"known_by": "norm"}, "known_by is for frame_prediction"),
+        ({"known_by": "cross", "frame_prediction": True}, "takes the cross-attention"),
         ({"condition_by": "tokens"}, "don't go together"),
         ({"adaln": "none"}, "don't go together"),
         ({"condition_by": "cross", "adaln": "none"}, "tells text as well"),

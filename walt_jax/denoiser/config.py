@@ -46,7 +46,8 @@ class DenoiserConfig:
         self_conditioning: whether the input has the last estimate of the clean latents beside the noisy ones.
         frame_prediction: whether the input has clean latents where they are given.
         known_by: how: "channels", beside the noisy ones with the mask that tells where (W.A.L.T); "place", in the place
-            of the noisy ones (VDT).
+            of the noisy ones (VDT; its "token concatenation"); "norm", their mean told by the norms; "cross", as what
+            a cross-attention looks at (VDT's other two).
         upscale: above 1, the input has low-resolution latents, upscaled so many times.
         time_frequencies: of the waves that tell the time: "original", 10000^(-i/n) for i < n (DiT); or "diffusers",
             whose DiT has 10000^(-i/(n-1)).
@@ -84,7 +85,7 @@ class DenoiserConfig:
     classes: int = 0
     self_conditioning: bool = True
     frame_prediction: bool = False
-    known_by: Literal["channels", "place"] = "channels"
+    known_by: Literal["channels", "place", "norm", "cross"] = "channels"
     upscale: Positive = 1
     time_frequencies: Literal["original", "diffusers"] = "original"
     learned_sigma: bool = False
@@ -119,10 +120,14 @@ class DenoiserConfig:
             raise ValueError(f"condition_by={self.condition_by!r} tells text as well; set cross_attention=False")
         if self.cross_in != "all" and not self.cross_attention:
             raise ValueError("cross_in is for cross_attention")
-        if self.cross_keys != "joint" and not (self.cross_attention or self.condition_by == "cross"):
+        if self.cross_keys != "joint" and not self.cross:
             raise ValueError("cross_keys is for cross_attention, or condition_by='cross'")
         if self.known_by != "channels" and not self.frame_prediction:
             raise ValueError("known_by is for frame_prediction")
+        if self.known_by in ("norm", "cross") and self.condition_by != "norm":
+            raise ValueError(f"known_by={self.known_by!r} goes with condition_by='norm'")
+        if self.known_by == "cross" and (self.cross_attention or self.cross_keys != "text"):
+            raise ValueError("known_by='cross' takes the cross-attention: set cross_attention=False, cross_keys='text'")
         if self.upscale > 1 and self.condition_by != "norm":
             raise ValueError("upscale goes with condition_by='norm'")
         if self.skips and self.scan:
@@ -143,7 +148,7 @@ class DenoiserConfig:
     @property
     def cross(self) -> bool:
         """Whether blocks have a cross-attention."""
-        return self.cross_attention or self.condition_by == "cross"
+        return self.cross_attention or "cross" in (self.condition_by, self.known_by)
 
     def cross_at(self, windows: tuple[Window, ...]) -> bool:
         """Whether the block with these windows has one."""

@@ -50,6 +50,13 @@ class Layout:
         belongs = self.pack.positions[..., :1] == jnp.arange(values.shape[1])[None, None]
         return jnp.einsum("bns,bsk->bnk", belongs.astype(values.dtype), values)
 
+    def gathered(self, values: Float[Array, "b n k"], clips: int) -> Float[Array, "b s k"]:
+        """The sum of each clip's tokens' values."""
+        if self.pack is None:
+            return values.sum(1, keepdims=True)
+        belongs = self.pack.positions[..., :1] == jnp.arange(clips)[None, None]
+        return jnp.einsum("bns,bnk->bsk", belongs.astype(values.dtype), values)
+
     def coordinates(self) -> Int[Array, "b n 3"]:
         """(t, y, x) of each token; `[1, n, 3]` for equal clips."""
         if self.pack is None:

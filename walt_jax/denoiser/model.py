@@ -99,7 +99,8 @@ class Denoiser(nn.Module):
         # Whatever a pack is filled up with: no gradient may become NaN by it.
         inputs = jnp.where(layout.valid()[..., None], inputs, 0)
         x = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="patch_in")(inputs)
-        x = x + self._positions(layout).astype(dtype)
+        places = self._positions(layout).astype(dtype)
+        x = x + places
 
         time, label, text = self._told(time, condition)
         context = Context(None, None, None, None, self._late_positions(layout), layout, None)
@@ -116,6 +117,15 @@ class Denoiser(nn.Module):
                 shared = shared + label
             if cfg.upscale > 1:
                 shared = shared + self._embedded_time(condition.low_time, "low_time")
+            if cfg.known_by in ("norm", "cross"):
+                known = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="known_in")(condition.known)
+                given = condition.known_mask.mean(-1, keepdims=True).astype(dtype)
+                if cfg.known_by == "norm":
+                    both = layout.gathered(jnp.concatenate([known * given, given], axis=-1), time.shape[1])
+                    shared = shared + both[..., :-1] / jnp.maximum(both[..., -1:], 1)
+                else:
+                    known = known + places
+                    context = context.replace(text=known[:, None], text_mask=given[:, None, :, 0] > 0)
             told, context = shared, context.replace(shared=nn.swish(shared))
         else:
             words, mask = self._words(time, label, text, condition.text_mask)
@@ -200,7 +210,7 @@ class Denoiser(nn.Module):
             inputs.append(jnp.zeros_like(noisy) if estimate is None else estimate)
         if cfg.frame_prediction and cfg.known_by == "channels":
             inputs += [condition.known, condition.known_mask]
-        elif cfg.frame_prediction:
+        elif cfg.known_by == "place":
             mask = jnp.repeat(condition.known_mask, noisy.shape[-1] // condition.known_mask.shape[-1], axis=-1)
             inputs[0] = noisy * (1 - mask) + condition.known * mask
         if cfg.upscale > 1:

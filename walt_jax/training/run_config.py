@@ -176,6 +176,7 @@ class RunConfig:
                 "diffusion.adaptive": self.diffusion.adaptive,
                 "diffusion.multiscale": self.diffusion.multiscale,
                 "denoiser.output_conv": denoiser.output_conv,
+                "denoiser.known_by='cross'": denoiser.known_by == "cross",
             }
             for knob, value in alike.items():
                 if value:
