@@ -16,7 +16,8 @@ from oracles import dense_attention, filled, normal, places_of, seen
 
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout, make_pack, place_clips, row_lengths
-from walt_jax.denoiser.model import Condition, Denoiser, timestep_embedding
+from walt_jax.denoiser.model import Condition, Denoiser
+from walt_jax.denoiser.waves import timestep_embedding
 from walt_jax.denoiser.windows import Window
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -262,7 +263,11 @@ def twin(params, config, grid, noisy, time, condition, estimate):
             # A_i = A_1 + W_b W_a (c + t)
             modulation = linear(params["adaln"], shared) + linear(block["adaln_b"], linear(block["adaln_a"], shared))
         elif config.adaln == "separate":
-            modulation = linear(block["adaln"], shared)
+            own = shared
+            if config.told_by == "each" and layer:
+                own = clock(block, "time", time.item(), config.time_frequencies == "diffusers")
+                own = swish(own + block["label_embedding"][condition.label.item()])
+            modulation = linear(block["adaln"], own)
         elif config.adaln == "single":
             modulation = linear(params["adaln"], shared) + block["adaln_table"]
         values = [] if modulation is None else list(modulation.reshape(-1, config.dim))
@@ -381,7 +386,15 @@ COVERING = [
         "classes": CLASSES,
         "attention_bias": "out",
     },
-    {"adaln": "separate", "gates": False, "cross_attention": False, "relative": "none", "positions": "none"},
+    {
+        "adaln": "separate",
+        "gates": False,
+        "cross_attention": False,
+        "classes": CLASSES,
+        "told_by": "each",
+        "relative": "none",
+        "positions": "none",
+    },
     # U-ViT with text
     {
         "adaln": "none",
@@ -488,6 +501,7 @@ def test_given_frames_that_are_looked_at_equal_their_equations():
         ({"cross_attention": False, "cross_keys": "text"}, "cross_keys is for"),
         ({"skips": True, "scan": True, "windows": ((None, 2, 2),)}, "can't be scanned"),
         ({"skips": True, "windows": ((None, 2, 2),)}, "2 times the windows is even"),
+        ({"told_by": "each"}, "is for adaln='separate' without scan"),
         ({"output_conv": True, "learned_sigma": True}, "exclude each other"),
         ({"dim": 18, "heads": 2, "positions": "sincos"}, "a dim that 4 divides, not 18"),
     ],

@@ -45,7 +45,7 @@ LATTE = dataclasses.replace(
     cross_in="frames",
     classes=0,
 )
-CASES = {"dit": CLOSED, "dit_original": DIT, "latte": LATTE}
+CASES = {"dit": CLOSED, "dit_each": dataclasses.replace(CLOSED, told_by="each"), "dit_original": DIT, "latte": LATTE}
 
 
 def golden(name, folder):
@@ -86,6 +86,8 @@ def is_box(leaf):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_the_answers_are_theirs(name, scan, tmp_path):
+    if scan and name == "dit_each":
+        pytest.skip("its first block differs from the others")
     config = dataclasses.replace(CASES[name], scan=scan)
     path, _, rest = golden(name, tmp_path)
     values = inputs(config, rest)
@@ -136,7 +138,9 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
         tmp_path, dataclasses.replace(CLOSED, qk_norm=True), tensors
     )
     copy = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
-    assert f"{copy} differs from" in refused(tmp_path, CLOSED, {**tensors, copy: 1 + tensors[copy]})
+    assert f"{copy} differs from transformer_blocks.0" in refused(
+        tmp_path, CLOSED, {**tensors, copy: 1 + tensors[copy]}
+    )
     (tmp_path / "no.safetensors").write_text("<html>")
     with pytest.raises(UserError, match="can't be read as safetensors"):
         load(tmp_path / "no.safetensors", CLOSED, like(CLOSED, inputs(CLOSED, rest))[1])

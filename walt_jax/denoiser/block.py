@@ -4,11 +4,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from walt_jax.denoiser.attention import Beside, WindowAttention
 from walt_jax.denoiser.config import CROSS_WINDOW, DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout
+from walt_jax.denoiser.waves import TIME_WAVES, timestep_embedding
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import Linear
 
@@ -47,12 +48,28 @@ class AffineNorm(nn.Module):
         return x.astype(self.dtype)
 
 
+def embedded_time(config: DenoiserConfig, time: Float[Array, "b s"], name: str = "time") -> Float[Array, "b s d"]:
+    """Two layers on the waves of a time, 0..1; they belong to the module that calls this."""
+    dtype = jnp.dtype(config.dtype)
+    waves = timestep_embedding(time, TIME_WAVES, closed=config.time_frequencies == "diffusers")
+    embedded = Linear(config.dim, dtype=dtype, name=f"{name}_in")(waves)
+    return Linear(config.dim, dtype=dtype, name=f"{name}_out")(nn.swish(embedded))
+
+
+def embedded_label(module: nn.Module, config: DenoiserConfig, label: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+    """The row of a table of classes, and of none, which belongs to the module."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+    table = module.param("label_embedding", init, (config.classes + 1, config.dim))
+    return table[label].astype(jnp.dtype(config.dtype))
+
+
 @flax.struct.dataclass
 class Context:
     """What all blocks are given.
 
     Attributes:
         shared: c + t of the paper: what a clip's tokens share; None where it is told otherwise.
+        told: what it was made of, each clip's time and label.
         modulation: of all blocks, "lora" and "single" alone.
         text: what cross-attention looks at.
         text_mask: which of it is there.
@@ -62,6 +79,7 @@ class Context:
     """
 
     shared: Float[Array, "b s d"] | None
+    told: tuple[Float[Array, "b s"], Int[Array, "b s"] | None]
     modulation: Float[Array, "b s k"] | None
     text: Float[Array, "b s m d"] | None
     text_mask: Bool[Array, "b s m"] | None
@@ -82,6 +100,7 @@ class Block(nn.Module):
     config: DenoiserConfig
     windows: tuple[Window, ...]
     bounds: Grid
+    first: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
@@ -138,7 +157,14 @@ class Block(nn.Module):
         width, zeros = modulation_width(cfg), nn.initializers.zeros
         if cfg.adaln == "separate":
             adaln = Linear(width, ("embed", "mlp"), kernel_init=zeros, dtype=dtype, name="adaln")
-            modulation = adaln(context.shared)
+            shared = context.shared
+            if cfg.told_by == "each" and not self.first:
+                time, label = context.told
+                shared = embedded_time(cfg, time)
+                if label is not None:
+                    shared = shared + embedded_label(self, cfg, label)
+                shared = nn.swish(shared)
+            modulation = adaln(shared)
         elif cfg.adaln == "single":
             init = nn.with_logical_partitioning(nn.initializers.normal(cfg.dim**-0.5), ("mlp",))
             modulation = context.modulation + self.param("adaln_table", init, (width,)).astype(dtype)[None, None]
@@ -158,6 +184,7 @@ class Cycle(nn.Module):
 
     config: DenoiserConfig
     bounds: Grid
+    number: int = 0
 
     @nn.compact
     def __call__(
@@ -168,5 +195,6 @@ class Cycle(nn.Module):
         for index, windows in enumerate(self.config.block_windows):
             if late is not None and any(window.time != 1 for window in windows):
                 x, late = x + (late * first).astype(x.dtype), None
-            x = Block(self.config, windows, self.bounds, name=f"block{index}")(x, context)
+            lowest = self.number == 0 and index == 0
+            x = Block(self.config, windows, self.bounds, lowest, name=f"block{index}")(x, context)
         return x, None

@@ -51,6 +51,8 @@ class DenoiserConfig:
         upscale: above 1, the input has low-resolution latents, upscaled so many times.
         time_frequencies: of the waves that tell the time: "original", 10000^(-i/n) for i < n (DiT); or "diffusers",
             whose DiT has 10000^(-i/(n-1)).
+        told_by: whether "one" embedding of time and class is for all blocks, or "each" but the first has its own, as
+            diffusers' class for DiT can have.
         learned_sigma: whether the output has, beside the prediction, how large the sampler's noise is (DiT).
         skips: whether each block of the second half also gets what the first half's had, in reverse order (U-ViT).
         output_conv: whether a 3 × 3 convolution over each frame's latents comes last (U-ViT).
@@ -88,6 +90,7 @@ class DenoiserConfig:
     known_by: Literal["channels", "place", "norm", "cross"] = "channels"
     upscale: Positive = 1
     time_frequencies: Literal["original", "diffusers"] = "original"
+    told_by: Literal["one", "each"] = "one"
     learned_sigma: bool = False
     skips: bool = False
     output_conv: bool = False
@@ -130,6 +133,8 @@ class DenoiserConfig:
             raise ValueError("known_by='cross' takes the cross-attention: set cross_attention=False, cross_keys='text'")
         if self.upscale > 1 and self.condition_by != "norm":
             raise ValueError("upscale goes with condition_by='norm'")
+        if self.told_by == "each" and (self.adaln != "separate" or self.scan):
+            raise ValueError("told_by='each' is for adaln='separate' without scan")
         if self.skips and self.scan:
             raise ValueError("skips reach from block to block and can't be scanned: set scan=False")
         if self.skips and self.layers // each % 2 == 0:

@@ -9,12 +9,21 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from walt_jax.denoiser.attention import Beside
-from walt_jax.denoiser.block import AffineNorm, Context, Cycle, layer_norm, modulate, modulation_width
+from walt_jax.denoiser.block import (
+    AffineNorm,
+    Context,
+    Cycle,
+    embedded_label,
+    embedded_time,
+    layer_norm,
+    modulate,
+    modulation_width,
+)
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
+from walt_jax.denoiser.waves import sinusoids
 from walt_jax.layers import Linear
 
-TIME_WAVES = 256  # cosines and sines of a time
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -42,24 +51,6 @@ class Condition:
     known_mask: Float[Array, "b n q"] | None = None
     low: Float[Array, "b t h w c"] | None = None
     low_time: Float[Array, "b s"] | None = None
-
-
-def timestep_embedding(time: Float[Array, "*n"], dim: int, closed: bool = False) -> Float[Array, "*n d"]:
-    """Sinusoids of 1000·t, t in 0..1, as in DiT."""
-    step = 1000 * time
-    # Thousandths are no numbers of 32 bits; their steps are.
-    excess = step - jnp.round(step)
-    step = step - jax.lax.stop_gradient(jnp.where(jnp.abs(excess) < 1e-4, excess, 0))
-    return sinusoids(step, dim, closed)
-
-
-def sinusoids(values: Float[Array, "*n"], dim: int, closed: bool = False) -> Float[Array, "*n d"]:
-    """Cosines and sines of the values at `dim / 2` frequencies from 1 down to 1/10,000, which is one if `closed`."""
-    # In 32 bits as others round them: a late time is a thousand turns of the last bit.
-    exponents = np.float32(-np.log(10_000.0)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2 - closed)
-    frequencies = jnp.asarray(np.exp(exponents))
-    angles = values[..., None] * jnp.expand_dims(frequencies, tuple(range(values.ndim)))
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def fixed_positions(place: Int[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
@@ -102,8 +93,8 @@ class Denoiser(nn.Module):
         places = self._positions(layout).astype(dtype)
         x = x + places
 
-        time, label, text = self._told(time, condition)
-        context = Context(None, None, None, None, self._late_positions(layout), layout, None)
+        given, (time, label, text) = (time, condition.label), self._told(time, condition)
+        context = Context(None, given, None, None, None, self._late_positions(layout), layout, None)
         if cfg.condition_by == "norm":
             # c + t of the paper: what the whole clip shares, its time and its caption's mean or its label.
             shared = time
@@ -116,7 +107,7 @@ class Denoiser(nn.Module):
             if label is not None:
                 shared = shared + label
             if cfg.upscale > 1:
-                shared = shared + self._embedded_time(condition.low_time, "low_time")
+                shared = shared + embedded_time(cfg, condition.low_time, "low_time")
             if cfg.known_by in ("norm", "cross"):
                 known = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="known_in")(condition.known)
                 given = condition.known_mask.mean(-1, keepdims=True).astype(dtype)
@@ -166,14 +157,13 @@ class Denoiser(nn.Module):
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         label = text = None
         if cfg.classes:
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-            label = self.param("label_embedding", init, (cfg.classes + 1, cfg.dim))[condition.label].astype(dtype)
+            label = embedded_label(self, cfg, condition.label)
         if condition.text is not None:
             text = Linear(cfg.dim, ("text", "embed"), dtype=dtype, name="text_in")(condition.text)
             if cfg.adaln == "single":
                 text = nn.gelu(text, approximate=True)
                 text = Linear(cfg.dim, ("embed", "embed_out"), dtype=dtype, name="text_out")(text)
-        return self._embedded_time(time, "time"), label, text
+        return embedded_time(cfg, time), label, text
 
     def _words(
         self, time: Array, label: Array | None, text: Array | None, text_mask: Array | None
@@ -258,12 +248,6 @@ class Denoiser(nn.Module):
             return None
         return fixed_positions(layout.coordinates()[..., 0], self.config.dim)
 
-    def _embedded_time(self, time: Float[Array, "b s"], name: str) -> Float[Array, "b s d"]:
-        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        waves = timestep_embedding(time, TIME_WAVES, closed=cfg.time_frequencies == "diffusers")
-        embedded = Linear(cfg.dim, dtype=dtype, name=f"{name}_in")(waves)
-        return Linear(cfg.dim, dtype=dtype, name=f"{name}_out")(nn.swish(embedded))
-
     def _blocks(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
         cfg, cycle_type, dtype = self.config, Cycle, jnp.dtype(self.config.dtype)
         if cfg.remat != "none":
@@ -276,7 +260,9 @@ class Denoiser(nn.Module):
                 if cfg.skips and cycle > cycles // 2:
                     both = jnp.concatenate([x, skips.pop()], axis=-1)
                     x = Linear(cfg.dim, ("embed", "embed_out"), dtype=dtype, name=f"skip{cycle}")(both)
-                x, _ = cycle_type(cfg, self.bounds, name=f"cycle{cycle}")(x, first[cycle].astype(np.float32), context)
+                x, _ = cycle_type(cfg, self.bounds, cycle, name=f"cycle{cycle}")(
+                    x, first[cycle].astype(np.float32), context
+                )
                 if cfg.skips and cycle < cycles // 2:
                     skips.append(x)
             return x

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.model import TIME_WAVES
+from walt_jax.denoiser.waves import TIME_WAVES
 from walt_jax.errors import UserError
 
 Params = dict[str, Any]
@@ -63,7 +63,9 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
     entries = _entries(config, diffusers, tubelets)
     _check_config(path, config, diffusers)
-    known = {entry.theirs for entry in entries} | set(FIXED) | _copies(path, tensors)
+    known = {entry.theirs for entry in entries} | set(FIXED)
+    if config.told_by == "one":
+        known |= _copies(path, tensors)
     strange = sorted(set(tensors) - known)
     missing = sorted({entry.theirs for entry in entries} - set(tensors))
     if strange or missing:
@@ -117,7 +119,7 @@ def export(params: Params, config: DenoiserConfig, diffusers: bool = True) -> di
         else:
             tensors.setdefault(entry.theirs, [None] * 3)[entry.part] = value
     tensors = {name: np.concatenate(value) if isinstance(value, list) else value for name, value in tensors.items()}
-    if diffusers and config.adaln == "separate":
+    if diffusers and config.adaln == "separate" and config.told_by == "one":
         for name in [name for name in tensors if name.startswith("transformer_blocks.0.norm1.emb.")]:
             for layer in range(1, config.layers):
                 tensors[name.replace(".0.", f".{layer}.", 1)] = tensors[name]
@@ -152,9 +154,7 @@ def _copies(path: str | pathlib.Path, tensors: dict[str, np.ndarray]) -> set[str
         _, found, rest = name.partition(".norm1.emb.")
         if found and not name.startswith(first):
             if not np.array_equal(tensor, tensors.get(first + rest)):
-                raise UserError(
-                    f"{path}: {name} differs from {first + rest}; published models have one for all blocks."
-                )
+                raise UserError(f"{path}: {name} differs from {first + rest}; set config.denoiser.told_by='each'.")
             copies.add(name)
     return copies
 
@@ -197,15 +197,15 @@ def _table(ours: str, theirs: str, dim: int) -> Entry:
     )
 
 
-def _time_in(theirs: str, closed: bool) -> list[Entry]:
+def _time_in(theirs: str, closed: bool, ours: str = "time_in") -> list[Entry]:
     """Their first step's time is 0, ours 1: cosines and sines of the one are a rotation of the other's."""
     half = TIME_WAVES // 2
     angles = 10_000.0 ** -(np.arange(half) / (half - closed))
     cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
     turn = np.block([[cos, sin], [-sin, cos]])  # waves(x) = turn @ waves(x + 1)
     return [
-        Entry("time_in/kernel", f"{theirs}.weight", lambda x: turn.T @ x.T, lambda x: (turn @ x).T.astype(np.float32)),
-        Entry("time_in/bias", f"{theirs}.bias", _same, _same),
+        Entry(f"{ours}/kernel", f"{theirs}.weight", lambda x: turn.T @ x.T, lambda x: (turn @ x).T.astype(np.float32)),
+        Entry(f"{ours}/bias", f"{theirs}.bias", _same, _same),
     ]
 
 
@@ -259,11 +259,13 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
         entries += _linear("text_out", "caption_projection.linear_2")
         entries += [_table("adaln_out_table", "scale_shift_table", dim), *output("proj_out")]
     else:
-        told = "transformer_blocks.0.norm1.emb"
-        entries += _time_in(f"{told}.timestep_embedder.linear_1", closed=True)
-        entries += _linear("time_out", f"{told}.timestep_embedder.linear_2")
-        if config.classes:
-            entries.append(Entry("label_embedding", f"{told}.class_embedder.embedding_table.weight", _same, _same))
+        for layer in range(config.layers if config.told_by == "each" else 1):
+            told, where = f"transformer_blocks.{layer}.norm1.emb", f"cycle{layer}/block0/" if layer else ""
+            entries += _time_in(f"{told}.timestep_embedder.linear_1", closed=True, ours=f"{where}time_in")
+            entries += _linear(f"{where}time_out", f"{told}.timestep_embedder.linear_2")
+            if config.classes:
+                table = f"{told}.class_embedder.embedding_table.weight"
+                entries.append(Entry(f"{where}label_embedding", table, _same, _same))
         entries += _modulation("adaln_out", "proj_out_1", dim) + output("proj_out_2")
     each = len(config.block_windows)
     for layer in range(config.layers):
