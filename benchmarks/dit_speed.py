@@ -4,7 +4,8 @@
     python benchmarks/dit_speed.py --out=dit_speed.json
 
 Both predict noise from noisy latents of 32 × 32 × 4 with times and classes, take the gradient of its mean squared
-error, and a step of AdamW on all parameters. The models are the same function, see `tests/denoiser/test_published_weights.py`.
+error, and a step of AdamW on all parameters. The models are the same function, as
+`tests/denoiser/test_published_weights.py` shows.
 """
 
 import argparse
