@@ -174,6 +174,7 @@ def denoising_error(run: Run, generator: Generator) -> float:
 
 
 def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
     heads = [
         "variant",
         "parameters",

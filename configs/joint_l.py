@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """The knobs."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l_t2v.py")))["get_config"]()
     config.denoiser.update(
         dim=1024,

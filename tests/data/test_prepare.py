@@ -246,7 +246,7 @@ def test_inputs_that_go_and_come_between_runs(raw_videos, tmp_path, monkeypatch)
     source, out = tmp_path / "raw", tmp_path / "out"
     shutil.copytree(raw_videos, source)
     config = config_of(source, shard_bytes=2**28)  # one shard, so that its name stays
-    monkeypatch.setattr(prepare_lib, "_write_metadata", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(prepare_lib, "write_metadata", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(config, out)
     assert content(out)

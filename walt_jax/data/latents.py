@@ -13,6 +13,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from walt_jax.data.beam import publish
+from walt_jax.data.shards import template, write_metadata
 from walt_jax.errors import UserError
 
 DATASET, SPLIT = "latents", "train"
@@ -61,13 +62,17 @@ def write_latents(
         if not done.exists():
             numbers = range(shard * CLIPS_PER_SHARD, min(count, (shard + 1) * CLIPS_PER_SHARD))
             clips = list(encoded(numbers))
-            _write_shard(out / _template(out).sharded_filepath(shard_index=shard, num_shards=shards).name, clips, work)
+            _write_shard(
+                out / template(out, DATASET, SPLIT).sharded_filepath(shard_index=shard, num_shards=shards).name,
+                clips,
+                work,
+            )
             publish(done, _npy(np.array([clip.latents.shape for clip in clips], np.int32).reshape(-1, 4)), work)
         sizes.append(np.load(io.BytesIO(done.read_bytes())))
     every = np.concatenate(sizes)
     if not len(every):
         raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data tells why.")
-    _write_metadata(out, [len(shard) for shard in sizes], int(every[0, 3]))
+    write_metadata(out, DATASET, SPLIT, _features(int(every[0, 3])), [len(shard) for shard in sizes], num_bytes=0)
     publish(out / SIZES, _npy(every[:, :3]), work)
     report = {
         "identity": {**identity, "count": count},
@@ -160,14 +165,6 @@ def _features(channels: int | None) -> dict[str, Any]:
     }
 
 
-def _template(out: epath.Path) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.core.ShardedFileTemplate(
-        data_dir=out, dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record"
-    )
-
-
 def _write_shard(path: epath.Path, clips: list[Encoded], work: epath.Path) -> None:
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
@@ -180,20 +177,6 @@ def _write_shard(path: epath.Path, clips: list[Encoded], work: epath.Path) -> No
             writer.write(kinds.serialize_example(clip._asdict()))
         writer.close()
         publish(path, file, work)
-
-
-def _write_metadata(out: epath.Path, lengths: list[int], channels: int) -> None:
-    import tensorflow_datasets as tfds
-
-    template = _template(out)
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=0, filename_template=template)
-    tfds.folder_dataset.write_metadata(
-        data_dir=out,
-        features=_features(channels),
-        split_infos=[split],
-        filename_template=template,
-        check_data=False,  # it would read the shards with TensorFlow
-    )
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -25,6 +25,7 @@ from walt_jax.data.captioner import open_captioner
 from walt_jax.data.cutting import RECORDS, SCENES, cut_one
 from walt_jax.data.prepare_config import FREE_KNOBS, PrepareConfig
 from walt_jax.data.raw import RawVideo, list_raw
+from walt_jax.data.shards import template, write_metadata
 from walt_jax.errors import UserError
 from walt_jax.workdir import CONFIG, check_empty, flatten, locked, read_config
 
@@ -118,7 +119,8 @@ def _prepare(config: PrepareConfig, out: epath.Path) -> str:
         shards = _divide(sorted(scenes, key=lambda scene: scene["file"]), config.shard_bytes)
         _write_shards(config, shards, out)
         if shards:
-            _write_metadata(shards, out)
+            size = sum(scene["size_bytes"] for shard in shards for scene in shard)
+            write_metadata(out, DATASET, SPLIT, features(), [len(shard) for shard in shards], size)
         report = _report(config, records, again, shards)
         publish(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n", work)
     if work.exists():
@@ -194,7 +196,10 @@ def _write_shards(config: PrepareConfig, shards: list[list[dict[str, Any]]], out
         for path in out.glob(f"{DATASET}-{SPLIT}.array_record-*"):
             path.unlink()
         publish(plan, wanted, work)
-    names = [_template(out).sharded_filepath(shard_index=i, num_shards=len(shards)).name for i in range(len(shards))]
+    names = [
+        template(out, DATASET, SPLIT).sharded_filepath(shard_index=i, num_shards=len(shards)).name
+        for i in range(len(shards))
+    ]
     there = {path.name for path in out.iterdir()}
     todo = [{"name": name, "scenes": shard} for name, shard in zip(names, shards, strict=True) if name not in there]
     run_each(
@@ -221,32 +226,6 @@ def _write_shard(line: str, out: str) -> None:
             writer.write(proto.SerializeToString(deterministic=True))
         writer.close()
         publish(out / shard["name"], file, out / WORK)
-
-
-def _template(out: epath.Path) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.core.ShardedFileTemplate(
-        data_dir=out, dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record"
-    )
-
-
-def _write_metadata(shards: list[list[dict[str, Any]]], out: epath.Path) -> None:
-    import tensorflow_datasets as tfds
-
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[len(shard) for shard in shards],
-        num_bytes=sum(scene["size_bytes"] for shard in shards for scene in shard),
-        filename_template=_template(out),
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=out,
-        features=features(),
-        split_infos=[split],
-        filename_template=_template(out),
-        check_data=False,  # it would read the shards with TensorFlow
-    )
 
 
 def _report(config: PrepareConfig, records: list[dict], again: list[str], shards: list[list[dict]]) -> dict[str, Any]:
