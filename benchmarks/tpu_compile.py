@@ -26,7 +26,7 @@ from walt_jax.config import build
 from walt_jax.denoiser.layout import make_pack, place_clips, row_lengths
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.training.optimizer import make_optimizer
-from walt_jax.training.run_config import RunConfig, make_task
+from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.state import TrainState, make_train_step
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -55,7 +55,7 @@ def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
     """As many clips of the data's shape as a batch, and in packs, one a chip."""
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     grid = config.denoiser.grid(shape[:3])
-    text = np.ones((clips, config.words), np.int32)
+    text = jax.device_get(make_model(config, config.most_pieces).words(clips, config.words))
     each = clips // packs
     positions, sizes = place_clips([[grid] * each] * packs, each * math.prod(grid), each)
     windows, alone = config.denoiser.attention_windows, config.denoiser.images_alone
@@ -64,7 +64,11 @@ def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
     tokens = np.zeros((packs, each * math.prod(grid), width), np.float32)
     return {
         "dense": {"latents": np.zeros((clips, *shape), np.float32), "text": text},
-        "packed": {"tokens": tokens, "text": text.reshape(packs, each, -1), "pack": pack},
+        "packed": {
+            "tokens": tokens,
+            "text": jax.tree.map(lambda array: array.reshape(packs, each, *array.shape[1:]), text),
+            "pack": pack,
+        },
     }
 
 

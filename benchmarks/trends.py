@@ -26,6 +26,7 @@ import numpy as np
 from walt_jax.config import build
 from walt_jax.diffusion.parameterization import clean
 from walt_jax.evaluation.evaluate import evaluate
+from walt_jax.generation.latent_diffusion import alone
 from walt_jax.generation.sample import Generator
 from walt_jax.parallel.cost import flops
 from walt_jax.training.optimizer import make_optimizer
@@ -154,7 +155,7 @@ def denoising_error(run: Run, generator: Generator) -> float:
     clips = [source.sample(i, np.random.default_rng([i])) for i in range(min(UNSEEN, len(source)))]
     latents = np.concatenate([run.codec.encode(generator.tokenizer, clip["video"][None])[0] for clip in clips])
     scale, kind = np.std(latents), model.diffusion.parameterization
-    ids = generator.captions.encode([clip["caption"] for clip in clips])
+    words = generator.captions.encode([clip["caption"] for clip in clips])
     noise = jax.random.normal(jax.random.key(0), latents.shape)
     x, noise = model.tokens(latents), model.tokens(noise)
 
@@ -165,7 +166,7 @@ def denoising_error(run: Run, generator: Generator) -> float:
         sigma = level * scale * alpha
         time = jnp.full((len(x), 1), model.diffusion.schedule.time_of(alpha[None])[0])
         z = alpha * x + sigma * noise
-        denoise = model.denoise(generator.params, model.condition(generator.params, ids[:, None]), model.layout)
+        denoise = model.denoise(generator.params, model.condition(generator.params, alone(words)), model.layout)
         first = clean(kind, denoise(z, time, jnp.zeros_like(x)), z, alpha, sigma)
         return clean(kind, denoise(z, time, first), z, alpha, sigma) if model.diffusion.self_conditioning else first
 

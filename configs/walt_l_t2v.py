@@ -2,9 +2,10 @@
 
     python -m walt_jax.main --config=configs/walt_l_t2v.py --config.data.source=FOLDER --workdir=runs/walt_l_t2v
 
-The paper trains on some 970M captioned images and 89M captioned clips, and reads captions with the published T5-XL, of
-which this config has the width (2048) but a small encoder of two layers, trained along: weights can't be loaded yet.
-What the paper doesn't state is chosen here: steps (its 3B model's), guidance. Not run here.
+The paper trains on some 970M captioned images and 89M captioned clips. Captions are read by the published T5-XL,
+which is not trained: a folder `t5-v1_1-xl` of the user's, with google/t5-v1_1-xl as transformers writes it
+(`docs/denoiser.md` says how). `--config.text.pretrained=` trains an encoder of `config.text.encoder`'s shape along
+instead; make it smaller. What the paper doesn't state is chosen here: steps (its 3B model's), guidance. Not run here.
 """
 
 import pathlib
@@ -17,9 +18,10 @@ def get_config() -> ConfigDict:
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
     config.data.update(captions="caption")
     config.text = {
-        "vocab_size": 32_000,
+        "vocab_size": 32_128,
         "length": 64,
-        "encoder": {"dim": 2048, "layers": 2, "heads": 32, "head_dim": 64, "mlp_dim": 5120, "dtype": "bfloat16"},
+        "encoder": {"dim": 2048, "layers": 24, "heads": 32, "head_dim": 64, "mlp_dim": 5120, "dtype": "bfloat16"},
+        "pretrained": "t5-v1_1-xl",
     }
     config.denoiser.update(cross_attention=True, classes=0)
     config.stages.denoiser.update(steps=550_000, batch_size=512)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -126,3 +127,31 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_nothing_usable_is_told(tmp_path):
     with pytest.raises(UserError, match="None of the 2 clips"):
         write_latents(tmp_path / "out", IDENTITY, 2, lambda numbers: [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_are_there_as_they_were(tmp_path, dtype):
+    def embedded(number):
+        tokens = np.random.default_rng(number).normal(size=(1 + number % 3, 5))
+        return clip(number)._replace(embeddings=tokens.astype(jnp.dtype(dtype)))
+
+    identity = {**IDENTITY, "text": "t5"}
+    empty = embedded(99).embeddings
+    write_latents(tmp_path, identity, 5, lambda numbers: map(embedded, numbers), lambda: empty)
+    clips = LatentClips(tmp_path, tokenizer="abc", text="t5")
+    for number in (*range(5), 0):
+        expected = embedded(number).embeddings
+        assert clips[number].embeddings.dtype == expected.dtype
+        np.testing.assert_array_equal(clips[number].embeddings, expected)
+    assert clips.empty.dtype == empty.dtype
+    np.testing.assert_array_equal(clips.empty, empty)
+    with pytest.raises(UserError, match=r"config\.text"):
+        LatentClips(tmp_path, text="another")
+
+
+def test_without_embeddings_there_are_none(tmp_path):
+    write_latents(tmp_path, IDENTITY, 2, Encoder())
+    assert LatentClips(tmp_path).empty is None
+    assert LatentClips(tmp_path)[0].embeddings is None
+    with pytest.raises(UserError, match=r"config\.text"):
+        LatentClips(tmp_path, text="t5")

@@ -45,6 +45,10 @@ def ids(captions):
     return np.array([(int(caption or 0), 100 * int(caption or 0)) for caption in captions], np.int32)
 
 
+def read(clip, dropped):
+    return ids(["" if dropped else clip.caption])[0]
+
+
 CACHED = Clips(
     clip
     for index, (shape, count) in enumerate(zip(SHAPES, COUNTS, strict=True))
@@ -59,7 +63,7 @@ def short_queue(monkeypatch):
 
 
 def packs(batch_size=2, seed=0):
-    return packed_batches(CACHED, ids, 0.0, CONFIG, batch_size, TOKENS, CLIPS, seed)
+    return packed_batches(CACHED, read, 0.0, CONFIG, batch_size, TOKENS, CLIPS, seed)
 
 
 def taken(dataset, count):
@@ -133,7 +137,7 @@ def test_the_seed_changes_the_order():
 def test_a_shape_of_few_clips_among_many_has_its_rows_too():
     """Rows' lengths are chosen from some of the clips; the longest windows must be among them."""
     clips = Clips(clips_of((1, 2, 2), 1025, 1) + clips_of((2, 4, 4), 1, 2000))
-    dataset = packed_batches(clips, ids, 0.0, CONFIG, 1, 1034, 1026, seed=0)
+    dataset = packed_batches(clips, read, 0.0, CONFIG, 1, 1034, 1026, seed=0)
     lengths = {name: groups.lengths for name, groups in next(iter(dataset))["pack"].groups.items()}
     assert lengths["1×all×all"][-1] >= 4
     assert lengths["all×2×2"][-1] >= 8
@@ -144,13 +148,13 @@ def test_captions_are_dropped_anew_each_time():
     texts = np.concatenate(
         [
             batch["text"][..., 0][batch["pack"].sizes[..., 0] > 0]
-            for batch in taken(packed_batches(CACHED, ids, 0.5, CONFIG, 2, TOKENS, CLIPS, seed=0), 60)
+            for batch in taken(packed_batches(CACHED, read, 0.5, CONFIG, 2, TOKENS, CLIPS, seed=0), 60)
         ]
     )
     assert 0.35 < (texts == 0).mean() < 0.65
     assert set(texts) == {0, *LATENTS}
     dense = Clips(CACHED[:4])
-    texts = np.concatenate([batch["text"][:, 0] for batch in taken(dense_batches(dense, ids, 0.5, 4, seed=0), 40)])
+    texts = np.concatenate([batch["text"][:, 0] for batch in taken(dense_batches(dense, read, 0.5, 4, seed=0), 40)])
     assert 0.35 < (texts == 0).mean() < 0.65
     assert set(texts) == {0, 1, 2, 3, 4}
 
@@ -164,7 +168,7 @@ def test_captions_are_dropped_anew_each_time():
     ],
 )
 def test_what_is_left_of_a_clip_are_its_own_tokens_at_their_places(drop, left):
-    dataset = packed_batches(CACHED, ids, 0.0, CONFIG, 2, TOKENS, CLIPS, 0, drop)
+    dataset = packed_batches(CACHED, read, 0.0, CONFIG, 2, TOKENS, CLIPS, 0, drop)
     seen, all_of_them = 0, 0
     for batch in taken(dataset, 12):
         pack = batch["pack"]
@@ -188,7 +192,7 @@ def test_what_is_left_of_a_clip_are_its_own_tokens_at_their_places(drop, left):
 def test_with_tokens_dropped_packs_go_on_from_a_state():
     def fresh():
         drop = DropConfig(kind="beta", rate=0.5)
-        return iter(packed_batches(CACHED, ids, 0.3, CONFIG, 1, TOKENS, CLIPS, 0, drop))
+        return iter(packed_batches(CACHED, read, 0.3, CONFIG, 1, TOKENS, CLIPS, 0, drop))
 
     iterator = fresh()
     for _ in range(3):
@@ -206,19 +210,19 @@ def test_with_tokens_dropped_packs_go_on_from_a_state():
 
 def test_batches_of_one_size_have_each_clip_once_an_epoch():
     clips = Clips(CACHED[:4])
-    seen = np.concatenate([batch["text"][:, 0] for batch in taken(dense_batches(clips, ids, 0.0, 2, seed=3), 6)])
+    seen = np.concatenate([batch["text"][:, 0] for batch in taken(dense_batches(clips, read, 0.0, 2, seed=3), 6)])
     for epoch in seen.reshape(3, 4):
         assert sorted(epoch) == [1, 2, 3, 4]
-    (batch,) = taken(dense_batches(clips, ids, 0.0, 4, seed=3), 1)
+    (batch,) = taken(dense_batches(clips, read, 0.0, 4, seed=3), 1)
     for latents, text in zip(batch["latents"], batch["text"], strict=True):
         np.testing.assert_array_equal(latents, LATENTS[text[0]])
 
 
 def test_clips_that_suit_neither_are_refused():
     with pytest.raises(UserError, match=r"latents of 3 sizes, from 1 × 4 × 6 to 3 × 2 × 4; give their stage shapes"):
-        dense_batches(CACHED, ids, 0.0, 2, seed=0)
+        dense_batches(CACHED, read, 0.0, 2, seed=0)
     with pytest.raises(UserError, match=r"clips of 8 tokens, which overflow packs of 7"):
-        packed_batches(CACHED, ids, 0.0, CONFIG, 1, 7, CLIPS, seed=0)
+        packed_batches(CACHED, read, 0.0, CONFIG, 1, 7, CLIPS, seed=0)
 
 
 def test_clips_are_encoded_together_with_their_like_and_come_in_their_order():

@@ -17,15 +17,19 @@ from walt_jax.data.shards import template, write_metadata
 from walt_jax.errors import UserError
 
 DATASET, SPLIT = "latents", "train"
-REPORT, SIZES, WORK = "encode.json", "sizes.npy", "work"
+REPORT, SIZES, EMPTY, WORK = "encode.json", "sizes.npy", "empty.npy", "work"
 CLIPS_PER_SHARD = 512
 
 
 class Encoded(NamedTuple):
-    """A clip: its latents, float32, normalised, and its caption, "" where it has none."""
+    """A clip: its latents, float32, normalised, and its caption, "" where it has none.
+
+    `embeddings` are of the caption's tokens, where an encoder that is not trained has read it.
+    """
 
     latents: Float[np.ndarray, "t h w c"]
     caption: str
+    embeddings: Float[np.ndarray, "n e"] | None = None
 
 
 def write_latents(
@@ -33,15 +37,18 @@ def write_latents(
     identity: dict[str, Any],
     count: int,
     encoded: Callable[[range], Iterable[Encoded]],
+    empty: Callable[[], Float[np.ndarray, "n e"]] | None = None,
 ) -> dict[str, Any]:
     """Writes a data set shard by shard; one that was begun is gone on with, a complete one is left as it is.
 
     Args:
-        out: the folder, local or remote. It gets the shards, TFDS's metadata, `sizes.npy` and, last, `encode.json`.
+        out: the folder, local or remote. It gets the shards, TFDS's metadata, `sizes.npy`, with embeddings
+            `empty.npy`, and, last, `encode.json`.
         identity: what the latents depend on (JSON): those of another identity are not mixed with them.
         count: clips that are to be tried.
         encoded: the clips of some of the numbers 0 … count - 1, in the order of numbers; those that can't be used are
             left out.
+        empty: the embeddings of the empty caption, where clips have embeddings.
 
     Returns:
         What `encode.json` holds: {"identity", "clips", "latents_bytes"}.
@@ -56,6 +63,7 @@ def write_latents(
         return json.loads((out / REPORT).read_text())
     work.mkdir(parents=True, exist_ok=True)
     publish(work / REPORT, json.dumps({"identity": {**identity, "count": count}}), work)
+    without = None if empty is None else empty()
     sizes = []
     for shard in range(shards):
         done = work / f"{shard:05}.npy"  # the last thing written of a shard
@@ -65,6 +73,7 @@ def write_latents(
             _write_shard(
                 out / template(out, DATASET, SPLIT).sharded_filepath(shard_index=shard, num_shards=shards).name,
                 clips,
+                without,
                 work,
             )
             publish(done, _npy(np.array([clip.latents.shape for clip in clips], np.int32).reshape(-1, 4)), work)
@@ -72,7 +81,10 @@ def write_latents(
     every = np.concatenate(sizes)
     if not len(every):
         raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data tells why.")
-    write_metadata(out, DATASET, SPLIT, _features(int(every[0, 3])), [len(shard) for shard in sizes], num_bytes=0)
+    kinds = _features(int(every[0, 3]), without)
+    write_metadata(out, DATASET, SPLIT, kinds, [len(shard) for shard in sizes], num_bytes=0)
+    if without is not None:
+        publish(out / EMPTY, _npy(without.astype(np.float32)), work)
     publish(out / SIZES, _npy(every[:, :3]), work)
     report = {
         "identity": {**identity, "count": count},
@@ -91,24 +103,38 @@ class LatentClips:
         path: its folder.
         cache_bytes: clips are kept in memory up to this.
         tokenizer: the digest of the one whose latents they should be; None takes those of any.
+        text: the digest of the encoder whose embeddings the clips should have; None where they aren't read.
 
     Attributes:
         sizes: (t, h, w) of each clip's latents.
+        empty: embeddings of the empty caption, where clips have embeddings.
 
     Raises:
-        UserError: if the folder holds no complete data set, or latents of another tokenizer.
+        UserError: if the folder holds no complete data set, or latents of another tokenizer, or other embeddings.
     """
 
     sizes: Int[np.ndarray, "n 3"]
+    empty: Float[np.ndarray, "n e"] | None
 
-    def __init__(self, path: epath.PathLike, cache_bytes: int = 2**30, tokenizer: str | None = None):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        cache_bytes: int = 2**30,
+        tokenizer: str | None = None,
+        text: str | None = None,
+    ):
         import tensorflow_datasets as tfds  # it takes a second or two
 
         path = epath.Path(path)
         try:
             report = json.loads((path / REPORT).read_text())
             self.sizes = np.load(io.BytesIO((path / SIZES).read_bytes()))
-            self._examples = tfds.builder_from_directory(path).as_data_source(SPLIT)
+            builder = tfds.builder_from_directory(path)
+            self._examples = builder.as_data_source(SPLIT)
+            self.empty = None
+            if (path / EMPTY).exists():
+                empty = np.load(io.BytesIO((path / EMPTY).read_bytes()))
+                self.empty = empty.astype(builder.info.features["embeddings"].np_dtype)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
                 f"{path} holds no complete data set of latents ({type(error).__name__}: {error}); make it with "
@@ -119,6 +145,11 @@ class LatentClips:
                 f"{path} holds latents of another tokenizer than this run's; encode anew with --mode=encode, or set "
                 "--config.tokenizer_from to the run that they are of."
             )
+        if text is not None and report["identity"].get("text") != text:
+            raise UserError(
+                f"{path} holds no captions that this run's config.text has read; encode anew with --mode=encode and "
+                "this config."
+            )
         self.path, self._room, self._kept = path, cache_bytes, {}
 
     def __len__(self) -> int:
@@ -128,9 +159,11 @@ class LatentClips:
         if index in self._kept:
             return self._kept[index]
         example = self._examples[index]
-        clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode())
-        if self._room >= clip.latents.nbytes:
-            self._room -= clip.latents.nbytes
+        embeddings = example.get("embeddings")
+        clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode(), embeddings)
+        size = clip.latents.nbytes + (0 if embeddings is None else embeddings.nbytes)
+        if self._room >= size:
+            self._room -= size
             self._kept[index] = clip
         return clip
 
@@ -150,10 +183,10 @@ def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
         raise UserError(f"{out} holds {next(out.iterdir()).name} and no latents; choose an empty folder.")
 
 
-def _features(channels: int | None) -> dict[str, Any]:
+def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> dict[str, Any]:
     import tensorflow_datasets as tfds
 
-    return {
+    kinds = {
         # Several unknown lengths need an encoding.
         "latents": tfds.features.Tensor(
             shape=(None, None, None, channels),
@@ -163,18 +196,25 @@ def _features(channels: int | None) -> dict[str, Any]:
         ),
         "caption": tfds.features.Text(doc="Empty where there is none."),
     }
+    if empty is not None:
+        kinds["embeddings"] = tfds.features.Tensor(
+            shape=(None, empty.shape[1]), dtype=empty.dtype, encoding="bytes", doc="Of the caption's tokens."
+        )
+    return kinds
 
 
-def _write_shard(path: epath.Path, clips: list[Encoded], work: epath.Path) -> None:
+def _write_shard(
+    path: epath.Path, clips: list[Encoded], empty: Float[np.ndarray, "n e"] | None, work: epath.Path
+) -> None:
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
-    kinds = tfds.features.FeaturesDict(_features(clips[0].latents.shape[-1] if clips else None))
+    kinds = tfds.features.FeaturesDict(_features(clips[0].latents.shape[-1] if clips else None, empty))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "shard"
         writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # each can be read by itself
         for clip in clips:
-            writer.write(kinds.serialize_example(clip._asdict()))
+            writer.write(kinds.serialize_example({name: clip._asdict()[name] for name in kinds}))
         writer.close()
         publish(path, file, work)
 

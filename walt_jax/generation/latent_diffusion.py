@@ -18,8 +18,12 @@ from walt_jax.diffusion.learned_sigma import split
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import sample
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.text.frozen import Embedded
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD
+
+# Of clips: ids of their captions, or their labels alone; embeddings of captions where their encoder is not trained.
+Words = Int[Array, "b s m"] | Embedded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class LatentDiffusion:
     Attributes:
         codec: pixels to latents and back.
         text: caption ids to embeddings, or None where the denoiser takes labels or nothing.
+        trains_text: whether it is trained with the denoiser; if not, all methods take captions as it has read them.
         denoiser: predicts what `diffusion.parameterization` says.
         diffusion: see `DiffusionConfig`.
         latent_shape: (t, h, w, c) of a clip that is sampled.
@@ -56,6 +61,7 @@ class LatentDiffusion:
     denoiser: Denoiser
     diffusion: DiffusionConfig
     latent_shape: tuple[int, int, int, int]
+    trains_text: bool = True
 
     @property
     def layout(self) -> Layout:
@@ -73,23 +79,30 @@ class LatentDiffusion:
         """Latents as the denoiser takes them."""
         return to_tokens(latents, self.denoiser.config.patch_size)
 
+    def words(self, *shape: int) -> Int[Array, "*b m"] | Embedded:
+        """Any captions of this shape, the number of their tokens last."""
+        ids = jnp.ones(shape, jnp.int32)
+        if self.text is None or self.trains_text:
+            return ids
+        return Embedded(jnp.zeros((*shape, self.text.config.dim), self.text.config.dtype), ids != PAD)
+
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Parameters of the text encoder and the denoiser, with their logical axis names."""
+        """Parameters of the denoiser, and of the text encoder where it is trained, with their logical axis names."""
         key_text, key_denoiser = jax.random.split(key)
-        ids, params = jnp.ones((1, 1, 1), jnp.int32), {}
-        if self.text is not None:
-            params["text"] = self.text.init(key_text, ids[0], ids[0] != PAD)["params"]
+        words, params = self.words(1, 1, 1), {}
+        if self.text is not None and self.trains_text:
+            params["text"] = self.text.init(key_text, words[0], words[0] != PAD)["params"]
         noisy = self.tokens(jnp.zeros((1, *self.latent_shape)))
         mask, time = self.tokens(jnp.zeros((1, *self.latent_shape[:3], 1))), jnp.zeros((1, 1))
         low = jnp.zeros((1, *self.low_shape))
-        condition = self.condition(nn.meta.unbox(params), ids, noisy, mask, low, time)
+        condition = self.condition(nn.meta.unbox(params), words, noisy, mask, low, time)
         denoiser = self.denoiser.init(key_denoiser, noisy, time, condition, self.layout)
         return {**params, "denoiser": denoiser["params"]}
 
     def condition(
         self,
         params: dict[str, Any],
-        ids: Int[Array, "b s m"],
+        words: Words,
         known: Float[Array, "b n p"] | None = None,
         mask: Float[Array, "b n q"] | None = None,
         low: Float[Array, "b t2 h2 w2 c"] | None = None,
@@ -99,7 +112,7 @@ class LatentDiffusion:
 
         Args:
             params: of `init`'s structure.
-            ids: of each clip's caption, or its label alone.
+            words: of each clip, see `Words`.
             known: clean latents as tokens, and
             mask: 1 for each latent position where they are given, as tokens too; read where the denoiser predicts
                 frames.
@@ -107,12 +120,14 @@ class LatentDiffusion:
             low_time: how much; read where the denoiser upscales.
         """
         cfg, given = self.denoiser.config, {}
-        if self.text is not None:
-            words = ids.reshape(-1, ids.shape[-1])
-            embeddings = self.text.apply({"params": params["text"]}, words, words != PAD)
-            given = {"text": embeddings.reshape(*ids.shape, -1), "text_mask": ids != PAD}
+        if isinstance(words, Embedded):
+            given = {"text": words.embeddings, "text_mask": words.mask}
+        elif self.text is not None:
+            ids = words.reshape(-1, words.shape[-1])
+            embeddings = self.text.apply({"params": params["text"]}, ids, ids != PAD)
+            given = {"text": embeddings.reshape(*words.shape, -1), "text_mask": words != PAD}
         elif cfg.classes:
-            given = {"label": ids[..., 0]}
+            given = {"label": words[..., 0]}
         if cfg.frame_prediction:
             given |= {"known": known * self.per_value(mask), "known_mask": mask}
         if cfg.upscale > 1:
@@ -136,8 +151,8 @@ class LatentDiffusion:
         self,
         params: dict[str, Any],
         tokenizer: TrainedTokenizer,
-        ids: Int[Array, "b m"],
-        empty: Int[Array, " m"],
+        words: Int[Array, "b m"] | Embedded,
+        empty: Int[Array, " m"] | Embedded,
         seeds: UInt[Array, " b"],
         config: SamplingConfig,
         known: Float[Array, "b t h w c"] | None = None,
@@ -149,7 +164,7 @@ class LatentDiffusion:
         Args:
             params: of `init`'s structure.
             tokenizer: what the codec has learned.
-            ids: the captions, or labels.
+            words: the captions, or labels.
             empty: the empty caption, for guidance.
             seeds: one a clip; a clip's randomness depends on its own seed alone.
             config: see `SamplingConfig`.
@@ -164,10 +179,10 @@ class LatentDiffusion:
         if known is None:
             known, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
         given = self.tokens(known), self.tokens(mask), low, jnp.zeros((len(noise), 1))
-        models = [self.denoise(params, self.condition(params, ids[:, None], *given), layout)]
+        models = [self.denoise(params, self.condition(params, alone(words), *given), layout)]
         if config.guidance.needs_unconditional:
-            free = jnp.broadcast_to(empty[None], ids.shape)[:, None]
-            models.append(self.denoise(params, self.condition(params, free, *given), layout))
+            free = jax.tree.map(lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, words)
+            models.append(self.denoise(params, self.condition(params, alone(free), *given), layout))
         tokens = jnp.full((1, 1), noise.shape[1])
 
         def levels(time):
@@ -198,6 +213,11 @@ class LatentDiffusion:
         latents = from_tokens(latents, layout.grid, self.denoiser.config.patch_size)
         latents = mask * known + (1 - mask) * latents
         return self.codec.decode(tokenizer, latents)[0]
+
+
+def alone(words: Int[Array, "b m"] | Embedded) -> Words:
+    """Of equal clips, which are one a row."""
+    return jax.tree.map(lambda array: array[:, None], words)
 
 
 def unboxed(params: Any) -> Any:

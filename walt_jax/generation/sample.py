@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 from jaxtyping import UInt8
@@ -14,6 +15,7 @@ from jaxtyping import UInt8
 from walt_jax.data.media import contact_sheet, write_video
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.text.frozen import FrozenText
 from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
 from walt_jax.workdir import write_atomically
@@ -26,20 +28,21 @@ class Generator:
     model: LatentDiffusion
     params: Any
     tokenizer: TrainedTokenizer
-    captions: Vocabulary | Labels
+    captions: Vocabulary | Labels | FrozenText
     config: SamplingConfig
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n t h w 3"]:
         """One video for each prompt and seed. The same pair gives the same video, whatever stands beside it."""
-        ids, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
-        empty = self.captions.encode([""])[0]
+        words, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
+        empty = jax.tree.map(lambda array: array[0], self.captions.encode([""]))
         # One shape, so that one program is compiled, and a clip does not depend on how many there are.
         size = self.config.batch_size
         clips = []
         with tqdm.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=len(prompts) <= size) as progress:
             for first in range(0, len(prompts), size):
                 rows = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-                batch = self.model.sample(self.params, self.tokenizer, ids[rows], empty, seeds[rows], self.config)
+                some = jax.tree.map(lambda array, rows=rows: array[rows], words)
+                batch = self.model.sample(self.params, self.tokenizer, some, empty, seeds[rows], self.config)
                 clips.append(np.asarray(batch)[: len(prompts) - first])
                 progress.update(len(clips[-1]))
         return np.concatenate(clips)

@@ -19,7 +19,7 @@ from walt_jax.denoiser.layout import Grid, Layout, make_pack, place_clips, row_l
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
+from walt_jax.generation.latent_diffusion import LatentDiffusion, alone, unboxed
 from walt_jax.parallel.cost import flops
 from walt_jax.training.data_benchmark import benchmark_decoding
 from walt_jax.training.loop import StageConfig
@@ -160,7 +160,7 @@ def _denoiser(config: RunConfig) -> list[Part]:
         count = max(1, stage.batch_size * stage.pack.tokens // tokens)
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(count, *model.latent_shape)).astype(np.float32)
-    words = np.ones((count, config.words), np.int32)
+    words = jax.device_get(model.words(count, config.words))
     frozen = _frozen(model)
     batch = {"latents": latents, "text": words}
     if config.denoiser.upscale > 1:
@@ -200,7 +200,7 @@ def _packed(
     stage: StageConfig,
     frozen: TrainedTokenizer,
     packs: list[list[Grid]],
-    words: np.ndarray,
+    words: Any,
     cost: int | None,
 ) -> Part:
     """A train step on packs; `cost` is that of the same clips as a batch, where they are equal."""
@@ -212,7 +212,7 @@ def _packed(
     pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
     width = task.model.latent_shape[3] * math.prod(config.patch_size)
     tokens = np.random.default_rng(0).normal(size=(len(packs), length, width)).astype(np.float32)
-    text = np.broadcast_to(words[0], (len(packs), clips, words.shape[1])).copy()
+    text = jax.tree.map(lambda array: np.broadcast_to(array[0], (len(packs), clips, *array.shape[1:])).copy(), words)
     step = _Training(task, stage, frozen, {"tokens": tokens, "text": text, "pack": pack})
     valid = float((positions[..., 0] >= 0).mean())
     scores = sum(map(scores_computed, pack.groups.values()))
@@ -275,15 +275,16 @@ def _filled(grid: Grid, tokens: int, rng: np.random.Generator) -> list[Grid]:
     return clips
 
 
-def _sampling(model: LatentDiffusion, params: Any, words: np.ndarray, tokens: int) -> Part:
+def _sampling(model: LatentDiffusion, params: Any, words: Any, tokens: int) -> Part:
     """One evaluation of the denoiser for as many clips as a training step has."""
-    noisy = model.tokens(jnp.zeros((len(words), *model.latent_shape)))
-    time = jnp.full((len(words), 1), 0.5)
-    mask = model.tokens(jnp.zeros((len(words), *model.latent_shape[:3], 1)))
-    low = jnp.zeros((len(words), *model.low_shape))
+    count = len(jax.tree.leaves(words)[0])
+    noisy = model.tokens(jnp.zeros((count, *model.latent_shape)))
+    time = jnp.full((count, 1), 0.5)
+    mask = model.tokens(jnp.zeros((count, *model.latent_shape[:3], 1)))
+    low = jnp.zeros((count, *model.low_shape))
 
     def evaluation(params, noisy):
-        condition = model.condition(params, jnp.asarray(words)[:, None], noisy, mask, low, time)
+        condition = model.condition(params, alone(words), noisy, mask, low, time)
         return model.denoise(params, condition, model.layout)(noisy, time, jnp.zeros_like(noisy))
 
     params = jax.tree.map(jnp.copy, params)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 import tqdm
 from jaxtyping import Float
@@ -20,7 +21,9 @@ WAITING = 256  # clips among which a pack is chosen
 ENCODED_AT_ONCE = 8
 
 Encode = Callable[[np.ndarray], Float[np.ndarray, "b t h w c"]]
-CaptionIds = Callable[[list[str]], np.ndarray]
+Embed = Callable[[list[str]], list[Float[np.ndarray, "n e"]]]
+# What a batch has of a clip's caption, or of the empty one where it is dropped: a row of ids, or of embeddings.
+ReadCaption = Callable[[Encoded, bool], Any]
 
 
 def latents_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
@@ -28,13 +31,16 @@ def latents_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
     return workdir / "latents" / stage
 
 
-def encoded_clips(encode: Encode, clips: Iterable[dict[str, Any]], told: tqdm.tqdm) -> Iterator[Encoded]:
+def encoded_clips(
+    encode: Encode, clips: Iterable[dict[str, Any]], told: tqdm.tqdm, embed: Embed | None = None
+) -> Iterator[Encoded]:
     """Encodes clips in the order of their numbers.
 
     Args:
         encode: uint8 video [b, t, h, w, 3] to normalised latents.
         clips: {"number", "video", "text": the caption} each, of any sizes; those of one size are encoded together.
         told: is told of each.
+        embed: captions to embeddings of their tokens, where they are to be kept as well.
     """
     waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     done: dict[int, Encoded] = {}
@@ -42,8 +48,10 @@ def encoded_clips(encode: Encode, clips: Iterable[dict[str, Any]], told: tqdm.tq
     def flush(alike: list[dict[str, Any]]) -> None:
         # The last ones of a size are filled up, so that one program does for all.
         video = np.stack([clip["video"] for clip in alike + alike[-1:] * (ENCODED_AT_ONCE - len(alike))])
-        for clip, latents in zip(alike, np.asarray(encode(video)), strict=False):
-            done[clip["number"]] = Encoded(latents, clip["text"])
+        captions = [clip["text"] for clip in alike]
+        embeddings = [None] * len(alike) if embed is None else embed(captions)
+        for clip, latents, caption, each in zip(alike, np.asarray(encode(video)), captions, embeddings, strict=False):
+            done[clip["number"]] = Encoded(latents, caption, each)
         told.update(len(alike))
 
     for clip in clips:
@@ -58,13 +66,13 @@ def encoded_clips(encode: Encode, clips: Iterable[dict[str, Any]], told: tqdm.tq
 
 
 def dense_batches(
-    clips: LatentClips, encode: CaptionIds, caption_dropout: float, batch_size: int, seed: int
+    clips: LatentClips, read_caption: ReadCaption, caption_dropout: float, batch_size: int, seed: int
 ) -> grain.IterDataset:
     """Endless batches of clips of one size: {"latents": [b, t, h, w, c], "text": [b, m]}, each clip once an epoch.
 
     Args:
         clips: see `LatentClips`.
-        encode: captions to ids.
+        read_caption: see `ReadCaption`.
         caption_dropout: probability of an empty caption.
         batch_size: clips a batch.
         seed: of the order and of the dropped captions.
@@ -81,7 +89,7 @@ def dense_batches(
 
     def read(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         clip = clips[index]
-        return {"latents": clip.latents, "text": encode(["" if rng.random() < caption_dropout else clip.caption])[0]}
+        return {"latents": clip.latents, "text": read_caption(clip, bool(rng.random() < caption_dropout))}
 
     return (
         grain.MapDataset.range(len(clips))
@@ -96,7 +104,7 @@ def dense_batches(
 
 def packed_batches(
     clips: LatentClips,
-    encode: CaptionIds,
+    read_caption: ReadCaption,
     caption_dropout: float,
     config: DenoiserConfig,
     batch_size: int,
@@ -108,7 +116,7 @@ def packed_batches(
     """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
 
     Args:
-        clips, encode, caption_dropout: see `dense_batches`; the clips may have any sizes.
+        clips, read_caption, caption_dropout: see `dense_batches`; the clips may have any sizes.
         config: of the denoiser.
         batch_size: packs a batch.
         tokens: of a pack.
@@ -130,7 +138,7 @@ def packed_batches(
         )
     first = clips[0]
     width = to_tokens(first.latents[None], config.patch_size).shape[-1]
-    words = encode([""]).shape[1]
+    blank = jax.tree.map(np.zeros_like, read_caption(first, True))
     windows = config.attention_windows
     # As many of each size as there are in a few hundred, and one at least.
     shares = [max(1, round(256 * count / len(owners))) for count in np.bincount(owners)]
@@ -154,7 +162,7 @@ def packed_batches(
         placed = [[grids[owners[item.index]] for item in pack] for pack in packs]
         positions, sizes = place_clips(placed, tokens, clips_per_pack, chosen)
         batch = np.zeros((len(packs), tokens, width), np.float32)
-        text = np.zeros((len(packs), clips_per_pack, words), np.int32)
+        text = [[blank] * clips_per_pack for _ in packs]
         for row, pack in enumerate(packs):
             start = 0
             for segment, item in enumerate(pack):
@@ -165,9 +173,10 @@ def packed_batches(
                 batch[row, start : start + len(content)] = content
                 start += len(content)
                 dropped = np.random.default_rng(item.seed + 2**31).random() < caption_dropout
-                text[row, segment] = encode(["" if dropped else clip.caption])[0]
+                text[row][segment] = read_caption(clip, bool(dropped))
         pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
-        return {"tokens": batch, "text": text, "pack": pack}
+        rows = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
+        return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *rows), "pack": pack}
 
     items = (
         grain.MapDataset.range(len(owners))

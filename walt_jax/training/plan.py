@@ -39,10 +39,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         variables["denoiser"] = params["denoiser"]
         costs["denoiser"] = denoiser_flops(model, params, config.words)
         if config.text is not None:
-            variables["text_encoder"] = params["text"]
             ids = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
+            text = unboxed(jax.eval_shape(model.text.init, key, ids, ids))["params"]
+            variables["text_encoder"] = text
             costs["text_encoder"] = flops_by_module(
-                lambda params, ids: model.text.apply({"params": params}, ids, ids != PAD), params["text"], ids
+                lambda params, ids: model.text.apply({"params": params}, ids, ids != PAD), text, ids
             )
     stages = {name: _stage(config, name, stage) for name, stage in config.stages.items()}
     return {
@@ -69,12 +70,15 @@ def denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str,
     """Of one pass over one clip with a caption of so many tokens, by module."""
 
     def inputs():
-        ids = jnp.ones((1, 1, words), jnp.int32)
         noisy, mask = (model.tokens(jnp.zeros((1, *model.latent_shape[:3], c))) for c in (model.latent_shape[3], 1))
         time = jnp.zeros((1, 1))
         encoder = {name: tree for name, tree in params.items() if name == "text"}
         encoder = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), encoder)
-        return noisy, time, model.condition(encoder, ids, noisy, mask, jnp.zeros((1, *model.low_shape)), time)
+        return (
+            noisy,
+            time,
+            model.condition(encoder, model.words(1, 1, words), noisy, mask, jnp.zeros((1, *model.low_shape)), time),
+        )
 
     def forward(params, inputs):
         return model.denoiser.apply({"params": params}, *inputs, model.layout)
@@ -139,7 +143,7 @@ def _gradients(
     batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
     frozen = None
     if stage.task == "denoiser":
-        batch["text"] = jax.ShapeDtypeStruct((batch_size, config.words), jnp.int32)
+        batch["text"] = jax.eval_shape(lambda: task.model.words(batch_size, config.words))
         if stage.cached_clips or stage.latents:
             batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
         channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 import tqdm
 from etils import epath
+from jaxtyping import Float
 
 import walt_jax
 from walt_jax.config import build
@@ -26,13 +27,21 @@ from walt_jax.errors import UserError
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.sample import Generator
-from walt_jax.text import vocabulary
+from walt_jax.text import t5_weights, vocabulary
+from walt_jax.text.frozen import FrozenText, filled_up
 from walt_jax.text.labels import Labels
+from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import Vocabulary
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
-from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path, packed_batches
+from walt_jax.training.latent_batches import (
+    ReadCaption,
+    dense_batches,
+    encoded_clips,
+    latents_path,
+    packed_batches,
+)
 from walt_jax.training.loop import Trained, run_stage
 from walt_jax.training.run_config import RunConfig, make_codec, make_model, make_task, read_autoencoder
 from walt_jax.training.state import TrainState
@@ -73,6 +82,10 @@ class Run:
             self._other_run()
         if self.config.init_from:
             self._published()
+        text = self.config.text
+        if text is not None and text.pretrained:
+            t5_weights.matched(text.pretrained, text.encoder, text.vocab_size)
+            t5_weights.read_vocabulary(text.pretrained)
         for name in self.config.trained_stages:
             self.data.source("train", self.config.clip_shapes(name))
             if self.config.stages[name].latents:
@@ -114,7 +127,7 @@ class Run:
         for name in self.config.trained_stages:
             index, stage = names.index(name), self.config.stages[name]
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-            dataset = functools.partial(self._batches, name, index)
+            dataset = functools.partial(self.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
@@ -157,7 +170,7 @@ class Run:
             make_model(self.config, self._vocab_size()),
             params,
             self.tokenizer(),
-            self._captions(),
+            self._frozen_text() or self._captions(),
             self.config.sampling,
         )
 
@@ -230,6 +243,8 @@ class Run:
         if self.config.denoiser is None:
             return None
         captions = self.data.source("train", (self.config.clip_shape(),)).captions
+        if self.config.text is not None and self.config.text.pretrained:
+            return t5_weights.read_vocabulary(self.config.text.pretrained)
         if self.config.text is not None:
             return vocabulary.train(captions, self.config.text.vocab_size)
         if not self.config.denoiser.classes:
@@ -256,11 +271,14 @@ class Run:
     def only_published(self) -> bool:
         """Whether there is nothing here but what others have published, a denoiser and an autoencoder."""
         config = self.config
-        published = bool(config.init_from) and config.takes_autoencoder and config.text is None
+        published = bool(config.init_from) and config.takes_autoencoder
+        published = published and (config.text is None or bool(config.text.pretrained))
         return published and not (self.workdir / CONFIG).exists()
 
     def _captions(self) -> Vocabulary | Labels:
         """What makes ids of captions; of published classes, which have no names, their numbers."""
+        if self.only_published and self.config.text is not None:
+            return Vocabulary(t5_weights.read_vocabulary(self.config.text.pretrained), self.config.text.length)
         if self.only_published:
             return Labels(tuple(map(str, range(self.config.denoiser.classes))))
         if self.config.text is None:
@@ -268,16 +286,37 @@ class Run:
         return Vocabulary.load(self._vocabulary_path, self.config.text.length)
 
     def _vocab_size(self) -> int:
-        return 0 if self.config.text is None else self._captions().size
+        text = self.config.text
+        if text is not None and text.pretrained:
+            return text.vocab_size
+        return 0 if text is None else self._captions().size
 
-    def _batches(self, name: str, index: int) -> grain.IterDataset:
+    def _frozen_text(self) -> FrozenText | None:
+        """What reads captions where it is not trained."""
+        text = self.config.text
+        if text is None or not text.pretrained:
+            return None
+        params = t5_weights.load(text.pretrained, text.encoder, text.vocab_size)
+        return FrozenText(T5Encoder(text.encoder, text.vocab_size), params, self._captions())
+
+    def _text_digest(self) -> str | None:
+        """Tells embeddings of this config's frozen encoder from any others."""
+        text = self.config.text
+        if text is None or not text.pretrained:
+            return None
+        return f"{t5_weights.digest(text.pretrained)}, {text.length} tokens, {text.encoder.dtype}"
+
+    def batches(self, name: str) -> grain.IterDataset:
         """A stage's batches of clips, of one shape each."""
-        clips = self._clips(name, index)
-        return Batches(clips, self.config.batch_sizes(name))
+        batches = Batches(self.clips(name), self.config.batch_sizes(name))
+        text = self._frozen_text() if self.config.stages[name].task == "denoiser" else None
+        if text is None:
+            return batches
+        return batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
 
-    def _clips(self, name: str, index: int) -> Clips:
+    def clips(self, name: str) -> Clips:
         """A stage's clips, in its shapes."""
-        config = self.config
+        config, index = self.config, list(self.config.stages).index(name)
         encode = self._captions().encode if config.stages[name].task == "denoiser" else None
         source = self.data.source("train", config.clip_shapes(name))
         return Clips(source, config.seed + index, encode, config.data.caption_dropout)
@@ -324,15 +363,20 @@ class Run:
         data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
         identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
+        read = embed = empty = None
+        if self._text_digest() is not None:
+            identity["text"] = self._text_digest()
+            read = functools.cache(self._frozen_text)  # it is large, and need not be read where all is done
+            embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
         with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as told:
 
             def encoded(numbers: range) -> Iterable[Encoded]:
                 told.update(numbers.start - told.n)  # what was done before, and what could not be used
                 return encoded_clips(
-                    lambda video: self.codec.encode(tokenizer, video)[0], numbered(clips, numbers), told
+                    lambda video: self.codec.encode(tokenizer, video)[0], numbered(clips, numbers), told, embed
                 )
 
-            return write_latents(out, identity, count, encoded)
+            return write_latents(out, identity, count, encoded, empty)
 
     def _encoded(self, name: str, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """Batches of clips that are encoded beforehand: of one size, or packs of several."""
@@ -340,14 +384,14 @@ class Run:
         path = stage.latents or latents_path(self.workdir, name)
         if not stage.latents:
             self._write_latents(path, name, stage.cached_clips, tokenizer)
-        clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer))
+        clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer), self._text_digest())
         t, h, w = (bound * size for bound, size in zip(config.bounds, config.denoiser.patch_size, strict=True))
         if (clips.sizes > np.array([t, h, w])).any():
             raise UserError(
                 f"{path} holds latents of up to {' × '.join(map(str, clips.sizes.max(0)))}, and stages.{name} has "
                 f"clips of at most {t} × {h} × {w}; give the stage the shapes that were encoded."
             )
-        captions = self._captions().encode, config.data.caption_dropout
+        captions = self._caption_reader(clips.empty), config.data.caption_dropout
         seed = config.seed + index
         if stage.pack is None:
             return dense_batches(clips, *captions, stage.batch_size, seed)
@@ -355,6 +399,14 @@ class Run:
         return packed_batches(
             clips, *captions, config.denoiser, stage.batch_size, pack.tokens, pack.clips, seed, pack.drop
         )
+
+    def _caption_reader(self, empty: Float[np.ndarray, "n e"] | None) -> ReadCaption:
+        """Of clips that were encoded beforehand; `empty` is the empty caption as a frozen encoder has read it."""
+        text = self.config.text
+        if text is not None and text.pretrained:
+            return lambda clip, dropped: filled_up(empty if dropped else clip.embeddings, text.length)
+        captions = self._captions()
+        return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]
 
     def _other_run(self) -> "Run":
         """The run whose tokenizer this one takes; the workdir's copy of it, where there is one already."""

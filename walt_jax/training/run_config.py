@@ -35,14 +35,18 @@ class TextConfig:
     """How captions are read.
 
     Attributes:
-        vocab_size: at most this many sentencepiece pieces, trained on the captions.
+        vocab_size: at most this many sentencepiece pieces, trained on the captions; with `pretrained`, the rows of its
+            table of embeddings, of which T5 has some that no piece of its vocabulary uses.
         length: tokens of a caption; what is longer is cut.
         encoder: of the token embeddings, trained with the denoiser.
+        pretrained: the folder of a published T5, of `encoder`'s shape, which reads captions in its place and is not
+            trained, see `text.t5_weights`.
     """
 
     vocab_size: Positive
     length: Positive
     encoder: T5Config
+    pretrained: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +279,8 @@ def make_model(config: RunConfig, vocab_size: int) -> LatentDiffusion:
     text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     denoiser = Denoiser(config.denoiser, config.bounds)
-    return LatentDiffusion(make_codec(config), text, denoiser, config.diffusion, shape)
+    trains_text = config.text is None or not config.text.pretrained
+    return LatentDiffusion(make_codec(config), text, denoiser, config.diffusion, shape, trains_text)
 
 
 def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:

@@ -13,7 +13,7 @@ from walt_jax.denoiser.layout import Layout, from_tokens
 from walt_jax.diffusion.adaptive import complexity
 from walt_jax.diffusion.objective import diffusion_loss
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion
+from walt_jax.generation.latent_diffusion import LatentDiffusion, alone
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -67,7 +67,7 @@ class DenoiserTask:
     """W.A.L.T on the frozen tokenizer's latents.
 
     A batch has clips to be encoded, `video`; or latents, `latents`; or packs, `tokens` and `pack`. Beside it the
-    clips' captions or labels, `text`, a row each: `[b, m]`, of packs `[b, s, m]`.
+    clips' captions or labels, `text`, a row each, ids or `text.frozen.Embedded`: `[b, m]`, of packs `[b, s, m]`.
 
     Attributes:
         model: see `LatentDiffusion`.
@@ -93,13 +93,13 @@ class DenoiserTask:
         key_given, key_low, key_loss = jax.random.split(key, 3)
         model, energy = self.model, None
         if "pack" in batch:
-            layout, tokens, ids = Layout(pack=batch["pack"]), batch["tokens"], batch["text"]
+            layout, tokens, words = Layout(pack=batch["pack"]), batch["tokens"], batch["text"]
         else:
             latents = batch["latents"] if "latents" in batch else model.codec.encode(frozen, batch["video"])[0]
-            layout, tokens, ids = model.layout, model.tokens(latents), batch["text"][:, None]
+            layout, tokens, words = model.layout, model.tokens(latents), alone(batch["text"])
             if model.diffusion.adaptive > 0:
                 energy = complexity(latents)[:, None]
-        clips = ids.shape[:2]
+        clips = jax.tree.leaves(words)[0].shape[:2]
         sizes = jnp.broadcast_to(layout.clip_sizes(), (*clips, 3))
         counted = jnp.broadcast_to(layout.valid()[..., None], tokens.shape).astype(tokens.dtype)
         given = {}
@@ -111,7 +111,7 @@ class DenoiserTask:
             given["low"], given["low_time"] = self._low(frozen, batch["video"], key_low)
 
         def loss(params):
-            denoise = model.denoise(params, model.condition(params, ids, **given), layout)
+            denoise = model.denoise(params, model.condition(params, words, **given), layout)
             return diffusion_loss(
                 denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, key_loss, model.diffusion, coarse
             )

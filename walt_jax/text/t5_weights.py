@@ -1,0 +1,167 @@
+"""A published encoder of T5 v1.1, from a folder that the user has. Nothing is downloaded.
+
+The folder is as transformers' `save_pretrained` leaves it, of google/t5-v1_1-xl say: `model.safetensors`, or several
+files and the `model.safetensors.index.json` that names them, of an encoder alone or a whole T5; and the sentencepiece
+vocabulary, `spiece.model` or under any other name that ends in .model.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from walt_jax.errors import UserError
+from walt_jax.text.t5 import T5Config, T5Encoder
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+TABLE = ("shared.weight", "encoder.embed_tokens.weight")  # the same; files have one or both
+Shape = tuple[int, ...]
+
+
+def published_name(ours: str) -> str:
+    """Of "query_3/kernel", "encoder.block.3.layer.0.SelfAttention.q.weight"."""
+    whole = {
+        "embedding": TABLE[0],
+        "relative_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "norm_out/scale": "encoder.final_layer_norm.weight",
+    }
+    parts = {
+        "attention_norm": "0.layer_norm",
+        "query": "0.SelfAttention.q",
+        "key": "0.SelfAttention.k",
+        "value": "0.SelfAttention.v",
+        "attention_out": "0.SelfAttention.o",
+        "mlp_norm": "1.layer_norm",
+        "mlp_gate": "1.DenseReluDense.wi_0",
+        "mlp_in": "1.DenseReluDense.wi_1",
+        "mlp_out": "1.DenseReluDense.wo",
+    }
+    if ours in whole:
+        return whole[ours]
+    part, layer = ours.split("/")[0].rsplit("_", 1)
+    return f"encoder.block.{layer}.layer.{parts[part]}.weight"
+
+
+def load(folder: str | pathlib.Path, config: T5Config, vocab_size: int) -> dict[str, Any]:
+    """The encoder's parameters: matrices in the config's dtype, everything else in float32.
+
+    Args:
+        folder: see above.
+        config: of the encoder.
+        vocab_size: rows of its table of embeddings.
+
+    Raises:
+        UserError: if a file can't be read, or its tensors are not those of the config.
+    """
+    names = matched(folder, config, vocab_size)
+    flat, dtype = {}, jnp.dtype(config.dtype)
+    with _opened(folder) as files:
+        for ours, theirs in names.items():
+            tensor = files[theirs].get_tensor(theirs)
+            tensor = tensor.T if ours.endswith("/kernel") else tensor
+            flat[ours] = np.ascontiguousarray(tensor).astype(dtype if tensor.ndim == 2 else np.float32)
+    return unflatten_dict(flat, sep="/")
+
+
+def matched(folder: str | pathlib.Path, config: T5Config, vocab_size: int) -> dict[str, str]:
+    """The file's name of each parameter, after a look at names and shapes.
+
+    Raises:
+        UserError: as `load`.
+    """
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    model = T5Encoder(config, vocab_size)
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), one, one)["params"])
+    wanted = {ours: leaf.shape for ours, leaf in flatten_dict(params, sep="/").items()}
+    with _opened(folder) as files:
+        slices = {name: file.get_slice(name) for name, file in files.items()}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        kinds = {name: part.get_dtype() for name, part in slices.items()}
+    names = {ours: published_name(ours) for ours in wanted}
+    if TABLE[0] not in shapes:
+        names["embedding"] = TABLE[1]
+    for ours, theirs in names.items():
+        shape = wanted[ours][::-1] if ours.endswith("/kernel") else wanted[ours]
+        if theirs not in shapes:
+            old = theirs.replace("wi_0", "wi") in shapes
+            raise UserError(
+                f"{folder} lacks {theirs}; "
+                + (
+                    "it is T5 1.0: give one of version 1.1."
+                    if old
+                    else "give the encoder that config.text.encoder says, of T5 v1.1."
+                )
+            )
+        if shapes[theirs] != shape:
+            knobs = "config.text.vocab_size" if ours == "embedding" else "config.text.encoder"
+            raise UserError(
+                f"{folder} holds {theirs} of shape {list(shapes[theirs])}, and {knobs} asks for {list(shape)}; set "
+                "it as that encoder has it."
+            )
+        if kinds[theirs] not in FLOATS:
+            raise UserError(f"{folder} holds {theirs} as {kinds[theirs]}; give a file with {', '.join(FLOATS)}.")
+    more = sorted(name for name in shapes if name.startswith("encoder.") and name not in {*names.values(), *TABLE})
+    if more:
+        raise UserError(f"{folder} holds {more[0]}, for which config.text.encoder has no place; set its layers.")
+    return names
+
+
+def digest(folder: str | pathlib.Path) -> str:
+    """Tells an encoder and its vocabulary from any other, by the first row of each tensor.
+
+    Raises:
+        UserError: if they can't be read.
+    """
+    hashed = hashlib.sha256(read_vocabulary(folder))
+    with _opened(folder) as files:
+        for name in sorted(files):
+            if not name.startswith(("encoder.", TABLE[0])):
+                continue
+            part = files[name].get_slice(name)
+            hashed.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
+            hashed.update(np.ascontiguousarray(part[:1]).tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def read_vocabulary(folder: str | pathlib.Path) -> bytes:
+    """The sentencepiece model of the folder.
+
+    Raises:
+        UserError: if it has none, or several.
+    """
+    found = sorted(pathlib.Path(folder).glob("*.model"))
+    if len(found) != 1:
+        has = f"has {found[0].name} and {found[1].name}" if found else "has no vocabulary"
+        raise UserError(f"{folder} {has}; put the spiece.model of the published T5 there, and no other .model file.")
+    try:
+        return found[0].read_bytes()
+    except OSError as error:
+        raise UserError(f"{found[0]} can't be read ({error.strerror}); restore it.") from error
+
+
+@contextlib.contextmanager
+def _opened(folder: str | pathlib.Path):
+    """By each tensor's name the open file that it is in."""
+    folder = pathlib.Path(folder)
+    try:
+        if (folder / INDEX).exists():
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        else:
+            names = [FILE]
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safe_open(folder / name, framework="numpy")) for name in names]
+            yield {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118 - it is not a dict
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder} holds no T5 that can be read ({type(error).__name__}: {error}); give the folder that "
+            "transformers' T5EncoderModel.save_pretrained wrote."
+        ) from error
