@@ -13,7 +13,7 @@ from walt_jax.data.pipeline import Batches
 from walt_jax.text import t5_weights
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import train
-from walt_jax.training.run import Run
+from walt_jax.training.run import Run, digest
 from walt_jax.training.run_config import RunConfig
 from walt_jax.workdir import read_config
 
@@ -62,6 +62,11 @@ def test_a_run_on_kept_embeddings_is_the_same_to_the_last_bit(flags, trained, tm
     code, _, err = commands.run(*again, cache=cache)
     assert code == 0, err
     assert commands.losses(tmp_path / "run") == commands.losses(trained)[3:]
+    # Its tokenizer can be taken as well, which it has taken itself.
+    knobs = {**read_config(tmp_path / "run"), "tokenizer_from": str(tmp_path / "run")}
+    third = Run(build(RunConfig, knobs, "config"), tmp_path / "third")
+    first = Run(build(RunConfig, read_config(trained), "config"), trained)
+    assert digest(third.tokenizer()) == digest(first.tokenizer())
     # Embeddings of captions that are cut elsewhere are others.
     other = [*again, "--config.text.length=5", f"--workdir={tmp_path / 'other'}"]
     code, _, err = commands.run(*other, cache=cache)

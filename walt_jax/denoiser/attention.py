@@ -250,11 +250,7 @@ def attend_to_clips(
 ) -> Float[Array, "b sm heads d"]:
     """Condition tokens, see `Beside`, over all tokens of their clips, and each other."""
     batch, clips, words = mask.shape
-    segments = jnp.arange(clips)
-    if layout.pack is None:
-        own = jnp.ones((batch, clips, key.shape[1]), bool)
-    else:
-        own = layout.pack.positions[..., 0][:, None] == segments[None, :, None]
+    own = jnp.broadcast_to(layout.belongs(clips).swapaxes(1, 2), (batch, clips, key.shape[1]))
     together = jnp.eye(clips, dtype=bool)[None, :, :, None] & mask[:, None]  # [b, s, s, m]
     seen = jnp.concatenate([own, rearrange(together, "b s o m -> b s (o m)")], axis=-1)
     seen = jnp.repeat(seen, words, axis=1)[:, None]

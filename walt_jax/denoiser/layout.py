@@ -47,15 +47,19 @@ class Layout:
         if self.pack is None:
             return values
         # A product with zeros and ones: its gradient is one, too, where that of a gather would be a scatter.
-        belongs = self.pack.positions[..., :1] == jnp.arange(values.shape[1])[None, None]
-        return jnp.einsum("bns,bsk->bnk", belongs.astype(values.dtype), values)
+        return jnp.einsum("bns,bsk->bnk", self.belongs(values.shape[1]).astype(values.dtype), values)
 
     def gathered(self, values: Float[Array, "b n k"], clips: int) -> Float[Array, "b s k"]:
         """The sum of each clip's tokens' values."""
         if self.pack is None:
             return values.sum(1, keepdims=True)
-        belongs = self.pack.positions[..., :1] == jnp.arange(clips)[None, None]
-        return jnp.einsum("bns,bnk->bsk", belongs.astype(values.dtype), values)
+        return jnp.einsum("bns,bnk->bsk", self.belongs(clips).astype(values.dtype), values)
+
+    def belongs(self, clips: int) -> Bool[Array, "b n s"]:
+        """Which tokens are which clip's; `[1, 1, 1]` for equal clips."""
+        if self.pack is None:
+            return jnp.ones((1, 1, 1), bool)
+        return self.pack.positions[..., :1] == jnp.arange(clips)[None, None]
 
     def coordinates(self) -> Int[Array, "b n 3"]:
         """(t, y, x) of each token; `[1, n, 3]` for equal clips."""

@@ -110,13 +110,13 @@ class Denoiser(nn.Module):
                 shared = shared + embedded_time(cfg, condition.low_time, "low_time")
             if cfg.known_by in ("norm", "cross"):
                 known = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="known_in")(condition.known)
-                given = condition.known_mask.mean(-1, keepdims=True).astype(dtype)
+                there = condition.known_mask.mean(-1, keepdims=True).astype(dtype)
                 if cfg.known_by == "norm":
-                    both = layout.gathered(jnp.concatenate([known * given, given], axis=-1), time.shape[1])
+                    both = layout.gathered(jnp.concatenate([known * there, there], axis=-1), time.shape[1])
                     shared = shared + both[..., :-1] / jnp.maximum(both[..., -1:], 1)
                 else:
                     known = known + places
-                    context = context.replace(text=known[:, None], text_mask=given[:, None, :, 0] > 0)
+                    context = context.replace(text=known[:, None], text_mask=there[:, None, :, 0] > 0)
             told, context = shared, context.replace(shared=nn.swish(shared))
         else:
             words, mask = self._words(time, label, text, condition.text_mask)

@@ -150,9 +150,7 @@ class Run:
         Raises:
             UserError: if no stage of it is done, or the workdir's checkpoints are of another config.
         """
-        if self.config.tokenizer_from:
-            return self._taken_tokenizer()
-        return self._trained_tokenizer(self._restore("tokenizer"))
+        return self._taken_tokenizer() if self.config.tokenizer_from else self.trained_tokenizer()[1]
 
     def generator(self) -> Generator:
         """The trained models; those that were published where nothing is trained yet.
@@ -208,13 +206,14 @@ class Run:
         trains_text = self.config.stages[stage].task == "denoiser"
         return make_task(self.config, stage, self._vocab_size() if trains_text else 0)
 
-    def tokenizer_stage(self) -> str:
-        """The last stage of the tokenizer that is done.
+    def trained_tokenizer(self) -> tuple[str, TrainedTokenizer]:
+        """The last stage of the tokenizer that is done, and what it left.
 
         Raises:
             UserError: as `tokenizer`.
         """
-        return self._restored("tokenizer")[0]
+        stage, trained = self._restored("tokenizer")
+        return stage, self._trained_tokenizer(trained)
 
     def _restore(self, task_name: str) -> Trained:
         return self._restored(task_name)[1]
@@ -409,9 +408,10 @@ class Run:
         return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]
 
     def _other_run(self) -> "Run":
-        """The run whose tokenizer this one takes; the workdir's copy of it, where there is one already."""
-        copy, given = self.workdir / TOKENIZER, pathlib.Path(self.config.tokenizer_from)
-        return self.run_in(copy if copy.exists() else given)
+        """The run whose tokenizer this one takes, or a copy of it: the workdir's, or that of a run that took it too."""
+        given = pathlib.Path(self.config.tokenizer_from)
+        copies = [copy for copy in (self.workdir / TOKENIZER, given / TOKENIZER) if copy.exists()]
+        return self.run_in(copies[0] if copies else given)
 
     def run_in(self, workdir: pathlib.Path) -> "Run":
         """The run that a workdir holds, whose tokenizer has the shape of this config's.
@@ -439,9 +439,9 @@ class Run:
             channels = self.config.tokenizer.latent_channels
             return TrainedTokenizer({"params": params}, jnp.zeros(channels), jnp.ones(channels))
         other, copy = self._other_run(), self.workdir / TOKENIZER
+        stage, trained = other.trained_tokenizer()
         if other.workdir == copy or not self.workdir.exists():
-            return other.tokenizer()
-        stage = other.tokenizer_stage()
+            return trained
         temporary = copy.with_name(f"{TOKENIZER}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         # The average and the statistics alone, not the optimizer's state.
@@ -449,7 +449,7 @@ class Run:
         shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
         shutil.copyfile(other.workdir / CONFIG, temporary / CONFIG)
         temporary.rename(copy)
-        return self._other_run().tokenizer()
+        return trained
 
 
 def digest(tokenizer: TrainedTokenizer) -> str:
