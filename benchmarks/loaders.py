@@ -38,9 +38,11 @@ from av.video.reformatter import VideoReformatter
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from walt_jax.data.batches import Batches
 from walt_jax.data.order import Order
-from walt_jax.data.pipeline import DECODE_THREADS, Batches, Clips, Data, DataConfig
+from walt_jax.data.pipeline import Clips, Data, DataConfig
 from walt_jax.data.shapes import ClipShape
+from walt_jax.data.stream import DECODE_THREADS
 from walt_jax.data.video import RESIZE, covering
 
 SEED = 0

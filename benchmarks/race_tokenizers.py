@@ -25,7 +25,8 @@ import tqdm
 from torch import nn
 from torch.nn import functional as F
 
-from walt_jax.data.pipeline import Batches, Clips, Data, DataConfig
+from walt_jax.data.batches import Batches
+from walt_jax.data.pipeline import Clips, Data, DataConfig
 from walt_jax.data.shapes import ClipShape
 from walt_jax.evaluation.reconstruction import psnr_db, ssim
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from walt_jax.config import build
+from walt_jax.data.batches import Batches
 from walt_jax.data.drawn import COMBINATIONS
-from walt_jax.data.pipeline import Batches
 from walt_jax.text import t5_weights
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import train

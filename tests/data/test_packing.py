@@ -4,29 +4,31 @@ import collections
 import itertools
 import json
 
-import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.data.order import Order, Progress, Share, redistribute
 from walt_jax.data.packing import Item, Packed, fill
 
 TOKENS, CLIPS = 20, 4
 SIZES = st.lists(st.integers(1, TOKENS), min_size=1, max_size=30)
 
 
-def in_order(sizes, seed=None):
+class Items:
     """Endless epochs of clips of these sizes, shuffled where there is a seed."""
-    numbers = grain.MapDataset.range(len(sizes))
-    if seed is not None:
-        numbers = numbers.seed(seed).shuffle()
-    return numbers.repeat().map(lambda index: (int(index), int(sizes[index])))
+
+    def __init__(self, sizes, seed=None):
+        self.sizes, self.order = sizes, None if seed is None else Order([len(sizes)], [1.0], seed)
+
+    def __getitem__(self, number):
+        index = number % len(self.sizes) if self.order is None else self.order[number].index
+        return Item(index, int(self.sizes[index]), number)
 
 
-def packed(sizes, batch_size=2, tokens=TOKENS, clips=CLIPS, buffer=8, seed=None):
-    items = in_order(sizes, seed).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return Packed(items, batch_size, tokens, clips, buffer)
+def packed(sizes, batch_size=2, tokens=TOKENS, clips=CLIPS, buffer=8, seed=None, share=Share()):  # noqa: B008
+    return Packed(Items(sizes, seed), batch_size, tokens, clips, buffer, share)
 
 
 def taken(dataset, count):
@@ -91,21 +93,21 @@ def test_two_equal_clips_are_not_taken_for_one():
 @given(SIZES, st.integers(1, 3), st.integers(1, 12), st.integers(1, 6))
 def test_batches_are_packs_of_a_queue(sizes, batch_size, buffer, clips):
     """Kept by hand: clips come in the data's order, the oldest always goes, and nothing is lost or taken twice."""
-    order, queue, come = in_order(sizes), [], 0
+    order, queue, come = Items(sizes), [], 0
     iterator = iter(packed(sizes, batch_size, TOKENS, clips, buffer))
     for _ in range(8):
         batch = next(iterator)
         assert len(batch) == batch_size
         for pack in batch:
             while len(queue) < buffer:
-                queue.append(Item(*order[come]))
+                queue.append(order[come])
                 come += 1
             assert pack[0] == queue[0]  # so a clip waits for at most `buffer` packs
             assert len(pack) <= clips
             assert sum(item.tokens for item in pack) <= TOKENS
             for item in pack:
                 queue.remove(item)
-    assert [Item(*item) for item in iterator.get_state()["waiting"]] == queue
+    assert iterator.get_state()["waiting"] == [item.number for item in queue]
 
 
 @settings(max_examples=20, deadline=None)
@@ -115,7 +117,7 @@ def test_each_clip_comes_once_an_epoch(sizes, buffer):
     iterator, seen = iter(packed(sizes, 1, buffer=buffer)), []
     while len(seen) < 3 * len(sizes):
         seen += clips_of([next(iterator)])
-    left = [Item(*item) for item in iterator.get_state()["waiting"]]
+    left = [Items(sizes)[number] for number in iterator.get_state()["waiting"]]
     times = collections.Counter(item.index for item in seen + left)
     assert set(times) == set(range(len(sizes)))
     assert max(times.values()) - min(times.values()) <= 1
@@ -181,3 +183,25 @@ def test_nearly_all_of_a_pack_is_clips(sizes, tokens):
     batches = taken(packed(drawn, 4, tokens, 32, 256), 50)
     used = sum(item.tokens for item in clips_of(batches))
     assert used / (50 * 4 * tokens) >= 0.97
+
+
+@settings(max_examples=15, deadline=None)
+@given(SIZES, st.integers(1, 3), st.integers(1, 4), st.integers(0, 5), st.integers(1, 12))
+def test_another_number_of_hosts_goes_on_with_what_is_left(sizes, before, after, steps, buffer):
+    """Hosts stop with half-filled queues; the others pack what waited, each clip once, and then go on in the order."""
+    iterators = [iter(packed(sizes, 1, buffer=buffer, seed=3, share=Share(host, before))) for host in range(before)]
+    seen = clips_of([next(iterator) for iterator in iterators for _ in range(steps)])
+    states = [iterator.get_state() for iterator in iterators]
+    progress = [
+        Progress(Share.from_json(state["share"]), state["stream"]["next_index"], state["waiting"]) for state in states
+    ]
+    shares = redistribute(progress, after)
+    # All that came before `start` has been used, or is taken first by one of those who go on.
+    numbers = [item.number for item in seen] + [number for share in shares for number in share.leftovers]
+    assert sorted(numbers) == list(range(shares[0].start))
+    for share in shares:
+        iterator = iter(packed(sizes, 1, buffer=buffer, seed=3, share=share))
+        used = [item.number for _ in range(3) for item in next(iterator)[0]]
+        state = iterator.get_state()
+        mine = [share.number(position) for position in range(state["stream"]["next_index"])]
+        assert sorted(used + state["waiting"]) == sorted(mine)

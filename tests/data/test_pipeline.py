@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.data.batches import Batches
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.media import write_video
 from walt_jax.data.order import Progress, Share, redistribute
-from walt_jax.data.pipeline import Batches, Clips, Data, DataConfig, Mixture, weighted
+from walt_jax.data.pipeline import Clips, Data, DataConfig, Mixture, weighted
 from walt_jax.data.shapes import ClipShape
 from walt_jax.errors import UserError
 

@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from walt_jax.data.order import Share
+from walt_jax.data.stream import Numbered, Stream
+
 
 class Item(NamedTuple):
-    """A clip to be packed: its number, how many tokens it has, and the seed of what is random about it there."""
+    """A clip to be packed: its index in its data set, how many tokens it has, and its number in the order."""
 
     index: int
     tokens: int
-    seed: int = 0
+    number: int = 0
 
 
 def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list[Item]]:
@@ -48,44 +51,53 @@ def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list
 
 
 class Packed(grain.IterDataset):
-    """Batches of packs of a data set of clips: lists of lists of `Item`.
+    """Endless batches of packs: lists of lists of `Item`.
 
     The position of an iterator, to be kept in a checkpoint, includes the clips that wait.
 
     Args:
-        parent: of `Item`, endless.
+        items: by number.
         batch_size: packs a batch.
         tokens: of a pack.
         clips: most of a pack.
         buffer: clips that wait, among which the pack is chosen.
+        share: which of the items are this host's.
     """
 
-    def __init__(self, parent: grain.IterDataset, batch_size: int, tokens: int, clips: int, buffer: int):
-        super().__init__(parent)
+    def __init__(
+        self,
+        items: Numbered,
+        batch_size: int,
+        tokens: int,
+        clips: int,
+        buffer: int,
+        share: Share = Share(),  # noqa: B008 (it is frozen)
+    ):
+        super().__init__()
+        self.items, self.share = items, share
         self.batch_size, self.tokens, self.clips, self.buffer = batch_size, tokens, clips, buffer
 
     def __iter__(self) -> "_PackedIterator":
-        return _PackedIterator(self, iter(self._parent))
+        return _PackedIterator(self)
 
 
 class _PackedIterator(grain.DatasetIterator):
-    def __init__(self, dataset: Packed, parent: grain.DatasetIterator):
-        super().__init__(parent)
-        self._dataset = dataset
+    def __init__(self, dataset: Packed):
+        super().__init__()
+        self._dataset, self._stream = dataset, Stream(dataset.items, dataset.share)
         self._waiting: list[Item] = []
 
     def __next__(self) -> list[list[Item]]:
         packs = []
         for _ in range(self._dataset.batch_size):
             while len(self._waiting) < self._dataset.buffer:
-                self._waiting.append(Item(*next(self._parent)))
+                self._waiting.append(next(self._stream))
             pack, self._waiting = fill(self._waiting, self._dataset.tokens, self._dataset.clips)
             packs.append(pack)
         return packs
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "waiting": [list(item) for item in self._waiting]}
+        return self._stream.get_state(item.number for item in self._waiting)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["parent"])
-        self._waiting = [Item(*item) for item in state["waiting"]]
+        self._waiting = self._stream.set_state(state)

@@ -1,11 +1,10 @@
-"""The pipeline: sources' clips in one order, decoded ahead, in batches of one shape each; its position is a JSON."""
+"""The pipeline: several sources' clips in one order."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Protocol
 
-import grain
 import numpy as np
 
 from walt_jax.config import Fraction, Positive, Range
@@ -13,14 +12,10 @@ from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.folder import Folder, is_data_set
 from walt_jax.data.limits import DecodeLimits
-from walt_jax.data.order import Order, Share
+from walt_jax.data.order import Order
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.store import Store
 from walt_jax.errors import UserError
-
-DECODE_THREADS = 2
-PREFETCHED = 16  # clips that are decoded ahead
-ENDLESS = 2**62
 
 
 class Source(Protocol):
@@ -223,75 +218,3 @@ class Clips:
             return given
         caption = "" if rng.random() < self._dropout else clip["caption"]
         return {**given, "text": self._encode([caption])[0]}
-
-
-def stream(clips: Clips, share: Share) -> grain.IterDataset:
-    """A host's clips one after the other, decoded ahead. Those that can't be used are left out."""
-    return _ahead(grain.MapDataset.range(ENDLESS).map(lambda position: clips[share.number(int(position))]))
-
-
-def numbered(clips: Clips, numbers: range) -> grain.IterDataset:
-    """Those clips of the order, decoded ahead. Those that can't be used are left out."""
-    return _ahead(grain.MapDataset.range(numbers.start, numbers.stop).map(lambda number: clips[int(number)]))
-
-
-def _ahead(clips: grain.MapDataset) -> grain.IterDataset:
-    return clips.to_iter_dataset(grain.ReadOptions(num_threads=DECODE_THREADS, prefetch_buffer_size=PREFETCHED))
-
-
-class Batches(grain.IterDataset):
-    """Endless batches of clips of one shape each: {"video": [b, t, h, w, 3]}, and "text": [b, n] where there is any.
-
-    A clip waits until there are enough of its shape. Order and randomness are functions of the seed and the position
-    alone: an iterator that is restored with `set_state` goes on with the same bytes.
-
-    Args:
-        clips: see `Clips`.
-        batch_sizes: clips a batch, for each of the shapes.
-        share: which of them are this host's.
-    """
-
-    def __init__(self, clips: Clips, batch_sizes: Sequence[int], share: Share = Share()):  # noqa: B008 (it is frozen)
-        super().__init__()
-        self.clips, self.batch_sizes, self.share = clips, tuple(batch_sizes), share
-
-    def __iter__(self) -> "_BatchesIterator":
-        return _BatchesIterator(self)
-
-
-class _BatchesIterator(grain.DatasetIterator):
-    def __init__(self, dataset: Batches):
-        super().__init__()
-        self._dataset = dataset
-        self._begin(dataset.share)
-
-    def _begin(self, share: Share) -> None:
-        self._share = share
-        self._stream = iter(stream(self._dataset.clips, share))
-        self._waiting: dict[tuple[int, ...], list[Clip]] = {}
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        while True:
-            clip = next(self._stream)
-            alike = self._waiting.setdefault((clip["shape"], *clip["video"].shape), [])
-            alike.append(clip)
-            if len(alike) == self._dataset.batch_sizes[clip["shape"]]:
-                del self._waiting[clip["shape"], *clip["video"].shape]
-                return {name: np.stack([clip[name] for clip in alike]) for name in ("video", "text") if name in clip}
-
-    def get_state(self) -> dict[str, Any]:
-        waiting = [clip["number"] for alike in self._waiting.values() for clip in alike]
-        return {"share": self._share.to_json(), "stream": self._stream.get_state(), "waiting": waiting}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if "share" not in state:
-            raise UserError(
-                "The checkpoint's position in the data is of an older version of walt_jax; go on with that version, or "
-                "train in a new --workdir."
-            )
-        self._begin(Share.from_json(state["share"]))
-        self._stream.set_state(state["stream"])
-        for number in state["waiting"]:
-            clip = self._dataset.clips[number]
-            if clip is not None:  # a file that was there before may be gone
-                self._waiting.setdefault((clip["shape"], *clip["video"].shape), []).append(clip)

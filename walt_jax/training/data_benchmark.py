@@ -17,8 +17,9 @@ from etils import epath
 
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.order import Draw, Order, Share
-from walt_jax.data.pipeline import DECODE_THREADS, Clips, Data, DataConfig, stream
+from walt_jax.data.pipeline import Clips, Data, DataConfig
 from walt_jax.data.shapes import ClipShape, drawn_order
+from walt_jax.data.stream import DECODE_THREADS, stream
 from walt_jax.data.video import RESIZE
 
 CLIPS, ROUNDS = 64, 3

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 import matplotlib
 import numpy as np
 import tqdm
@@ -18,8 +17,9 @@ from PIL import Image
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.media import contact_sheet, stack
 from walt_jax.data.order import Share
-from walt_jax.data.packing import Item, Packed
-from walt_jax.data.pipeline import Clips, Data, Mixture, stream
+from walt_jax.data.packing import Item, fill
+from walt_jax.data.pipeline import Clips, Data, Mixture
+from walt_jax.data.stream import stream
 from walt_jax.training.latent_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
 
@@ -64,7 +64,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     packs: list[list[Item]] = []
     if stage.pack is not None:
         if stage.pack.drop is not None:
-            tokens = [len(kept(stage.pack.drop, n, max(tokens), seed)) for seed, n in enumerate(tokens)]
+            tokens = [len(kept(stage.pack.drop, n, max(tokens), [number])) for number, n in enumerate(tokens)]
         packs = _packs([Item(*item) for item in enumerate(tokens)], stage.pack.tokens, stage.pack.clips)
     used = sum(item.tokens for pack in packs for item in pack)
     labels = [f"{' × '.join(map(str, clip['video'].shape[:3]))}  {clip['text']}" for clip in shown]
@@ -102,9 +102,14 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     }
 
 
-def _packs(items: list[Item], tokens: int, clips: int) -> list[list[Item]]:
+def _packs(waiting: list[Item], tokens: int, clips: int) -> list[list[Item]]:
     """Packs as training makes them, as long as there are enough clips to choose from."""
-    return [pack for (pack,) in Packed(grain.MapDataset.source(items).to_iter_dataset(), 1, tokens, clips, WAITING)]
+    packs = []
+    while len(waiting) >= WAITING:
+        pack, left = fill(waiting[:WAITING], tokens, clips)
+        packs.append(pack)
+        waiting = left + waiting[WAITING:]
+    return packs
 
 
 def _kept(mixture: Mixture) -> int:

@@ -1,17 +1,21 @@
 """Clips that were encoded beforehand: encoding them, and batches of them, of one size or in packs of several."""
 
+import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 import tqdm
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from walt_jax.data.batches import Batches
 from walt_jax.data.dropping import DropConfig, drop_rate, kept_tokens
 from walt_jax.data.latents import Encoded, LatentClips
+from walt_jax.data.order import Order, Share
 from walt_jax.data.packing import Item, Packed
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import make_pack, place_clips, row_lengths, to_tokens
@@ -66,7 +70,12 @@ def encoded_clips(
 
 
 def dense_batches(
-    clips: LatentClips, read_caption: ReadCaption, caption_dropout: float, batch_size: int, seed: int
+    clips: LatentClips,
+    read_caption: ReadCaption,
+    caption_dropout: float,
+    batch_size: int,
+    seed: int,
+    share: Share = Share(),  # noqa: B008 (it is frozen)
 ) -> grain.IterDataset:
     """Endless batches of clips of one size: {"latents": [b, t, h, w, c], "text": [b, m]}, each clip once an epoch.
 
@@ -76,6 +85,7 @@ def dense_batches(
         caption_dropout: probability of an empty caption.
         batch_size: clips a batch.
         seed: of the order and of the dropped captions.
+        share: which clips are this host's.
 
     Raises:
         UserError: if the clips have several sizes.
@@ -87,19 +97,26 @@ def dense_batches(
             "their stage shapes and a pack, or encode clips of one size."
         )
 
-    def read(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        clip = clips[index]
-        return {"latents": clip.latents, "text": read_caption(clip, bool(rng.random() < caption_dropout))}
+    return Batches(_Latents(clips, read_caption, caption_dropout, seed), (batch_size,), share)
 
-    return (
-        grain.MapDataset.range(len(clips))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(read)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size))
-        .batch(batch_size)
-    )
+
+@dataclasses.dataclass(frozen=True)
+class _Latents:
+    """Clips of one size by number, for `Batches`."""
+
+    clips: LatentClips
+    read_caption: ReadCaption
+    caption_dropout: float
+    seed: int
+
+    @functools.cached_property
+    def order(self) -> Order:
+        return Order([len(self.clips)], [1.0], self.seed)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        clip = self.clips[self.order[number].index]
+        dropped = np.random.default_rng([self.seed, number]).random() < self.caption_dropout
+        return {"number": number, "shape": 0, "latents": clip.latents, "text": self.read_caption(clip, bool(dropped))}
 
 
 def packed_batches(
@@ -112,6 +129,7 @@ def packed_batches(
     clips_per_pack: int,
     seed: int,
     drop: DropConfig | None = None,
+    share: Share = Share(),  # noqa: B008 (it is frozen)
 ) -> grain.IterDataset:
     """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
 
@@ -123,6 +141,7 @@ def packed_batches(
         clips_per_pack: most of a pack.
         seed: of the order, and of what is dropped.
         drop: which of a clip's tokens are left out; none are where it isn't given.
+        share: which clips are this host's.
 
     Raises:
         UserError: if a clip has more tokens than a pack.
@@ -145,20 +164,12 @@ def packed_batches(
     each = place_clips([[grid] for grid, share in zip(grids, shares, strict=True) for _ in range(share)], tokens, 1)
     lengths = row_lengths(*each, windows, config.images_alone)
 
-    def item(index: int, rng: np.random.Generator) -> Item:
-        # What is random about a clip in a pack is a function of its own seed: the pack's state has that alone.
-        own = int(rng.integers(2**31))
-        count = counts[owners[index]]
-        if drop is not None:
-            count = len(kept(drop, count, max(counts), own))
-        return Item(int(index), count, own)
+    items = _Items(np.array(counts)[owners], Order([len(owners)], [1.0], seed), drop, seed)
 
     def arrays_of(packs: list[list[Item]]) -> dict[str, Any]:
         chosen = None
         if drop is not None:
-            chosen = [
-                [kept(drop, counts[owners[item.index]], max(counts), item.seed) for item in pack] for pack in packs
-            ]
+            chosen = [[items.left(item.index, item.number) for item in pack] for pack in packs]
         placed = [[grids[owners[item.index]] for item in pack] for pack in packs]
         positions, sizes = place_clips(placed, tokens, clips_per_pack, chosen)
         batch = np.zeros((len(packs), tokens, width), np.float32)
@@ -172,25 +183,42 @@ def packed_batches(
                     content = content[chosen[row][segment]]
                 batch[row, start : start + len(content)] = content
                 start += len(content)
-                dropped = np.random.default_rng(item.seed + 2**31).random() < caption_dropout
+                dropped = np.random.default_rng([seed, item.number, 1]).random() < caption_dropout
                 text[row][segment] = read_caption(clip, bool(dropped))
         pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
         rows = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
         return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *rows), "pack": pack}
 
-    items = (
-        grain.MapDataset.range(len(owners))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(item)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16))
-    )
-    return Packed(items, batch_size, tokens, clips_per_pack, WAITING).map(arrays_of)
+    return Packed(items, batch_size, tokens, clips_per_pack, WAITING, share).map(arrays_of)
 
 
-def kept(drop: DropConfig, tokens: int, most: int, seed: int) -> np.ndarray:
-    """The tokens of a clip that are left, by its seed in its pack."""
+@dataclasses.dataclass(frozen=True)
+class _Items:
+    """Clips of any size by number, for `Packed`. What is random about one is a function of the seed and its number.
+
+    Attributes:
+        counts: tokens of each clip.
+        order: of the clips.
+        drop: which of a clip's tokens are left out, if any.
+        seed: of that.
+    """
+
+    counts: Int[np.ndarray, " n"]
+    order: Order
+    drop: DropConfig | None
+    seed: int
+
+    def __getitem__(self, number: int) -> Item:
+        index = self.order[number].index
+        return Item(index, int(self.counts[index]) if self.drop is None else len(self.left(index, number)), number)
+
+    def left(self, index: int, number: int) -> Int[np.ndarray, " k"]:
+        """The tokens of a clip that are left."""
+        return kept(self.drop, int(self.counts[index]), int(self.counts.max()), [self.seed, number, 0])
+
+
+def kept(drop: DropConfig, tokens: int, most: int, seed: Sequence[int]) -> Int[np.ndarray, " k"]:
+    """Which tokens are left of a clip of so many, where the largest has `most`."""
     rng = np.random.default_rng(seed)
     return kept_tokens(tokens, drop_rate(drop, tokens, most, rng), rng)
 

@@ -20,8 +20,10 @@ from jaxtyping import Float
 
 import walt_jax
 from walt_jax.config import build
+from walt_jax.data.batches import Batches
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
-from walt_jax.data.pipeline import Batches, Clips, Data, Source, numbered
+from walt_jax.data.pipeline import Clips, Data, Source
+from walt_jax.data.stream import numbered
 from walt_jax.denoiser import weights
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import TrainedTokenizer
