@@ -10,18 +10,24 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/walt_tiny.py"
 
 
-def start(*flags: str, cache: pathlib.Path) -> subprocess.Popen:
-    """Starts `python -m walt_jax.main`; compiled programs are kept in `cache`, as users keep them in their home."""
+def start(*flags: str, cache: pathlib.Path, quick: bool = True) -> subprocess.Popen:
+    """Starts `python -m walt_jax.main`; compiled programs are kept in `cache`, as users keep them in their home.
+
+    With `quick` they are compiled without most optimizations: what is run
+    a few times costs more to compile than to run.
+    """
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    if quick:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, "-m", "walt_jax.main", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def run(*flags: str, cache: pathlib.Path) -> tuple[int, str, str]:
+def run(*flags: str, cache: pathlib.Path, quick: bool = True) -> tuple[int, str, str]:
     """Runs it to its end; returns (exit code, standard output, standard error)."""
-    process = start(*flags, cache=cache)
+    process = start(*flags, cache=cache, quick=quick)
     out, err = process.communicate()
     return process.returncode, out, err
 

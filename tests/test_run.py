@@ -1,5 +1,6 @@
 """The main job end to end, on the demo shrunk to seconds: files, resuming, seeds."""
 
+import functools
 import json
 import pathlib
 import random
@@ -13,6 +14,8 @@ import pytest
 from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.video import read_clip
 
+# As users run it, with all of XLA's optimizations.
+run, start = (functools.partial(f, quick=False) for f in (commands.run, commands.start))
 STEPS = [(stage, step) for stage in ("tokenizer", "denoiser") for step in range(1, 31)]
 
 
@@ -20,7 +23,7 @@ STEPS = [(stage, step) for stage in ("tokenizer", "denoiser") for step in range(
 def uninterrupted(tmp_path_factory, cache) -> pathlib.Path:
     """The workdir of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    code, out, err = commands.run(commands.TINY, f"--workdir={workdir}", cache=cache)
+    code, out, err = run(commands.TINY, f"--workdir={workdir}", cache=cache)
     assert code == 0, err
     assert "report.html" in out.splitlines()[-1]
     return workdir
@@ -47,7 +50,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 
 def test_the_same_command_again_repeats_nothing(uninterrupted, cache):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    code, _, err = commands.run(commands.TINY, f"--workdir={uninterrupted}", cache=cache)
+    code, _, err = run(commands.TINY, f"--workdir={uninterrupted}", cache=cache)
     assert code == 0, err
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
@@ -72,7 +75,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_last_bit(uninterrupted, tmp_path
     ]
     kills = 0
     for moment in moments:
-        process = commands.start(commands.TINY, f"--workdir={tmp_path}", cache=cache)
+        process = start(commands.TINY, f"--workdir={tmp_path}", cache=cache)
         while process.poll() is None and not moment():
             time.sleep(0.002)
         if process.poll() is None:
@@ -80,7 +83,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_last_bit(uninterrupted, tmp_path
             kills += 1
         process.communicate()
     assert kills >= 3
-    code, _, err = commands.run(commands.TINY, f"--workdir={tmp_path}", cache=cache)
+    code, _, err = run(commands.TINY, f"--workdir={tmp_path}", cache=cache)
     assert code == 0, err
     assert commands.losses(tmp_path) == commands.losses(uninterrupted)
     for file in ("samples/samples.json", "evaluate.json"):
@@ -92,7 +95,7 @@ def test_the_same_seed_gives_the_same_pixels(uninterrupted, tmp_path, cache):
     prompt = "a blue square moving up"
     several = [f"--prompt={prompt}", "--prompt=A RED circle!", "--seed=1", "--num_samples=2", "--gif"]
     for name, flags in {"several": several, "one": [f"--prompt={prompt}", "--seed=2"]}.items():
-        code, out, err = commands.run(
+        code, out, err = run(
             f"--workdir={uninterrupted}", "--mode=sample", f"--out={tmp_path / name}", *flags, cache=cache
         )
         assert code == 0, err
@@ -110,7 +113,7 @@ def test_the_same_seed_gives_the_same_pixels(uninterrupted, tmp_path, cache):
 def test_a_run_on_the_latents_of_another_is_the_same_to_the_last_bit(uninterrupted, tmp_path, cache):
     """The slow twin is the run that encodes its clips itself; both draw the same ones and train on them alike."""
     encode = [f"--workdir={uninterrupted}", "--mode=encode", "--clips=32", f"--out={tmp_path / 'latents'}"]
-    code, out, err = commands.run(*encode, cache=cache)
+    code, out, err = run(*encode, cache=cache)
     assert code == 0, err
     assert f"wrote 32 clips, {32 * 2 * 4 * 4 * 12 * 4:,} bytes of latents" in out
     flags = [
@@ -119,18 +122,18 @@ def test_a_run_on_the_latents_of_another_is_the_same_to_the_last_bit(uninterrupt
         f"--config.tokenizer_from={uninterrupted}",
         f"--config.stages.denoiser.latents={tmp_path / 'latents'}",
     ]
-    code, out, err = commands.run(*flags, cache=cache)
+    code, out, err = run(*flags, cache=cache)
     assert code == 0, err
     assert commands.losses(tmp_path / "run") == commands.losses(uninterrupted)[30:]
     # It is whole by itself: neither the other run nor the latents are needed to sample from it.
     (tmp_path / "latents").rename(tmp_path / "gone")
     sample = [f"--workdir={tmp_path / 'run'}", "--mode=sample", "--prompt=a red circle moving left"]
-    code, out, err = commands.run(*sample, cache=cache)
+    code, out, err = run(*sample, cache=cache)
     assert code == 0, err
 
 
 def test_evaluate_prints_what_it_writes(uninterrupted, cache):
-    code, out, err = commands.run(f"--workdir={uninterrupted}", commands.TINY, "--mode=evaluate", cache=cache)
+    code, out, err = run(f"--workdir={uninterrupted}", commands.TINY, "--mode=evaluate", cache=cache)
     assert code == 0, err
     for metric in json.loads((uninterrupted / "evaluate.json").read_text())["metrics"]:
         assert re.search(rf"{metric['name']} +{re.escape(format(metric['value'], '.4g'))}", out)
