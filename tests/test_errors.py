@@ -145,3 +145,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, caps
     message = sentence(capsys, TINY, f"--workdir={tmp_path}")
     assert "warmup_steps is 20 there and 50 here" in message or "1e+30" in message
     assert snapshot(tmp_path) == before
+
+
+def test_help_tells_of_every_mode_and_flag(capsys):
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for mode, function in main.RUN.items():
+        assert f"  {mode:14} {function.__doc__[:20]}" in text
+    for flag in ("config", "workdir", "mode", "prompt", "out", "seed", "clips", "gif"):
+        assert f"--{flag} " in text
+    assert all(len(line) <= 100 for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""The command line: flags and modes.
+"""Trains and runs tokenizers and video generators.
 
 python -m walt_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train] [--config.some.knob=value]
 """
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import textwrap
 import time
 from typing import Any
 
@@ -19,7 +20,6 @@ from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
 KNOB = "--config."
-MODES = ("train", "sample", "evaluate", "reconstruct", "data", "prepare", "encode", "plan", "benchmark", "export")
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -65,11 +65,11 @@ def _is_missing(argument: str, config: ConfigDict) -> bool:
     return False
 
 
-def _parsed(argv: list[str]) -> flags.FlagValues:
+def _defined(argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(RUN), "what to do", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "sample: a caption; repeatable", flag_values=values)
     flags.DEFINE_string("prompts", None, "sample: a file with a caption a line", flag_values=values)
     flags.DEFINE_integer(
@@ -92,6 +92,11 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
         lower_bound=0,
     )
     flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
+    return values
+
+
+def _parsed(argv: list[str]) -> flags.FlagValues:
+    values = _defined(argv)
     try:
         rest = values([sys.argv[0], *argv])
         if values.config is not None:
@@ -402,25 +407,46 @@ def export(values: flags.FlagValues) -> None:
     print(f"wrote {count:,} parameters to {out}")
 
 
+RUN = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "reconstruct": reconstruct,
+    "data": data,
+    "prepare": prepare,
+    "encode": encode,
+    "plan": plan,
+    "benchmark": benchmark,
+    "export": export,
+}
+
+
+def usage() -> str:
+    """What `--help` says."""
+    values = _defined([])
+    told = {name: values[name].help for name in values if not name.startswith("config")}
+    told["mode"] = f"what to do, {values['mode'].default!r} if it isn't given"
+    told["config"] = "the config file; --config.GROUP.KNOB=VALUE sets a knob, which its dataclass explains"
+    modes = {name: mode.__doc__.splitlines()[0] for name, mode in RUN.items()}
+    lines = [__doc__.strip()]
+    for title, entries in {"modes": modes, "flags": {f"--{name}": told[name] for name in sorted(told)}}.items():
+        lines += ["", f"{title}:"]
+        for name, text in entries.items():
+            text = " ".join(text.split(";\n")[0].split())
+            lines += textwrap.wrap(f"  {name:14} {text}", 100, subsequent_indent=17 * " ")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     """Runs a mode; returns the exit code."""
+    if {"--help", "-h", "help"} & set(argv):
+        print(usage())
+        return 0
     try:
         values = parse(argv)
         if not values.workdir:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
-        modes = {
-            "train": train,
-            "sample": sample,
-            "evaluate": evaluate,
-            "reconstruct": reconstruct,
-            "data": data,
-            "prepare": prepare,
-            "encode": encode,
-            "plan": plan,
-            "benchmark": benchmark,
-            "export": export,
-        }
-        modes[values.mode](values)
+        RUN[values.mode](values)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
