@@ -9,6 +9,11 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The main jobs, which take minutes each, come first: a file goes to one process as a whole."""
+    items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For many small programs: compiling takes most of the time, and none is long enough for XLA's slower passes."""

@@ -433,7 +433,7 @@ def usage() -> str:
         lines += ["", f"{title}:"]
         for name, text in entries.items():
             text = " ".join(text.split(";\n")[0].split())
-            lines += textwrap.wrap(f"  {name:14} {text}", 100, subsequent_indent=17 * " ")
+            lines += textwrap.wrap(f"  {name:14} {text}", 110, subsequent_indent=17 * " ")
     return "\n".join(lines)
 
 

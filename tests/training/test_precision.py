@@ -38,7 +38,7 @@ def learn(dtype: str) -> tuple[TrainState, list[dict[str, float]]]:
 
 
 @pytest.fixture(scope="module")
-def runs():
+def runs(quick_compilation):
     return {dtype: learn(dtype) for dtype in ("float32", "bfloat16")}
 
 
