@@ -1,5 +1,6 @@
 """Captions read by a published T5, here a small random one: trained on, kept with latents, and sampled from."""
 
+import json
 import pathlib
 import shutil
 
@@ -7,9 +8,11 @@ import commands
 import numpy as np
 import pytest
 
+from walt_jax import main
 from walt_jax.config import build
 from walt_jax.data.batches import Batches
 from walt_jax.data.drawn import COMBINATIONS
+from walt_jax.errors import UserError
 from walt_jax.text import t5_weights
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import train
@@ -17,6 +20,7 @@ from walt_jax.training.run import Run, digest
 from walt_jax.training.run_config import RunConfig
 from walt_jax.workdir import read_config
 
+MANY = [f"{word}{ending}" for word in ["drehen", "sehen", "gehen", "stehen", "laufen"] for ending in "abcdefghijklmnop"]
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5"
 
 
@@ -96,6 +100,16 @@ def test_clips_that_are_not_encoded_beforehand_have_their_captions_read_as_well(
     np.testing.assert_array_equal(text.mask, ids != 0)
     plain = encoder.apply({"params": params}, ids, ids != 0)
     np.testing.assert_allclose(text.embeddings[text.mask], plain[text.mask], atol=1e-5)
+
+
+def test_another_vocabulary_than_the_t5s_is_told_at_once(flags, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(GOLDEN, folder)
+    knobs = json.loads(json.dumps(main.parse([*flags, f"--config.text.pretrained={folder}"]).config.to_dict()))
+    for content, words in {train(MANY, 400): "pieces, and the T5 there", b"broken": "no sentencepiece model"}.items():
+        (folder / "spiece.model").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            Run(build(RunConfig, knobs, "config"), tmp_path / "run").check_data()
 
 
 def test_a_folder_that_holds_no_t5_is_told_at_once(flags, tmp_path, cache):

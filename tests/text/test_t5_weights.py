@@ -71,7 +71,7 @@ def test_one_file_of_a_whole_t5_is_read_as_well_and_matrices_have_the_dtype(fold
 
 def test_captions_are_read_alike_however_many_are_read_at_once(folder):
     params = t5_weights.load(folder, CONFIG, VOCAB_SIZE)
-    vocabulary = Vocabulary(t5_weights.read_vocabulary(folder), 12)
+    vocabulary = Vocabulary.load(t5_weights.vocabulary_path(folder), 12)
     text = FrozenText(T5Encoder(CONFIG, VOCAB_SIZE), params, vocabulary)
     many = text.encode(CAPTIONS * 4)
     ids = vocabulary.encode(CAPTIONS)
@@ -131,8 +131,8 @@ def test_version_1_0_and_whole_numbers_are_refused(folder):
 def test_one_vocabulary_is_asked_for(folder):
     (folder / "other.model").write_bytes(b"")
     with pytest.raises(UserError, match=r"other\.model and spiece\.model"):
-        t5_weights.read_vocabulary(folder)
+        t5_weights.vocabulary_path(folder)
     for file in folder.glob("*.model"):
         file.unlink()
     with pytest.raises(UserError, match="has no vocabulary"):
-        t5_weights.read_vocabulary(folder)
+        t5_weights.vocabulary_path(folder)

@@ -1,5 +1,7 @@
 """The vocabulary is a function of its captions, reads any prompt, and ends every caption with EOS."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -94,3 +96,17 @@ def test_a_file_is_loaded(tmp_path):
     (tmp_path / "v.model").write_bytes(MODEL)
     loaded = Vocabulary.load(tmp_path / "v.model", LENGTH)
     np.testing.assert_array_equal(loaded.encode(CAPTIONS), VOCABULARY.encode(CAPTIONS))
+
+
+T5 = pathlib.Path(__file__).parents[3] / "shared" / "data" / "t5" / "cc_all.32000.100extra.model"
+
+
+@pytest.mark.skipif(not T5.exists(), reason=f"{T5.name} is not there")
+def test_a_copy_of_t5s_vocabulary_that_has_a_beginning_gives_the_ids_of_its_embeddings():
+    vocabulary = Vocabulary.load(T5, 9)
+    known = {
+        "Hello, my dog is cute": [8774, 6, 82, 1782, 19, 5295, 1, 0, 0],
+        "a cat": [3, 9, 1712, 1, 0, 0, 0, 0, 0],
+    }
+    assert vocabulary.encode(list(known)).tolist() == list(known.values())
+    assert vocabulary.size == 32_100

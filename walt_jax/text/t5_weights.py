@@ -121,7 +121,7 @@ def digest(folder: str | pathlib.Path) -> str:
     Raises:
         UserError: if they can't be read.
     """
-    hashed = hashlib.sha256(read_vocabulary(folder))
+    hashed = hashlib.sha256(vocabulary_path(folder).read_bytes())
     with _opened(folder) as files:
         for name in sorted(files):
             if not name.startswith(("encoder.", TABLE[0])):
@@ -132,7 +132,7 @@ def digest(folder: str | pathlib.Path) -> str:
     return hashed.hexdigest()[:16]
 
 
-def read_vocabulary(folder: str | pathlib.Path) -> bytes:
+def vocabulary_path(folder: str | pathlib.Path) -> pathlib.Path:
     """The sentencepiece model of the folder.
 
     Raises:
@@ -142,10 +142,7 @@ def read_vocabulary(folder: str | pathlib.Path) -> bytes:
     if len(found) != 1:
         has = f"has {found[0].name} and {found[1].name}" if found else "has no vocabulary"
         raise UserError(f"{folder} {has}; put the spiece.model of the published T5 there, and no other .model file.")
-    try:
-        return found[0].read_bytes()
-    except OSError as error:
-        raise UserError(f"{found[0]} can't be read ({error.strerror}); restore it.") from error
+    return found[0]
 
 
 @contextlib.contextmanager

@@ -55,6 +55,9 @@ def train(captions: Sequence[str], size: int) -> bytes:
 class Vocabulary:
     """Encodes captions with a sentencepiece model whose ids are T5's: 0 pads, 1 ends.
 
+    Some copies of T5's own vocabulary have a piece that begins, `<s>`, of which its table of embeddings knows nothing:
+    it has no id here, and those after it are one less.
+
     Args:
         model: a serialized sentencepiece model, as `train` returns it or a `.model` file holds it.
         length: tokens of an encoded caption, EOS included; what is longer is cut.
@@ -74,17 +77,17 @@ class Vocabulary:
         try:
             return cls(path.read_bytes(), length)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no sentencepiece model; restore it, or start in another --workdir.") from error
+            raise UserError(f"{path} is no sentencepiece model that can be read; restore it.") from error
 
     @property
     def size(self) -> int:
         """Number of ids."""
-        return self._processor.vocab_size()
+        return self._processor.vocab_size() - (self._processor.bos_id() >= 0)
 
     def encode(self, captions: Sequence[str]) -> Int[np.ndarray, "b n"]:
         """int32 ids, padded with `PAD` to `length`; a position is text where the id is not `PAD`."""
-        ids = np.full((len(captions), self.length), PAD, np.int32)
+        ids, begin = np.full((len(captions), self.length), PAD, np.int32), self._processor.bos_id()
         for row, pieces in zip(ids, self._processor.encode(list(captions)), strict=True):
-            pieces = [*pieces[: self.length - 1], EOS]
+            pieces = [*(piece - (0 <= begin < piece) for piece in pieces[: self.length - 1]), EOS]
             row[: len(pieces)] = pieces
         return ids

@@ -87,7 +87,12 @@ class Run:
         text = self.config.text
         if text is not None and text.pretrained:
             t5_weights.matched(text.pretrained, text.encoder, text.vocab_size)
-            t5_weights.read_vocabulary(text.pretrained)
+            path = t5_weights.vocabulary_path(text.pretrained)
+            pieces = Vocabulary.load(path, text.length).size
+            if pieces > text.vocab_size:
+                raise UserError(
+                    f"{path} has {pieces} pieces, and the T5 beside it embeds {text.vocab_size}; give its own."
+                )
         for name in self.config.trained_stages:
             self.data.source("train", self.config.clip_shapes(name))
             if self.config.stages[name].latents:
@@ -245,7 +250,7 @@ class Run:
             return None
         captions = self.data.source("train", (self.config.clip_shape(),)).captions
         if self.config.text is not None and self.config.text.pretrained:
-            return t5_weights.read_vocabulary(self.config.text.pretrained)
+            return t5_weights.vocabulary_path(self.config.text.pretrained).read_bytes()
         if self.config.text is not None:
             return vocabulary.train(captions, self.config.text.vocab_size)
         if not self.config.denoiser.classes:
@@ -279,7 +284,7 @@ class Run:
     def _captions(self) -> Vocabulary | Labels:
         """What makes ids of captions; of published classes, which have no names, their numbers."""
         if self.only_published and self.config.text is not None:
-            return Vocabulary(t5_weights.read_vocabulary(self.config.text.pretrained), self.config.text.length)
+            return Vocabulary.load(t5_weights.vocabulary_path(self.config.text.pretrained), self.config.text.length)
         if self.only_published:
             return Labels(tuple(map(str, range(self.config.denoiser.classes))))
         if self.config.text is None:
