@@ -80,5 +80,7 @@ def window_numbers(
     keys = np.stack([segment, *cells], -1)[inside]
     numbers = np.full(len(positions), -1, np.int32)
     if len(keys):
-        numbers[inside] = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+        # One number for all four: sorting rows takes ten times as long.
+        flat = np.ravel_multi_index(keys.T, keys.max(axis=0) + 1)
+        numbers[inside] = np.unique(flat, return_inverse=True)[1]
     return numbers
