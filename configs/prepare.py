@@ -19,6 +19,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
+    """The knobs."""
     prepare = ConfigDict(
         {
             "source": "",

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """The knobs."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_clips.py")))["get_config"]()
     # Clips keep their aspect ratio in packs; the tokenizer learns on crops, of which few sizes have to be compiled.
     config.stages.tokenizer.shapes = {

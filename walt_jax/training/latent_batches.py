@@ -167,6 +167,7 @@ def packed_batches(
     items = _Items(np.array(counts)[owners], Order([len(owners)], [1.0], seed), drop, seed)
 
     def arrays_of(packs: list[list[Item]]) -> dict[str, Any]:
+        """A batch of these packs."""
         chosen = None
         if drop is not None:
             chosen = [[items.left(item.index, item.number) for item in pack] for pack in packs]

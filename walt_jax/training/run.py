@@ -84,8 +84,8 @@ class Run:
             self._other_run()
         if self.config.init_from:
             self._published()
-        text = self.config.text
-        if text is not None and text.pretrained:
+        text = self.config.pretrained_text
+        if text is not None:
             t5_weights.matched(text.pretrained, text.encoder, text.vocab_size)
             path = t5_weights.vocabulary_path(text.pretrained)
             pieces = Vocabulary.load(path, text.length).size
@@ -249,8 +249,8 @@ class Run:
         if self.config.denoiser is None:
             return None
         captions = self.data.source("train", (self.config.clip_shape(),)).captions
-        if self.config.text is not None and self.config.text.pretrained:
-            return t5_weights.vocabulary_path(self.config.text.pretrained).read_bytes()
+        if self.config.pretrained_text is not None:
+            return t5_weights.vocabulary_path(self.config.pretrained_text.pretrained).read_bytes()
         if self.config.text is not None:
             return vocabulary.train(captions, self.config.text.vocab_size)
         if not self.config.denoiser.classes:
@@ -277,8 +277,7 @@ class Run:
     def only_published(self) -> bool:
         """Whether there is nothing here but what others have published, a denoiser and an autoencoder."""
         config = self.config
-        published = bool(config.init_from) and config.takes_autoencoder
-        published = published and (config.text is None or bool(config.text.pretrained))
+        published = bool(config.init_from) and config.takes_autoencoder and config.text == config.pretrained_text
         return published and not (self.workdir / CONFIG).exists()
 
     def _captions(self) -> Vocabulary | Labels:
@@ -292,23 +291,22 @@ class Run:
         return Vocabulary.load(self._vocabulary_path, self.config.text.length)
 
     def _vocab_size(self) -> int:
-        text = self.config.text
-        if text is not None and text.pretrained:
-            return text.vocab_size
-        return 0 if text is None else self._captions().size
+        if self.config.pretrained_text is not None:
+            return self.config.pretrained_text.vocab_size
+        return 0 if self.config.text is None else self._captions().size
 
     def _frozen_text(self) -> FrozenText | None:
         """What reads captions where it is not trained."""
-        text = self.config.text
-        if text is None or not text.pretrained:
+        text = self.config.pretrained_text
+        if text is None:
             return None
         params = t5_weights.load(text.pretrained, text.encoder, text.vocab_size)
         return FrozenText(T5Encoder(text.encoder, text.vocab_size), params, self._captions())
 
     def _text_digest(self) -> str | None:
         """Tells embeddings of this config's frozen encoder from any others."""
-        text = self.config.text
-        if text is None or not text.pretrained:
+        text = self.config.pretrained_text
+        if text is None:
             return None
         return f"{t5_weights.digest(text.pretrained)}, {text.length} tokens, {text.encoder.dtype}"
 
@@ -370,8 +368,8 @@ class Run:
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
         identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
         read = embed = empty = None
-        if self._text_digest() is not None:
-            identity["text"] = self._text_digest()
+        if (text := self._text_digest()) is not None:
+            identity["text"] = text
             read = functools.cache(self._frozen_text)  # it is large, and need not be read where all is done
             embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
         with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as told:
@@ -408,8 +406,8 @@ class Run:
 
     def _caption_reader(self, empty: Float[np.ndarray, "n e"] | None) -> ReadCaption:
         """Of clips that were encoded beforehand; `empty` is the empty caption as a frozen encoder has read it."""
-        text = self.config.text
-        if text is not None and text.pretrained:
+        text = self.config.pretrained_text
+        if text is not None:
             return lambda clip, dropped: filled_up(empty if dropped else clip.embeddings, text.length)
         captions = self._captions()
         return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]

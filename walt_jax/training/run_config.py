@@ -116,6 +116,11 @@ class RunConfig:
             self._check_denoiser(shape)
 
     @property
+    def pretrained_text(self) -> TextConfig | None:
+        """How captions are read, where what reads them is published and not trained."""
+        return self.text if self.text is not None and self.text.pretrained else None
+
+    @property
     def takes_autoencoder(self) -> bool:
         """Whether the tokenizer is a published autoencoder of images."""
         return self.tokenizer_from.endswith(".safetensors")
@@ -279,8 +284,9 @@ def make_model(config: RunConfig, vocab_size: int) -> LatentDiffusion:
     text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     denoiser = Denoiser(config.denoiser, config.bounds)
-    trains_text = config.text is None or not config.text.pretrained
-    return LatentDiffusion(make_codec(config), text, denoiser, config.diffusion, shape, trains_text)
+    return LatentDiffusion(
+        make_codec(config), text, denoiser, config.diffusion, shape, trains_text=config.pretrained_text is None
+    )
 
 
 def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
