@@ -22,7 +22,7 @@ setup(
         "einops",
         "etils[epath]",
         "flax>=0.12",
-        "grain>=0.2.12",
+        "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
         "jaxtyping",

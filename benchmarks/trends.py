@@ -12,6 +12,7 @@ first one's time, by the ratio of their steps measured in turn. What is done alr
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import runpy
 import statistics
@@ -134,11 +135,14 @@ def run(config: RunConfig, ratio: float, folder: pathlib.Path) -> dict:
     error = denoising_error(run, generator)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     _, size, cost = train_step(config) if stage.pack is None else (None, None, None)
+    steps, seconds = lines[-1]["step"], lines[-1]["elapsed_seconds"]
+    tokens = stage.batch_size * (stage.pack.tokens if stage.pack else math.prod(generator.model.layout.grid))
     return {
         "parameters": size,
         "train_flops_per_step": cost,
-        "steps": lines[-1]["step"],
-        "seconds": lines[-1]["elapsed_seconds"],
+        "steps": steps,
+        "seconds": seconds,
+        "tokens_per_second": steps * tokens / seconds,
         "denoising_error": error,
         "last_loss": float(np.mean([line["loss"] for line in lines[-10:]])),
         **{metric["name"]: metric["value"] for metric in metrics},
@@ -179,16 +183,20 @@ def table(rows: list[dict]) -> str:
     heads = [
         "variant",
         "parameters",
+        "GFLOPs a step",
         "steps",
         "time a step",
+        "tokens a second",
+        "loss",
         "denoising error",
         *(name.replace("_", " ") for name in COLUMNS),
     ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         size = f"{row['parameters'] / 1e6:.2f}M" if row["parameters"] else ""
-        cells = [row["variant"], size, f"{row['steps']:,}"]
-        cells += [f"{row['step_seconds_over_firsts']:.2f}", f"{row['denoising_error']:.4f}"]
+        cost = f"{row['train_flops_per_step'] / 1e9:.1f}" if row["train_flops_per_step"] else ""
+        cells = [row["variant"], size, cost, f"{row['steps']:,}", f"{row['step_seconds_over_firsts']:.2f}"]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['last_loss']:.3f}", f"{row['denoising_error']:.4f}"]
         cells += [f"{row[name]:.0%}" for name in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -52,6 +52,10 @@ class _BatchesIterator(grain.DatasetIterator):
         alike.append(clip)
         return alike
 
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
     def get_state(self) -> dict[str, Any]:
         return self._stream.get_state(clip["number"] for alike in self._waiting.values() for clip in alike)
 

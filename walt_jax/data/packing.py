@@ -96,6 +96,10 @@ class _PackedIterator(grain.DatasetIterator):
             packs.append(pack)
         return packs
 
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
     def get_state(self) -> dict[str, Any]:
         return self._stream.get_state(item.number for item in self._waiting)
 

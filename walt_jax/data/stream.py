@@ -51,6 +51,10 @@ class Stream:
     def __next__(self) -> Any:
         return next(self._iterator)
 
+    def close(self) -> None:
+        """Reads no further ahead."""
+        self._iterator.close()
+
     def get_state(self, waiting: Iterable[int]) -> dict[str, Any]:
         """The place, with the numbers of the clips that have come and wait."""
         return {"share": self._share.to_json(), "stream": self._iterator.get_state(), "waiting": list(waiting)}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import grain
 import jax
 import optax
+from grain.experimental import ThreadPrefetchIterDataset
 
 from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
@@ -26,6 +27,8 @@ from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.progress import Progress
 from walt_jax.training.state import TrainState, make_train_step
 from walt_jax.training.tasks import Task
+
+BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +145,11 @@ def run_stage(
         for later in later_stages:
             shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
             shutil.rmtree(latents_path(workdir, later), ignore_errors=True)
-        iterator = iter(dataset())
-        if position is not None:
-            iterator.set_state(position)
         train_step = make_train_step(task, optimizer, stage.ema_decay)
-        with contextlib.closing(StageLog(workdir, name, stage, start, later_stages)) as log:
+        with (
+            contextlib.closing(made_ahead(dataset(), position)) as iterator,
+            contextlib.closing(StageLog(workdir, name, stage, start, later_stages)) as log,
+        ):
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
                 asked = time.perf_counter()
@@ -165,6 +168,14 @@ def run_stage(
         return Trained(state.ema, outcome)
     finally:
         checkpoints.close()
+
+
+def made_ahead(dataset: grain.IterDataset, position: dict | None) -> grain.DatasetIterator:
+    """The batches from a position on, made in a thread while the device is busy; its place is the caller's."""
+    iterator = iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=BATCHES_AHEAD))
+    if position is not None:
+        iterator.set_state(position)
+    return iterator
 
 
 def clips_of(batch: Any) -> int:
