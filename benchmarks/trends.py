@@ -128,10 +128,12 @@ def run(config: RunConfig, ratio: float, folder: pathlib.Path) -> dict:
     config = dataclasses.replace(config, stages={**config.stages, "denoiser": stage})
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(config, folder)
-    run.keep_vocabulary(run.make_vocabulary())
+    run.text.keep(run.make_vocabulary())
     run.train()
     generator = run.generator()
-    metrics = evaluate(folder, run.codec, generator.tokenizer, generator, run.unseen(), config.data, config.evaluation)
+    metrics = evaluate(
+        folder, run.codec, generator.tokenizer, generator, run.data.unseen(), config.data, config.evaluation
+    )
     error = denoising_error(run, generator)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     _, size, cost = train_step(config) if stage.pack is None else (None, None, None)
@@ -155,7 +157,7 @@ def denoising_error(run: Run, generator: Generator) -> float:
     Unlike the loss it means the same whatever is predicted and at whatever times was trained. The noise is so much of a
     clip's latents' own deviation, which normalised latents and others have alike.
     """
-    model, source = generator.model, run.unseen()
+    model, source = generator.model, run.data.unseen()
     clips = [source.sample(i, np.random.default_rng([i])) for i in range(min(UNSEEN, len(source)))]
     latents = np.concatenate([run.codec.encode(generator.tokenizer, clip["video"][None])[0] for clip in clips])
     scale, kind = np.std(latents), model.diffusion.parameterization

@@ -16,8 +16,9 @@ from walt_jax.errors import UserError
 from walt_jax.text import t5_weights
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import train
-from walt_jax.training.run import Run, digest
+from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig
+from walt_jax.training.run_data import digest
 from walt_jax.workdir import read_config
 
 MANY = [f"{word}{ending}" for word in ["drehen", "sehen", "gehen", "stehen", "laufen"] for ending in "abcdefghijklmnop"]
@@ -92,8 +93,8 @@ def test_a_prompt_tells_and_samples_are_alike_alone_or_among_others(trained, tmp
 def test_clips_that_are_not_encoded_beforehand_have_their_captions_read_as_well(trained):
     knobs = read_config(trained)
     run = Run(build(RunConfig, knobs, "config"), trained)
-    ids = next(iter(Batches(run.clips("denoiser"), (4,))))["text"]
-    text = next(iter(run.batches("denoiser")))["text"]
+    ids = next(iter(Batches(run.data.clips("denoiser"), (4,))))["text"]
+    text = next(iter(run.data.batches("denoiser")))["text"]
     encoder = T5Encoder(run.config.text.encoder, 320)
     params = t5_weights.load(run.config.text.pretrained, run.config.text.encoder, 320)
     assert (ids[:, 0] > 0).all() and len(np.unique(ids, axis=0)) > 1
@@ -109,7 +110,7 @@ def test_another_vocabulary_than_the_t5s_is_told_at_once(flags, tmp_path):
     for content, words in {train(MANY, 400): "and the T5 beside it", b"broken": "no sentencepiece model"}.items():
         (folder / "spiece.model").write_bytes(content)
         with pytest.raises(UserError, match=words):
-            Run(build(RunConfig, knobs, "config"), tmp_path / "run").check_data()
+            Run(build(RunConfig, knobs, "config"), tmp_path / "run").check()
 
 
 def test_a_folder_that_holds_no_t5_is_told_at_once(flags, tmp_path, cache):

@@ -186,11 +186,12 @@ def open_trained_run(values: flags.FlagValues) -> Any:
     Raises:
         UserError: if it is another, or none is there.
     """
+    from walt_jax.training.run_config import only_published
     from walt_jax.workdir import check_same
 
     run, knobs = open_run(values)
     before = knobs_before(run.workdir)
-    if before is None and run.only_published:
+    if before is None and only_published(run.config, run.workdir):
         return run
     if before is None:
         raise UserError(f"{run.workdir} holds no run; train one first, with --mode=train.")
@@ -211,10 +212,10 @@ def train(values: flags.FlagValues) -> None:
         else:
             check_same(run.workdir, before, knobs)
         # Before the workdir is claimed: what fails here can be put right and tried again in the same one.
-        run.check_data()
+        run.check()
         vocab = run.make_vocabulary()
         claim(run.workdir, knobs)
-        run.keep_vocabulary(vocab)
+        run.text.keep(vocab)
         print(run.summary(), flush=True)
         run.train()
         report = _evaluate(run)
@@ -238,7 +239,9 @@ def _evaluate(run: Any) -> pathlib.Path:
     generator = run.generator() if run.config.denoiser else None
     tokenizer = generator.tokenizer if generator else run.tokenizer()
     data = run.config.data
-    for metric in evaluate(run.workdir, run.codec, tokenizer, generator, run.unseen(), data, run.config.evaluation):
+    for metric in evaluate(
+        run.workdir, run.codec, tokenizer, generator, run.data.unseen(), data, run.config.evaluation
+    ):
         target = f" (target {metric['target']:g})" if "target" in metric else ""
         print(f"{metric['name']:26} {metric['value']:8.4g} {metric['unit']}{target}")
     return write_report(run.workdir)
@@ -316,7 +319,7 @@ def data(values: flags.FlagValues) -> None:
 
     run, _ = open_run(values)
     run.workdir.mkdir(parents=True, exist_ok=True)
-    found = report_data(run.config, run.data, run.workdir / "data.png")
+    found = report_data(run.config, run.data.files, run.workdir / "data.png")
     write_atomically(run.workdir / "data.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     for entry in found["clips_skipped"]:
         print(f"skipped {entry['file']}: {entry['reason']}")

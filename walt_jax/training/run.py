@@ -2,50 +2,38 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import shutil
-from collections.abc import Iterable
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import safetensors.numpy
-import tqdm
 from etils import epath
-from jaxtyping import Float
 
 import walt_jax
 from walt_jax.config import build
 from walt_jax.data.batches import Batches
-from walt_jax.data.latents import Encoded, LatentClips, write_latents
-from walt_jax.data.pipeline import Clips, Data, Source
-from walt_jax.data.stream import numbered
+from walt_jax.data.pipeline import Clips
 from walt_jax.denoiser import weights
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.sample import Generator
-from walt_jax.text import t5_weights, vocabulary
-from walt_jax.text.frozen import FrozenText, filled_up
-from walt_jax.text.labels import Labels
-from walt_jax.text.t5 import T5Encoder
-from walt_jax.text.vocabulary import Vocabulary
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
-from walt_jax.training.latent_batches import (
-    ReadCaption,
-    dense_batches,
-    encoded_clips,
-    latents_path,
-    packed_batches,
-)
 from walt_jax.training.loop import Trained, run_stage
-from walt_jax.training.run_config import RunConfig, make_codec, make_model, make_task, read_autoencoder
+from walt_jax.training.run_config import (
+    RunConfig,
+    make_codec,
+    make_model,
+    make_task,
+    only_published,
+    read_autoencoder,
+)
+from walt_jax.training.run_data import RunData
+from walt_jax.training.run_text import RunText
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
@@ -61,46 +49,34 @@ class Run:
     Args:
         config: see `RunConfig`.
         workdir: where everything is written.
+
+    Attributes:
+        codec: pixels to latents and back.
+        text: what reads captions.
+        data: what is read.
     """
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.codec = make_codec(config)
-        self.data = Data(config.data)
+        self.text = RunText(config, workdir)
+        self.data = RunData(config, workdir, self.codec, self.text)
 
-    def unseen(self) -> Source:
-        """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
-        split = "all" if self.config.data.source == "drawn" else "held_out"
-        return self.data.source(split, (self.config.clip_shape(),))
-
-    def check_data(self) -> None:
+    def check(self) -> None:
         """Opens all that will be read.
 
         Raises:
             UserError: if it can't be.
         """
-        self.unseen()
+        self.data.check()
+        self.text.check()
         if self.config.tokenizer_from and not self.config.takes_autoencoder:
             self._other_run()
         if self.config.init_from:
             self._published()
-        text = self.config.pretrained_text
-        if text is not None:
-            t5_weights.matched(text.pretrained, text.encoder, text.vocab_size)
-            path = t5_weights.vocabulary_path(text.pretrained)
-            pieces = Vocabulary.load(path, text.length).size
-            if pieces > text.vocab_size:
-                raise UserError(
-                    f"{path} has {pieces} pieces, and the T5 beside it embeds {text.vocab_size}; give its own."
-                )
-        for name in self.config.trained_stages:
-            self.data.source("train", self.config.clip_shapes(name))
-            if self.config.stages[name].latents:
-                LatentClips(self.config.stages[name].latents)
-        if self.config.losses.perceptual_weights:
-            load_features(self.config.losses.perceptual_weights)
-        if self.config.evaluation.perceptual_weights:
-            load_features(self.config.evaluation.perceptual_weights)
+        for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
+            if path:
+                load_features(path)
 
     def summary(self) -> str:
         """What will be run, how large it is, on what, and where it goes."""
@@ -134,7 +110,7 @@ class Run:
         for name in self.config.trained_stages:
             index, stage = names.index(name), self.config.stages[name]
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-            dataset = functools.partial(self.batches, name)
+            dataset = functools.partial(self.data.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
@@ -143,7 +119,7 @@ class Run:
             else:
                 extras["frozen"] = tokenizer
                 if stage.cached_clips or stage.latents:
-                    dataset = functools.partial(self._encoded, name, index, tokenizer)
+                    dataset = functools.partial(self.data.encoded, name, tokenizer)
             trained = run_stage(name, stage, self._task(name), dataset, self.workdir, key, **extras)
             initial[stage.task] = trained.served
             if images:
@@ -170,12 +146,12 @@ class Run:
             raise UserError("This config trains a tokenizer alone: it reconstructs, with --mode=reconstruct.")
         if self.config.denoiser.upscale > 1:
             raise UserError("This config upscales latents; it is sampled from as a stage of a cascade alone.")
-        params = self._published() if self.only_published else self._restore("denoiser").served
+        params = self._published() if only_published(self.config, self.workdir) else self._restore("denoiser").served
         return Generator(
-            make_model(self.config, self._vocab_size()),
+            make_model(self.config, self.text.vocab_size()),
             params,
             self.tokenizer(),
-            self._frozen_text() or self._captions(),
+            self.text.frozen() or self.text.captions(),
             self.config.sampling,
         )
 
@@ -211,7 +187,7 @@ class Run:
     def _task(self, stage: str) -> Task:
         """What a stage trains."""
         trains_text = self.config.stages[stage].task == "denoiser"
-        return make_task(self.config, stage, self._vocab_size() if trains_text else 0)
+        return make_task(self.config, stage, self.text.vocab_size() if trains_text else 0)
 
     def trained_tokenizer(self) -> tuple[str, TrainedTokenizer]:
         """The last stage of the tokenizer that is done, and what it left.
@@ -241,97 +217,15 @@ class Run:
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
 
     def make_vocabulary(self) -> bytes | None:
-        """A vocabulary of the training clips' captions where the config has text; their list where they are classes.
-
-        Raises:
-            UserError: if `text.vocab_size` or `denoiser.classes` does not suit them.
-        """
-        if self.config.denoiser is None:
-            return None
-        captions = self.data.source("train", (self.config.clip_shape(),)).captions
-        if self.config.pretrained_text is not None:
-            return t5_weights.vocabulary_path(self.config.pretrained_text.pretrained).read_bytes()
-        if self.config.text is not None:
-            return vocabulary.train(captions, self.config.text.vocab_size)
-        if not self.config.denoiser.classes:
-            return Labels(()).dump()
-        names = sorted({*captions, *self.unseen().captions} - {""})
-        if len(names) != self.config.denoiser.classes:
-            raise UserError(
-                f"The clips have {len(names)} distinct captions and config.denoiser.classes is "
-                f"{self.config.denoiser.classes}; set it to that, or --config.data.captions to the column that "
-                "names each clip's class."
-            )
-        return Labels(names).dump()
-
-    def keep_vocabulary(self, model: bytes | None) -> None:
-        """Writes the run's vocabulary, where it has none yet."""
-        if model is not None and not self._vocabulary_path.exists():
-            write_atomically(self._vocabulary_path, model)
-
-    @property
-    def _vocabulary_path(self) -> pathlib.Path:
-        return self.workdir / ("labels.json" if self.config.text is None else "vocabulary.model")
-
-    @property
-    def only_published(self) -> bool:
-        """Whether there is nothing here but what others have published, a denoiser and an autoencoder."""
-        config = self.config
-        published = bool(config.init_from) and config.takes_autoencoder and config.text == config.pretrained_text
-        return published and not (self.workdir / CONFIG).exists()
-
-    def _captions(self) -> Vocabulary | Labels:
-        """What makes ids of captions; of published classes, which have no names, their numbers."""
-        if self.only_published and self.config.text is not None:
-            return Vocabulary.load(t5_weights.vocabulary_path(self.config.text.pretrained), self.config.text.length)
-        if self.only_published:
-            return Labels(tuple(map(str, range(self.config.denoiser.classes))))
-        if self.config.text is None:
-            return Labels.load(self._vocabulary_path)
-        return Vocabulary.load(self._vocabulary_path, self.config.text.length)
-
-    def _vocab_size(self) -> int:
-        if self.config.pretrained_text is not None:
-            return self.config.pretrained_text.vocab_size
-        return 0 if self.config.text is None else self._captions().size
-
-    def _frozen_text(self) -> FrozenText | None:
-        """What reads captions where it is not trained."""
-        text = self.config.pretrained_text
-        if text is None:
-            return None
-        params = t5_weights.load(text.pretrained, text.encoder, text.vocab_size)
-        return FrozenText(T5Encoder(text.encoder, text.vocab_size), params, self._captions())
-
-    def _text_digest(self) -> str | None:
-        """Tells embeddings of this config's frozen encoder from any others."""
-        text = self.config.pretrained_text
-        if text is None:
-            return None
-        return f"{t5_weights.digest(text.pretrained)}, {text.length} tokens, {text.encoder.dtype}"
-
-    def batches(self, name: str) -> grain.IterDataset:
-        """A stage's batches of clips, of one shape each."""
-        batches = Batches(self.clips(name), self.config.batch_sizes(name))
-        text = self._frozen_text() if self.config.stages[name].task == "denoiser" else None
-        if text is None:
-            return batches
-        return batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
-
-    def clips(self, name: str) -> Clips:
-        """A stage's clips, in its shapes."""
-        config, index = self.config, list(self.config.stages).index(name)
-        encode = self._captions().encode if config.stages[name].task == "denoiser" else None
-        source = self.data.source("train", config.clip_shapes(name))
-        return Clips(source, config.seed + index, encode, config.data.caption_dropout)
+        """What `text.keep` writes, see `RunText.make`."""
+        return self.text.make(self.data.of_nominal_size().captions, self.data.unseen().captions)
 
     def _statistics(self, state: TrainState) -> dict:
         """The latents' mean and deviation, which normalise them for the denoiser."""
         channels = self.config.tokenizer.latent_channels
         raw = TrainedTokenizer(state.ema, jnp.zeros(channels), jnp.ones(channels))
         seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
-        source = self.data.source("train", (self.config.clip_shape(),))
-        some = Batches(Clips(source, seed), (STATISTICS_BATCH,))
+        some = Batches(Clips(self.data.of_nominal_size(), seed), (STATISTICS_BATCH,))
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
 
     def _trained_tokenizer(self, trained: Trained) -> TrainedTokenizer:
@@ -355,62 +249,7 @@ class Run:
         Raises:
             UserError: if the folder holds something else, or nothing can be encoded.
         """
-        return self._write_latents(out, list(self.config.stages)[-1], clips, tokenizer)
-
-    def _write_latents(self, out: epath.PathLike, name: str, count: int, tokenizer: TrainedTokenizer) -> dict[str, Any]:
-        """The latents of `count` clips of a stage, or of each one once where that is 0."""
-        config = self.config
-        source = self.data.source("train", config.clip_shapes(name))
-        seed = config.seed + list(config.stages).index(name)
-        clips = Clips(source, seed, encode=list)  # captions as they are, in the place of ids
-        count = count or len(source)
-        data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
-        shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
-        identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
-        read = embed = empty = None
-        if (text := self._text_digest()) is not None:
-            identity["text"] = text
-            read = functools.cache(self._frozen_text)  # it is large, and need not be read where all is done
-            embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
-        with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as told:
-
-            def encoded(numbers: range) -> Iterable[Encoded]:
-                told.update(numbers.start - told.n)  # what was done before, and what could not be used
-                return encoded_clips(
-                    lambda video: self.codec.encode(tokenizer, video)[0], numbered(clips, numbers), told, embed
-                )
-
-            return write_latents(out, identity, count, encoded, empty)
-
-    def _encoded(self, name: str, index: int, tokenizer: TrainedTokenizer) -> grain.IterDataset:
-        """Batches of clips that are encoded beforehand: of one size, or packs of several."""
-        config, stage = self.config, self.config.stages[name]
-        path = stage.latents or latents_path(self.workdir, name)
-        if not stage.latents:
-            self._write_latents(path, name, stage.cached_clips, tokenizer)
-        clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer), self._text_digest())
-        t, h, w = (bound * size for bound, size in zip(config.bounds, config.denoiser.patch_size, strict=True))
-        if (clips.sizes > np.array([t, h, w])).any():
-            raise UserError(
-                f"{path} holds latents of up to {' × '.join(map(str, clips.sizes.max(0)))}, and stages.{name} has "
-                f"clips of at most {t} × {h} × {w}; give the stage the shapes that were encoded."
-            )
-        captions = self._caption_reader(clips.empty), config.data.caption_dropout
-        seed = config.seed + index
-        if stage.pack is None:
-            return dense_batches(clips, *captions, stage.batch_size, seed)
-        pack = stage.pack
-        return packed_batches(
-            clips, *captions, config.denoiser, stage.batch_size, pack.tokens, pack.clips, seed, pack.drop
-        )
-
-    def _caption_reader(self, empty: Float[np.ndarray, "n e"] | None) -> ReadCaption:
-        """Of clips that were encoded beforehand; `empty` is the empty caption as a frozen encoder has read it."""
-        text = self.config.pretrained_text
-        if text is not None:
-            return lambda clip, dropped: filled_up(empty if dropped else clip.embeddings, text.length)
-        captions = self._captions()
-        return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]
+        return self.data.encode(out, list(self.config.stages)[-1], clips, tokenizer)
 
     def _other_run(self) -> "Run":
         """The run whose tokenizer this one takes, or a copy of it: the workdir's, or that of a run that took it too."""
@@ -455,12 +294,3 @@ class Run:
         shutil.copyfile(other.workdir / CONFIG, temporary / CONFIG)
         temporary.rename(copy)
         return trained
-
-
-def digest(tokenizer: TrainedTokenizer) -> str:
-    """Tells a tokenizer's weights and statistics from any other's."""
-    hashed = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tokenizer):
-        hashed.update(jax.tree_util.keystr(path).encode())
-        hashed.update(np.ascontiguousarray(leaf).tobytes())
-    return hashed.hexdigest()[:16]

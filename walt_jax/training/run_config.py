@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Annotated, Any
 
 from walt_jax.config import Positive, Range
@@ -28,6 +29,7 @@ from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
 from walt_jax.training.tokenizer_task import TokenizerTask
+from walt_jax.workdir import CONFIG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +250,12 @@ class RunConfig:
         """
         shape = self.clip_shape(changed)
         return [self.tokenizer.latent_shape(shape.frames, *size) for size in sorted(shape.sizes())]
+
+
+def only_published(config: RunConfig, workdir: pathlib.Path) -> bool:
+    """Whether there is nothing here but what others have published, a denoiser and an autoencoder."""
+    published = bool(config.init_from) and config.takes_autoencoder and config.text == config.pretrained_text
+    return published and not (workdir / CONFIG).exists()
 
 
 def make_codec(config: RunConfig) -> Codec:

@@ -1,0 +1,151 @@
+"""What a run reads: the clips of its stages, as they are or encoded beforehand."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from walt_jax.data.batches import Batches
+from walt_jax.data.latents import Encoded, LatentClips, write_latents
+from walt_jax.data.pipeline import Clips, Data, Source
+from walt_jax.data.stream import numbered
+from walt_jax.errors import UserError
+from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path, packed_batches
+from walt_jax.training.run_config import RunConfig
+from walt_jax.training.run_text import RunText
+
+
+class RunData:
+    """The clips' side of a run.
+
+    Args:
+        config: see `RunConfig`.
+        workdir: where encoded clips are kept.
+        codec: encodes them.
+        text: reads their captions.
+    """
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, codec: Codec, text: RunText):
+        self._config, self._workdir, self._codec, self._text = config, workdir, codec, text
+        self.files = Data(config.data)
+
+    def check(self) -> None:
+        """Opens all that will be read.
+
+        Raises:
+            UserError: if it can't be.
+        """
+        self.unseen()
+        for name in self._config.trained_stages:
+            self.source(name)
+            if self._config.stages[name].latents:
+                LatentClips(self._config.stages[name].latents)
+
+    def unseen(self) -> Source:
+        """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
+        split = "all" if self._config.data.source == "drawn" else "held_out"
+        return self.files.source(split, (self._config.clip_shape(),))
+
+    def source(self, name: str) -> Source:
+        """The clips that a stage trains on."""
+        return self.files.source("train", self._config.clip_shapes(name))
+
+    def of_nominal_size(self) -> Source:
+        """The clips to train on, each in the data's own shape."""
+        return self.files.source("train", (self._config.clip_shape(),))
+
+    def batches(self, name: str) -> grain.IterDataset:
+        """A stage's batches of clips, of one shape each."""
+        batches = Batches(self.clips(name), self._config.batch_sizes(name))
+        text = self._text.frozen() if self._config.stages[name].task == "denoiser" else None
+        if text is None:
+            return batches
+        return batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
+
+    def clips(self, name: str) -> Clips:
+        """A stage's clips, in its shapes."""
+        encode = self._text.captions().encode if self._config.stages[name].task == "denoiser" else None
+        return Clips(self.source(name), self._seed(name), encode, self._config.data.caption_dropout)
+
+    def _seed(self, name: str) -> int:
+        return self._config.seed + list(self._config.stages).index(name)
+
+    def encode(self, out: epath.PathLike, name: str, count: int, tokenizer: TrainedTokenizer) -> dict[str, Any]:
+        """Writes the latents of `count` clips of a stage, or of each one once where that is 0.
+
+        Args:
+            out: the folder of the data set, see `data.latents`.
+            name: of the stage.
+            count: in the stage's order: windows and crops are drawn anew each epoch.
+            tokenizer: of another run, perhaps.
+
+        Returns:
+            What `encode.json` holds.
+
+        Raises:
+            UserError: if the folder holds something else, or nothing can be encoded.
+        """
+        config, source, seed = self._config, self.source(name), self._seed(name)
+        clips = Clips(source, seed, encode=list)  # captions as they are, in the place of ids
+        count = count or len(source)
+        data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
+        shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
+        identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
+        read = embed = empty = None
+        if (text := self._text.digest()) is not None:
+            identity["text"] = text
+            read = functools.cache(self._text.frozen)  # it is large, and need not be read where all is done
+            embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
+        with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as told:
+
+            def encoded(numbers: range) -> Iterable[Encoded]:
+                told.update(numbers.start - told.n)  # what was done before, and what could not be used
+                return encoded_clips(
+                    lambda video: self._codec.encode(tokenizer, video)[0], numbered(clips, numbers), told, embed
+                )
+
+            return write_latents(out, identity, count, encoded, empty)
+
+    def encoded(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
+        """A stage's batches of clips that are encoded beforehand: of one size, or packs of several.
+
+        Raises:
+            UserError: if there are clips that are larger than the stage's.
+        """
+        config, stage = self._config, self._config.stages[name]
+        path = stage.latents or latents_path(self._workdir, name)
+        if not stage.latents:
+            self.encode(path, name, stage.cached_clips, tokenizer)
+        clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer), self._text.digest())
+        t, h, w = (bound * size for bound, size in zip(config.bounds, config.denoiser.patch_size, strict=True))
+        if (clips.sizes > np.array([t, h, w])).any():
+            raise UserError(
+                f"{path} holds latents of up to {' × '.join(map(str, clips.sizes.max(0)))}, and stages.{name} has "
+                f"clips of at most {t} × {h} × {w}; give the stage the shapes that were encoded."
+            )
+        captions = self._text.reader(clips.empty), config.data.caption_dropout
+        if stage.pack is None:
+            return dense_batches(clips, *captions, stage.batch_size, self._seed(name))
+        pack = stage.pack
+        return packed_batches(
+            clips, *captions, config.denoiser, stage.batch_size, pack.tokens, pack.clips, self._seed(name), pack.drop
+        )
+
+
+def digest(tokenizer: TrainedTokenizer) -> str:
+    """Tells a tokenizer's weights and statistics from any other's."""
+    hashed = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tokenizer):
+        hashed.update(jax.tree_util.keystr(path).encode())
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()[:16]

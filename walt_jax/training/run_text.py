@@ -1,0 +1,115 @@
+"""What reads a run's captions: a vocabulary of its own, a list of classes, or a published T5."""
+
+import pathlib
+from collections.abc import Iterable
+
+from jaxtyping import Float
+from numpy import ndarray
+
+from walt_jax.errors import UserError
+from walt_jax.text import t5_weights, vocabulary
+from walt_jax.text.frozen import FrozenText, filled_up
+from walt_jax.text.labels import Labels
+from walt_jax.text.t5 import T5Encoder
+from walt_jax.text.vocabulary import Vocabulary
+from walt_jax.training.latent_batches import ReadCaption
+from walt_jax.training.run_config import RunConfig, only_published
+from walt_jax.workdir import write_atomically
+
+
+class RunText:
+    """The captions' side of a run.
+
+    Args:
+        config: see `RunConfig`.
+        workdir: where the vocabulary, or the list of classes, is kept.
+    """
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path):
+        self._config, self._workdir = config, workdir
+
+    def check(self) -> None:
+        """Looks at the published T5, where there is one, without reading it.
+
+        Raises:
+            UserError: if it does not fit the config.
+        """
+        text = self._config.pretrained_text
+        if text is None:
+            return
+        t5_weights.matched(text.pretrained, text.encoder, text.vocab_size)
+        path = t5_weights.vocabulary_path(text.pretrained)
+        pieces = Vocabulary.load(path, text.length).size
+        if pieces > text.vocab_size:
+            raise UserError(f"{path} has {pieces} pieces, and the T5 beside it embeds {text.vocab_size}; give its own.")
+
+    def make(self, trained: Iterable[str], unseen: Iterable[str]) -> bytes | None:
+        """A vocabulary of the training clips' captions where the config has text; a list of all where they are classes.
+
+        Raises:
+            UserError: if `text.vocab_size` or `denoiser.classes` does not suit them.
+        """
+        config = self._config
+        if config.denoiser is None:
+            return None
+        if config.pretrained_text is not None:
+            return t5_weights.vocabulary_path(config.pretrained_text.pretrained).read_bytes()
+        if config.text is not None:
+            return vocabulary.train(trained, config.text.vocab_size)
+        if not config.denoiser.classes:
+            return Labels(()).dump()
+        names = sorted({*trained, *unseen} - {""})
+        if len(names) != config.denoiser.classes:
+            raise UserError(
+                f"The clips have {len(names)} distinct captions and config.denoiser.classes is "
+                f"{config.denoiser.classes}; set it to that, or --config.data.captions to the column that "
+                "names each clip's class."
+            )
+        return Labels(names).dump()
+
+    def keep(self, made: bytes | None) -> None:
+        """Writes what `make` made, where there is none yet."""
+        if made is not None and not self._path.exists():
+            write_atomically(self._path, made)
+
+    @property
+    def _path(self) -> pathlib.Path:
+        return self._workdir / ("labels.json" if self._config.text is None else "vocabulary.model")
+
+    def captions(self) -> Vocabulary | Labels:
+        """What makes ids of captions; of published classes, which have no names, their numbers."""
+        text = self._config.text
+        if only_published(self._config, self._workdir):
+            if text is None:
+                return Labels(tuple(map(str, range(self._config.denoiser.classes))))
+            return Vocabulary.load(t5_weights.vocabulary_path(text.pretrained), text.length)
+        return Labels.load(self._path) if text is None else Vocabulary.load(self._path, text.length)
+
+    def vocab_size(self) -> int:
+        """Rows of the table of embeddings; 0 without text."""
+        if self._config.pretrained_text is not None:
+            return self._config.pretrained_text.vocab_size
+        return 0 if self._config.text is None else self.captions().size
+
+    def frozen(self) -> FrozenText | None:
+        """What reads captions where it is not trained."""
+        text = self._config.pretrained_text
+        if text is None:
+            return None
+        params = t5_weights.load(text.pretrained, text.encoder, text.vocab_size)
+        return FrozenText(T5Encoder(text.encoder, text.vocab_size), params, self.captions())
+
+    def digest(self) -> str | None:
+        """Tells embeddings of this config's frozen encoder from any others."""
+        text = self._config.pretrained_text
+        if text is None:
+            return None
+        return f"{t5_weights.digest(text.pretrained)}, {text.length} tokens, {text.encoder.dtype}"
+
+    def reader(self, empty: Float[ndarray, "n e"] | None) -> ReadCaption:
+        """Of clips that were encoded beforehand; `empty` is the empty caption as a frozen encoder has read it."""
+        text = self._config.pretrained_text
+        if text is not None:
+            return lambda clip, dropped: filled_up(empty if dropped else clip.embeddings, text.length)
+        captions = self.captions()
+        return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]
