@@ -80,8 +80,8 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no checkpoint; train first, with --mode=train.")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
             before = [other for other in self._manager.all_steps() if other < step]
             remedy = f"remove it to go on from step {max(before)}" if before else "start in another --workdir"
             raise UserError(
