@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import cycles, twin, waves
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import dense_attention, filled, normal, places_of, seen
+from oracles import filled, normal, places_of
 
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout, make_pack, place_clips, row_lengths
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.waves import timestep_embedding
-from walt_jax.denoiser.windows import Window
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -101,223 +101,6 @@ def compiled(config):
     return jax.jit(lambda params, *arguments: Denoiser(config, BOUNDS).apply({"params": params}, *arguments))
 
 
-def cycles(params, config):
-    """The parameters of each cycle of windows; those of a scan are stacked."""
-    count = config.layers // len(config.block_windows)
-    if config.scan:
-        return [jax.tree.map(lambda leaf, cycle=cycle: leaf[cycle], params["cycles"]) for cycle in range(count)]
-    return [params[f"cycle{cycle}"] for cycle in range(count)]
-
-
-def swish(x):
-    return x / (1 + np.exp(-x))
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def plain_norm(x):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-
-
-def own_norm(params, x):
-    return plain_norm(x) * params["scale"] + params["bias"]
-
-
-def fixed(places, dim):
-    """DiT's sines, then cosines."""
-    table = np.empty((len(places), dim))
-    for row, place in enumerate(places):
-        for i in range(dim // 2):
-            angle = place * 10_000.0 ** (-i / (dim // 2))
-            table[row, i], table[row, dim // 2 + i] = math.sin(angle), math.cos(angle)
-    return table
-
-
-def linear(params, x):
-    return x @ params["kernel"] + params.get("bias", 0)
-
-
-def waves(value, dim):
-    return np.array(
-        [wave(value * 10_000 ** (-i / (dim // 2))) for wave in (math.cos, math.sin) for i in range(dim // 2)]
-    )
-
-
-def clock(params, name, time, closed=False):
-    told = waves(1000 * float(time), 256)
-    if closed:
-        told = [wave(1000 * float(time) * 10_000 ** (-i / 127)) for wave in (math.cos, math.sin) for i in range(128)]
-    return linear(params[f"{name}_out"], swish(linear(params[f"{name}_in"], np.array(told))))
-
-
-def upscaled(params, low, scale):
-    """A convolution over each frame whose channels are the pixels of a square."""
-    frames, height, width, channels = low.shape
-    padded = np.pad(low, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    out = np.empty((frames, height * scale, width * scale, channels))
-    for t, y, x in np.ndindex(frames, height, width):
-        square = np.einsum("ijc,ijco->o", padded[t, y : y + 3, x : x + 3], params["kernel"][0]) + params["bias"]
-        out[t, y * scale : (y + 1) * scale, x * scale : (x + 1) * scale] = square.reshape(scale, scale, channels)
-    return out.reshape(-1, channels)
-
-
-def twin(params, config, grid, noisy, time, condition, estimate):
-    """W.A.L.T's equations in numpy, for one clip's tokens [n, p] and its text [m, e]."""
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    places = np.array(list(np.ndindex(*grid)))
-    parts = [noisy]
-    if config.self_conditioning:
-        parts.append(estimate)
-    if config.frame_prediction and config.known_by == "channels":
-        parts += [condition.known, condition.known_mask]
-    elif config.known_by == "place":
-        parts[0] = np.where(condition.known_mask > 0, condition.known, noisy)
-    if config.upscale > 1:
-        parts.append(upscaled(params["upscale"], condition.low, config.upscale))
-    x = linear(params["patch_in"], np.concatenate(parts, -1))
-    before = x
-    if config.positions == "learned":
-        t, y, z = places.T
-        x = x + params["space_embedding"][0, y, z] + params["time_embedding"][t, 0, 0]
-    if config.positions == "fractional":
-        for axis, name in enumerate("tyx"):
-            fractions = (places[:, axis] + 0.5) / grid[axis]
-            x = x + linear(params[f"position_{name}"], np.stack([waves(64 * fraction, 64) for fraction in fractions]))
-    if config.positions == "sincos":
-        x = x + np.concatenate([fixed(places[:, 2], config.dim // 2), fixed(places[:, 1], config.dim // 2)], -1)
-
-    shared, text, words = clock(params, "time", time.item(), config.time_frequencies == "diffusers"), {}, None
-    given = [shared]
-    if config.classes:
-        given.append(params["label_embedding"][condition.label.item()])
-        shared = shared + given[-1]
-    if condition.text is not None:
-        words, mask = linear(params["text_in"], condition.text), condition.text_mask
-        if config.adaln == "single":
-            words = linear(params["text_out"], gelu(words))
-        if config.condition_by == "norm":
-            shared = (
-                shared + 0
-                if config.adaln == "single"
-                else shared + linear(params["text_pooled"], words[mask].sum(0) / max(1, mask.sum()))
-            )
-            text = {"text": words[None, None], "text_mask": mask[None, None]}
-    if config.upscale > 1:
-        shared = shared + clock(params, "low_time", condition.low_time.item())
-    if config.known_by in ("norm", "cross"):
-        known, given = linear(params["known_in"], condition.known), condition.known_mask[:, 0] > 0
-        if config.known_by == "norm":
-            shared = shared + known[given].sum(0) / max(1, given.sum())
-        else:
-            text = {"text": (known + x - before)[None, None], "text_mask": given[None, None]}
-    told_all, shared = shared, swish(shared)
-    tokens = len(x)
-    if config.condition_by != "norm":
-        given = np.stack(given) + params["word_embedding"]
-        mask = np.concatenate([np.ones(len(given), bool), mask]) if words is not None else np.ones(len(given), bool)
-        words = np.concatenate([given, words]) if words is not None else given
-        if config.condition_by == "cross":
-            text = {"text": words[None, None], "text_mask": mask[None, None]}
-        else:
-            x = np.concatenate([x, words])
-
-    def attention(params, x, windows, alone=False, **text):
-        """With heads divided among the windows: what each part of them makes, one after the other."""
-        packs, heads, out = [[grid]], config.heads // len(windows), 0
-        where = places_of(packs, tokens)
-        for number, window in enumerate(windows):
-            part = slice(number * config.dim // len(windows), (number + 1) * config.dim // len(windows))
-            own = {
-                name: {kind: leaf[..., part] for kind, leaf in params[name].items()}
-                for name in ("query", "key", "value")
-            }
-            own |= {name: leaf for name, leaf in params.items() if name.endswith("_norm")}
-            own["out"] = {"kernel": params["out"]["kernel"][part]}
-            if config.relative == "bias":
-                own["relative_bias"] = params[f"relative_bias_{number}" if number else "relative_bias"]
-            sees = seen(packs, window, tokens, alone)
-            bounds = window.bounds(BOUNDS)
-            told = text
-            if len(x) > tokens:
-                told = {"text": x[None, None, tokens:], "text_mask": mask[None, None]}
-            y = dense_attention(own, x[None, :tokens], where, sees, bounds, heads, config.relative, **told)[0]
-            if len(x) > tokens:
-                every = np.concatenate([np.ones(tokens, bool), mask])[None, None].repeat(len(x), 1)
-                y = np.concatenate([y, dense_attention(own, x[None], None, every, None, heads, "none")[0][tokens:]])
-            out = out + y
-        return out + params["out"].get("bias", 0)
-
-    late, skips, count = config.positions == "sincos", [], config.layers // len(config.block_windows)
-    for layer in range(config.layers):
-        cycle, index = divmod(layer, len(config.block_windows))
-        block = cycles(params, config)[cycle][f"block{index}"]
-        if config.skips and index == 0 and cycle > count // 2:
-            x = linear(params[f"skip{cycle}"], np.concatenate([x, skips.pop()], -1))
-        windows = config.block_windows[index]
-        if late and any(window.time != 1 for window in windows):
-            x[:tokens], late = x[:tokens] + fixed(places[:, 0], config.dim), False
-        modulation = None
-        if config.adaln == "lora":
-            # A_i = A_1 + W_b W_a (c + t)
-            modulation = linear(params["adaln"], shared) + linear(block["adaln_b"], linear(block["adaln_a"], shared))
-        elif config.adaln == "separate":
-            own = shared
-            if config.told_by == "each" and layer:
-                own = clock(block, "time", time.item(), config.time_frequencies == "diffusers")
-                own = swish(own + block["label_embedding"][condition.label.item()])
-            modulation = linear(block["adaln"], own)
-        elif config.adaln == "single":
-            modulation = linear(params["adaln"], shared) + block["adaln_table"]
-        values = [] if modulation is None else list(modulation.reshape(-1, config.dim))
-
-        def told(x, name, block=block, values=values):
-            if config.adaln == "none":
-                return own_norm(block[f"{name}_norm"], x), 1
-            scale, shift = values.pop(0), values.pop(0)
-            return plain_norm(x) * (1 + scale) + shift, values.pop(0) if config.gates else 1
-
-        turns = [(window,) for window in windows] if config.split == "attentions" else [windows]
-        for number, each in enumerate(turns):
-            name = f"self_attention_{number}" if number else "self_attention"
-            if config.modulated == "last" and number < len(turns) - 1:
-                y = attention(block[name], own_norm(block[f"{name}_norm"], x), each, config.images_alone)
-                x = x + linear(block[f"{name}_out"], y)
-                continue
-            h, gate = told(x, name)
-            x = x + gate * attention(block[name], h, each, config.images_alone)
-        if config.cross and (config.cross_in == "all" or windows[0].time == 1):
-            h = own_norm(block["cross_norm"], x) if config.adaln == "none" else plain_norm(x)
-            if config.adaln == "single":
-                h = x
-            if config.cross_keys == "joint":
-                x = x + attention(block["cross_attention"], h, [Window(1, None, None)], **text)
-            elif text["text_mask"].any():
-                sees = np.zeros((1, tokens, tokens), bool)
-                where = places_of([[grid]], tokens)
-                params_ = block["cross_attention"]
-                x = x + dense_attention(params_, h[None], where, sees, None, config.heads, "none", **text)[0]
-            else:
-                x = x + block["cross_attention"]["out"].get("bias", 0)
-        h, gate = told(x, "mlp")
-        x = x + gate * linear(block["mlp_out"], gelu(linear(block["mlp_in"], h)))
-        assert not values
-        if config.skips and index == len(config.block_windows) - 1 and cycle < count // 2:
-            skips.append(x)
-    x = x[:tokens]
-    if config.adaln == "none":
-        x = own_norm(params["norm_out"], x)
-    else:
-        if config.adaln == "single":
-            scale, shift = told_all + params["adaln_out_table"].reshape(2, -1)
-        else:
-            scale, shift = np.split(linear(params["adaln_out"], shared), 2)
-        x = plain_norm(x) * (1 + scale) + shift
-    x = linear(params["patch_out"], x)
-    return upscaled(params["conv_out"], x.reshape(*grid, -1), 1) if config.output_conv else x
-
-
 def twins(config, grid, values):
     """The twin of equal clips."""
 
@@ -325,7 +108,7 @@ def twins(config, grid, values):
         return jax.tree.map(lambda leaf: leaf[number, 0] if leaf.shape[1] == 1 else leaf[number], values)
 
     params = parameters(config)
-    return np.stack([twin(params, config, grid, *clip(number)) for number in range(len(values[0]))])
+    return np.stack([twin(params, config, BOUNDS, grid, *clip(number)) for number in range(len(values[0]))])
 
 
 # Each value of each knob with most values of the others.
@@ -473,7 +256,8 @@ def test_the_last_convolution_equals_its_equations():
     params = parameters(plain) | {"conv_out": conv}
     ours = compiled(config)(params, *arguments(values, Layout(grid=VIDEO)))
     clips = [jax.tree.map(lambda leaf, n=n: leaf[n, 0] if leaf.shape[1] == 1 else leaf[n], values) for n in range(2)]
-    np.testing.assert_allclose(ours, [twin(params, config, VIDEO, *clip) for clip in clips], rtol=1e-4, atol=1e-4)
+    expected = [twin(params, config, BOUNDS, VIDEO, *clip) for clip in clips]
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_given_frames_that_are_looked_at_equal_their_equations():
@@ -485,7 +269,8 @@ def test_given_frames_that_are_looked_at_equal_their_equations():
     params = filled(Denoiser(config, BOUNDS), *arguments(values, Layout(grid=VIDEO)))["params"]
     ours = compiled(config)(params, *arguments(values, Layout(grid=VIDEO)))
     clips = [jax.tree.map(lambda leaf, n=n: leaf[n, 0] if leaf.shape[1] == 1 else leaf[n], values) for n in range(2)]
-    np.testing.assert_allclose(ours, [twin(params, config, VIDEO, *clip) for clip in clips], rtol=1e-4, atol=1e-4)
+    expected = [twin(params, config, BOUNDS, VIDEO, *clip) for clip in clips]
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
