@@ -291,6 +291,43 @@ def test_joined_attention_is_that_over_the_keys_of_both_and_so_are_its_gradients
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3 * max(1, scale))
 
 
+def plainly(q, k, v, bias, mask):
+    """Attention and its sums as one would write them, for the gradient to be found by differentiation."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(HEAD_DIM)
+    logits = logits if bias is None else logits + bias
+    logits = logits if mask is None else jnp.where(mask, logits, attention.NEVER)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, -1).swapaxes(1, 2)
+
+
+@functools.cache
+def slopes(function):
+    """Gradients of everything that can have one, weighted so that no two numbers count alike."""
+
+    def weighed(arguments, mask, weights):
+        out, logsum = function(*arguments, mask)
+        seen = logsum > attention.NEVER / 2  # of a row that sees nothing it is a huge number, which tells nothing
+        return (out * weights[0]).sum() + jnp.where(seen, logsum * weights[1], 0).sum()
+
+    return jax.jit(jax.grad(weighed))
+
+
+@pytest.mark.parametrize("biases", [None, 1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 99))
+def test_the_gradient_is_that_of_its_equations(seed, biases, masked):
+    q, k, v = (normal(seed + i, 3, n, HEADS, HEAD_DIM) for i, n in enumerate((5, 7, 7)))
+    bias = None if biases is None else normal(seed + 3, biases, HEADS, 5, 7)
+    mask = None
+    if masked:
+        mask = np.random.default_rng(seed).random((3, 1, 5, 7)) < 0.5
+        mask[0, 0, 2] = False  # sees nothing
+    weights = normal(seed + 4, 3, 5, HEADS, HEAD_DIM), normal(seed + 5, 3, 5, HEADS)
+    ours, theirs = (slopes(each)((q, k, v, bias), mask, weights) for each in (attention.attend, plainly))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, **CLOSE)
+
+
 def test_with_numbers_of_16_bits_sums_keep_32():
     """Shares of text and tokens come from a difference of these sums, where 8 bits are too few."""
     q, k, v = (jnp.asarray(y[:1, :7], jnp.bfloat16) for y in projections())
