@@ -33,11 +33,12 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def main() -> None:
-    """Compiles both and writes what the compiler says."""
+    """Compiles them and writes what the compiler says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="walt_l")
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--clips_a_chip", type=int, default=4)
+    parser.add_argument("--layouts", nargs="+", choices=("dense", "packed"), default=("dense", "packed"))
     parser.add_argument("--out", required=True, type=pathlib.Path)
     flags = parser.parse_args()
     knobs = runpy.run_path(str(CONFIGS / f"{flags.config}.py"))["get_config"]()
@@ -45,8 +46,10 @@ def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
     mesh = Mesh(np.array(devices), ("data",))
     rows = []
-    for name, batch in batches(config, flags.clips_a_chip * len(devices), len(devices)).items():
-        rows.append({"name": name, "topology": flags.topology, "chips": len(devices), **compiled(config, batch, mesh)})
+    both = batches(config, flags.clips_a_chip * len(devices), len(devices))
+    for name in flags.layouts:
+        found = compiled(config, both[name], mesh)
+        rows.append({"name": name, "topology": flags.topology, "chips": len(devices), **found})
         print(json.dumps(rows[-1]), flush=True)
         flags.out.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -55,7 +58,7 @@ def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
     """As many clips of the data's shape as a batch, and in packs, one a chip."""
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     grid = config.denoiser.grid(shape[:3])
-    text = jax.device_get(make_model(config, config.most_pieces).words(clips, config.words))
+    text = jax.device_get(make_model(config, config.most_pieces).words(clips, config.words))  # ids, or embeddings
     each = clips // packs
     positions, sizes = place_clips([[grid] * each] * packs, each * math.prod(grid), each)
     windows, alone = config.denoiser.attention_windows, config.denoiser.images_alone
