@@ -217,7 +217,9 @@ class Run:
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
 
     def make_vocabulary(self) -> bytes | None:
-        """What `text.keep` writes, see `RunText.make`."""
+        """What `text.keep` writes, see `RunText.make`; nothing where there is no denoiser to read it."""
+        if self.config.denoiser is None:
+            return None
         return self.text.make(self.data.of_nominal_size().captions, self.data.unseen().captions)
 
     def _statistics(self, state: TrainState) -> dict:

@@ -43,15 +43,13 @@ class RunText:
         if pieces > text.vocab_size:
             raise UserError(f"{path} has {pieces} pieces, and the T5 beside it embeds {text.vocab_size}; give its own.")
 
-    def make(self, trained: Iterable[str], unseen: Iterable[str]) -> bytes | None:
+    def make(self, trained: Iterable[str], unseen: Iterable[str]) -> bytes:
         """A vocabulary of the training clips' captions where the config has text; a list of all where they are classes.
 
         Raises:
             UserError: if `text.vocab_size` or `denoiser.classes` does not suit them.
         """
         config = self._config
-        if config.denoiser is None:
-            return None
         if config.pretrained_text is not None:
             return t5_weights.vocabulary_path(config.pretrained_text.pretrained).read_bytes()
         if config.text is not None:
