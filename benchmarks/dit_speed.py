@@ -28,6 +28,7 @@ from walt_jax.config import build
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout
 from walt_jax.denoiser.model import Condition, Denoiser
+from walt_jax.memory import keep_freed_memory
 from walt_jax.training.state import COMPILER_OPTIONS
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "dit_s_2.py"
@@ -99,6 +100,7 @@ def theirs(batch: int):
 
 def main() -> None:
     """Times both and writes the figures."""
+    keep_freed_memory()  # as `walt_jax.main` does; PyTorch is faster with it as well
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--batch_size", type=int, default=4)

@@ -130,8 +130,16 @@ def test_sampling_needs_a_denoiser(trained, cache):
     assert code == 1 and "--mode=reconstruct" in err.splitlines()[-1]
 
 
-PEAK = "import resource, sys; from walt_jax.main import main; code = main(sys.argv[1:]); "
-PEAK += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+PEAK = """
+import resource, sys
+from walt_jax.main import main
+from walt_jax.memory import keep_freed_memory
+
+keep_freed_memory()
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
 
 
 def test_memory_does_not_grow_with_the_length(trained, tmp_path):

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from walt_jax.errors import UserError
+from walt_jax.memory import keep_freed_memory
 
 MAX_SEED = 2**31 - 1
 KNOB = "--config."
@@ -465,4 +466,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

@@ -68,8 +68,9 @@ def attend(
 
 
 def _attend_forward(query, key, value, bias, mask):
+    query = query * query.shape[-1] ** -0.5  # here, and not the logits: there are many more of those
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
@@ -99,8 +100,8 @@ def _attend_backward(residuals, gradients):
     if bias is not None:
         bias_slope = logits.sum(0, keepdims=True) if len(bias) == 1 else logits
         bias_slope = bias_slope.astype(bias.dtype)
-    logits = (logits * query.shape[-1] ** -0.5).astype(query.dtype)
-    query_slope = jnp.einsum("bhqk,bhkd->bhqd", logits, key)
+    logits = logits.astype(query.dtype)
+    query_slope = jnp.einsum("bhqk,bhkd->bhqd", logits, key) * query.shape[-1] ** -0.5
     key_slope = jnp.einsum("bhqk,bhqd->bhkd", logits, query)
     slopes = (rearrange(x, "b heads n d -> b n heads d") for x in (query_slope, key_slope, value_slope))
     return *slopes, bias_slope, None
