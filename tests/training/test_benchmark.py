@@ -50,6 +50,12 @@ def test_rates_follow_from_seconds(rows):
         if "mfu" in row:
             assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds_median"])
             assert row["mfu"] == pytest.approx(row["flops_per_second"] / row["peak_flops_per_second"])
+        if "optimizer_flops" in row:
+            products = (row["flops"] + row["optimizer_flops"]) / row["peak_flops_per_second"]
+            assert row["seconds_over_products"] == pytest.approx(row["seconds_median"] / products)
+    assert {name for name, row in rows.items() if "optimizer_flops" in row} == {
+        name for name, row in rows.items() if "train_step" in name and "flops" in row
+    }
 
 
 def test_tokens_are_counted(rows):

@@ -49,9 +49,10 @@ class Part:
     Attributes:
         name: in `benchmark.json`.
         run: does it once and returns what to wait for.
-        flops: matrix products and convolutions of it, see `parallel.cost`.
+        flops: matrix products and convolutions of it, see `parallel.cost`; without the optimizer's.
         tokens: that are of clips, if it is about tokens.
         valid: their share of all tokens.
+        optimizer_flops: those of the optimizer, if it is a train step; Muon has some.
         more: further figures.
     """
 
@@ -60,6 +61,7 @@ class Part:
     flops: int
     tokens: int = 0
     valid: float = 1.0
+    optimizer_flops: int | None = None
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -70,7 +72,9 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
 
     Returns:
         For each part {"name", "seconds_median", "flops", "flops_per_second", "peak_flops_per_second", "peak", "mfu",
-        "tokens_per_second", "tokens_valid_fraction", "device"}, those that apply; and `data_benchmark`'s rows.
+        "tokens_per_second", "tokens_valid_fraction", "device"}, those that apply; of a train step also
+        "optimizer_flops" and "seconds_over_products", how many times as long it takes as all of its products, the
+        optimizer's among them, would at the rate of the largest; and `data_benchmark`'s rows.
     """
     dtype = (config.denoiser or config.tokenizer).dtype
     parts = [_tokenizer(config), *([] if config.denoiser is None else _denoiser(config))]
@@ -103,6 +107,12 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
         if part.flops:
             rate = part.flops / medians[part.name]
             row |= {"flops": part.flops, "flops_per_second": rate, "mfu": rate / peak}
+        if part.flops and part.optimizer_flops is not None:
+            products = (part.flops + part.optimizer_flops) * medians[product.name] / product.flops
+            row |= {
+                "optimizer_flops": part.optimizer_flops,
+                "seconds_over_products": medians[part.name] / products,
+            }
         if part.tokens:
             row |= {
                 "tokens_per_second": part.tokens / medians[part.name],
@@ -134,6 +144,7 @@ class _Training:
         self.state = TrainState.create(params, moving, task, optimizer)
         self.step = make_train_step(task, optimizer, stage.ema_decay)
         self.flops = flops(task.gradients, params, moving, frozen, batch, self.key, self.state.step)
+        self.optimizer_flops = flops(optimizer.update, params, self.state.opt_state, params)
 
     def __call__(self) -> Any:
         self.state, metrics = self.step(self.state, self.frozen, self.batch, self.key)
@@ -146,7 +157,8 @@ def _tokenizer(config: RunConfig) -> Part:
     video = np.random.default_rng(0).integers(0, 255, (count, *clip, 3), dtype=np.uint8)
     step = _Training(make_task(config, name, 0), stage, None, {"video": video})
     latents = count * math.prod(config.tokenizer.latent_shape(*clip)[:3])
-    return Part("tokenizer_train_step", step, step.flops, latents, 1.0, {"clips": count, "clip": list(clip)})
+    more = {"clips": count, "clip": list(clip)}
+    return Part("tokenizer_train_step", step, step.flops, latents, 1.0, step.optimizer_flops, more)
 
 
 def _denoiser(config: RunConfig) -> list[Part]:
@@ -166,12 +178,13 @@ def _denoiser(config: RunConfig) -> list[Part]:
     if config.denoiser.upscale > 1:
         batch = {"video": np.zeros((count, *config.clip_shape().nominal, 3), np.uint8), "text": words}
     dense = _Training(task, stage, frozen, batch)
-    parts = [Part("denoiser_train_step", dense, dense.flops, count * tokens)]
+    parts = [Part("denoiser_train_step", dense, dense.flops, count * tokens, 1.0, dense.optimizer_flops)]
     full = dataclasses.replace(config.denoiser, windows=((None, None, None),) * len(config.denoiser.windows))
     if full != config.denoiser:
         other = _with(model, full)
         step = _Training(DenoiserTask(other, config.conditioning), stage, frozen, batch)
-        parts.append(Part("denoiser_train_step_full_attention", step, step.flops, count * tokens))
+        name = "denoiser_train_step_full_attention"
+        parts.append(Part(name, step, step.flops, count * tokens, 1.0, step.optimizer_flops))
     if config.denoiser.upscale == 1:
         together = next(size for size in range(min(count, max(1, 2048 // tokens)), 0, -1) if count % size == 0)
         equal = [[grid] * together] * (count // together)
@@ -218,7 +231,7 @@ def _packed(
     scores = sum(map(scores_computed, pack.groups.values()))
     more = {"packs": len(packs), "tokens_per_pack": length, "attention_scores_computed": scores}
     # The trace counts the dearest row length for every chunk; what is not counted exactly is not given.
-    return Part(name, step, cost or 0, int(valid * tokens.shape[0] * length), valid, more)
+    return Part(name, step, cost or 0, int(valid * tokens.shape[0] * length), valid, step.optimizer_flops, more)
 
 
 def _attention(model: LatentDiffusion) -> list[Part]:
@@ -235,7 +248,7 @@ def _attention(model: LatentDiffusion) -> list[Part]:
         valid = float((positions[..., 0] >= 0).mean())
         scores = {"attention_scores_computed_over_needed": scores_computed(pack.groups[window.name]) / needed}
         run = _layer(config, window, grid, Layout(pack=pack), tokens)
-        parts.append(Part(f"attention_pack_of_{tokens}_tokens", run, 0, round(valid * tokens), valid, scores))
+        parts.append(Part(f"attention_pack_of_{tokens}_tokens", run, 0, round(valid * tokens), valid, None, scores))
     whole = Window(None, None, None)
     for tokens in CLIPS_OF:
         run = _layer(config, whole, (1, 1, tokens), Layout(grid=(1, 1, tokens)), tokens)
