@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 HEADS, HEAD_DIM, WORDS = 2, 8, 4
 DIM = HEADS * HEAD_DIM
-LENGTHS = (8, 90)
+# Lengths of rows and slots of a chunk: chunks of two kinds, that are computed in turn, or of one, all at once.
+IN_TURN, AT_ONCE = ((8, 90), 96), ((90,), 180)
+CUTS = st.sampled_from([IN_TURN, AT_ONCE])
 MIXED = [[(3, 2, 4), (1, 5, 6), (2, 3, 3)], [(1, 1, 2), (2, 5, 3)], []]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # One module for all windows, so that it is compiled once: in packs a window's name only says where its groups are.
@@ -34,9 +36,10 @@ def module(relative="bias", window=ANY, qk_norm=True, bounds=LARGEST):
     return WindowAttention(HEADS, (window,), (bounds,), relative, qk_norm, "none", jnp.float32)
 
 
-def packed(packs, window, images_alone=False, lengths=LENGTHS):
-    places, lengths = place_clips(packs, TOKENS, CLIPS), {window.name: lengths}
-    pack = make_pack(*places, [window], lengths, images_alone, slots=96)
+def packed(packs, window, images_alone=False, cut=IN_TURN):
+    lengths, slots = cut
+    pack = make_pack(*place_clips(packs, TOKENS, CLIPS), [window], {window.name: lengths}, images_alone, slots)
+    assert pack.groups[window.name].all_at_once == (len(lengths) == 1)
     return Layout(pack=pack.replace(groups={ANY.name: pack.groups[window.name]}))
 
 
@@ -77,12 +80,12 @@ def gradients_of_dense_attention(params, x, text, mask, places, sees, weights):
 @pytest.mark.parametrize(("relative", "with_text"), [("bias", True), ("bias", False), ("rotary", True)])
 def test_in_packs_equals_dense_attention_under_a_mask(relative, with_text):
     @settings(max_examples=15, deadline=None)
-    @given(BATCHES, WINDOWS, st.booleans(), st.integers(0, 99))
-    def check(packs, window, images_alone, seed):
+    @given(BATCHES, WINDOWS, st.booleans(), CUTS, st.integers(0, 99))
+    def check(packs, window, images_alone, cut, seed):
         images_alone &= not with_text  # W.A.L.T's cross-attention is spatial, where images are not alone
         x, (text, mask) = normal(seed, PACKS, TOKENS, DIM), texts(seed) if with_text else (None, None)
         params, places, sees = parameters(relative), places_of(packs, TOKENS), seen(packs, window, TOKENS, images_alone)
-        ours = compiled(relative)(params, x, packed(packs, window, images_alone), text, mask)
+        ours = compiled(relative)(params, x, packed(packs, window, images_alone, cut), text, mask)
         twin = dense_attention(params, x, places, sees, LARGEST, HEADS, relative, text, mask)
         inside = places[..., 0] >= 0
         np.testing.assert_allclose(ours[inside], twin[inside], **CLOSE)
@@ -91,11 +94,11 @@ def test_in_packs_equals_dense_attention_under_a_mask(relative, with_text):
 
 
 @settings(max_examples=10, deadline=None)
-@given(BATCHES, WINDOWS, st.integers(0, 99))
-def test_in_packs_gradients_equal_those_of_dense_attention(packs, window, seed):
+@given(BATCHES, WINDOWS, CUTS, st.integers(0, 99))
+def test_in_packs_gradients_equal_those_of_dense_attention(packs, window, cut, seed):
     params, x, (text, mask) = parameters("bias"), normal(seed, PACKS, TOKENS, DIM), texts(seed)
     weights = (places_of(packs, TOKENS)[..., :1] >= 0) * normal(seed + 5, *x.shape)
-    ours = gradients_in_packs(params, x, packed(packs, window), text, mask, weights)
+    ours = gradients_in_packs(params, x, packed(packs, window, cut=cut), text, mask, weights)
     places, sees = places_of(packs, TOKENS), seen(packs, window, TOKENS)
     twin = gradients_of_dense_attention(params, x, text, mask, places, sees, weights)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), ours, twin)
@@ -170,9 +173,9 @@ WEIGHTS = normal(5, PACKS, TOKENS, HEADS, HEAD_DIM), normal(6, PACKS, TOKENS, HE
 
 
 @settings(max_examples=10, deadline=None)
-@given(BATCHES, WINDOWS, st.integers(0, 99))
-def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, seed):
-    layout, numbers = packed(packs, window), numbers_of(packs, window)
+@given(BATCHES, WINDOWS, CUTS, st.integers(0, 99))
+def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, cut, seed):
+    layout, numbers = packed(packs, window, cut=cut), numbers_of(packs, window)
     inside = numbers >= 0
     q, k, v = projections(seed)
     (out, logsum), _ = grouped_route(q, k, v, layout, *WEIGHTS)
@@ -181,9 +184,10 @@ def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, se
     np.testing.assert_allclose(logsum[inside], masked_logsum[inside], **CLOSE)
 
 
-def test_what_only_fills_a_pack_up_reaches_nothing():
+@pytest.mark.parametrize("cut", [IN_TURN, AT_ONCE])
+def test_what_only_fills_a_pack_up_reaches_nothing(cut):
     """Not even as NaN, and neither do its gradients."""
-    layout = packed(MIXED, Window(None, 2, 4))
+    layout = packed(MIXED, Window(None, 2, 4), cut=cut)
     inside = places_of(MIXED, TOKENS)[..., 0] >= 0
     q, k, v = projections()
     weights = inside[..., None, None] * WEIGHTS[0], inside[..., None] * WEIGHTS[1]
@@ -199,10 +203,13 @@ def test_what_only_fills_a_pack_up_reaches_nothing():
 
 def test_how_rows_are_cut_changes_nothing():
     packs, window = [[(3, 5, 6)]] * PACKS, Window(1, 1, 3)
-    few, many = (packed(packs, window, lengths=lengths) for lengths in (LENGTHS, (3, 20, 96)))
     q, k, v = projections()
-    routes = [grouped_route(q, k, v, layout, *WEIGHTS) for layout in (few, many)]
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), *routes)
+    first, *others = (
+        grouped_route(q, k, v, packed(packs, window, cut=cut), *WEIGHTS)
+        for cut in (IN_TURN, ((3, 20, 96), 96), ((3,), 96), ((40,), 96))
+    )
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), first, other)
 
 
 def test_logits_are_bounded_whatever_the_weights():

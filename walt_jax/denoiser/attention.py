@@ -197,24 +197,24 @@ def grouped(
     batch, tokens, heads, features = query.shape
     chunks, slots = groups.slots.shape
     there, back = groups.slots.reshape(-1), groups.place
-    # One move for all three: what it costs is for the most part looking up indices.
-    packed = _moved(jnp.concatenate([query, key, value], axis=2), there, back)
-    packed = packed.reshape(chunks, slots, 3 * heads, features)
+    # Moved each by itself: to take them together and part them again costs more than to look indices up three times.
+    packed = tuple(_moved(x, there, back).reshape(chunks, slots, heads, features) for x in (query, key, value))
     places = jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0).reshape(chunks, slots, 3)
 
     def rows_of(length: int):
-        """Attention in a chunk whose rows have this length."""
+        """Attention in chunks whose rows have this length."""
         rows = slots // length
 
         def cut(x):
-            return x[: rows * length].reshape(rows, length, *x.shape[1:])
+            x = x[:, : rows * length]
+            return x.reshape(len(x) * rows, length, *x.shape[2:])
 
         def filled(x):
-            x = x.reshape(rows * length, *x.shape[2:])
-            return jnp.pad(x, [(0, slots - rows * length)] + [(0, 0)] * (x.ndim - 1))
+            x = x.reshape(len(x) // rows, rows * length, *x.shape[2:])
+            return jnp.pad(x, [(0, 0), (0, slots - rows * length)] + [(0, 0)] * (x.ndim - 2))
 
         def attention(packed, row_window, places, table):
-            q, k, v = jnp.split(cut(packed), 3, axis=2)
+            q, k, v = map(cut, packed)
             row_window = cut(row_window)
             bias = None
             if table is not None:
@@ -227,17 +227,21 @@ def grouped(
 
         return attention
 
-    def unused(packed, row_window, places, table):
-        return jnp.zeros((slots, heads, features), packed.dtype), jnp.zeros((slots, heads), jnp.float32)
+    if groups.all_at_once:
+        out, logsum = rows_of(groups.lengths[0])(packed, groups.row_window, places, table)
+    else:
 
-    branches = [unused, *map(rows_of, groups.lengths)]
+        def unused(packed, row_window, places, table):
+            return jnp.zeros_like(packed[2]), jnp.zeros((1, slots, heads), jnp.float32)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk(table, xs):
-        kind, packed, row_window, places = xs
-        return table, jax.lax.switch(kind, branches, packed, row_window, places, table)
+        branches = [unused, *map(rows_of, groups.lengths)]
 
-    _, (out, logsum) = jax.lax.scan(chunk, table, (groups.kind, packed, groups.row_window, places))
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def chunk(table, xs):
+            kind, *rest = xs
+            return table, jax.lax.switch(kind, branches, *jax.tree.map(lambda x: x[None], rest), table)
+
+        _, (out, logsum) = jax.lax.scan(chunk, table, (groups.kind, packed, groups.row_window, places))
     out = rearranged(out.reshape(chunks * slots, heads * features), back, there).reshape(query.shape)
     logsum = rearranged(logsum.reshape(chunks * slots, heads), back, there).reshape(batch, tokens, heads)
     alone = (back == chunks * slots).reshape(batch, tokens, 1)

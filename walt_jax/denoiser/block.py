@@ -174,7 +174,7 @@ class Block(nn.Module):
             modulation = context.modulation + Linear(
                 width, ("rank", "embed"), use_bias=False, kernel_init=zeros, dtype=dtype, name="adaln_b"
             )(low)
-        values = jnp.split(context.layout.spread(modulation), width // cfg.dim, axis=-1)
+        values = [context.layout.spread(value) for value in jnp.split(modulation, width // cfg.dim, axis=-1)]
         each = 3 if cfg.gates else 2
         return iter([values[first : first + each] for first in range(0, len(values), each)])
 

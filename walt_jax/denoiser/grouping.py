@@ -37,6 +37,11 @@ class Groups:
     place: Int[Array, " n"]
     lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
+    @property
+    def all_at_once(self) -> bool:
+        """Whether all chunks are alike and have several rows, and so are not worth a loop."""
+        return len(self.lengths) == 1 and self.lengths[0] < self.slots.shape[1]
+
 
 def choose_lengths(windows: Sequence[int], most: int = 12) -> tuple[int, ...]:
     """At most `most` lengths of rows, such that windows of these lengths have the least padding.
@@ -77,6 +82,8 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
     if slots is None:
         slots = min(max(2 ** int(math.log2(max(total / CHUNKS, 1))), SMALLEST_CHUNK), LARGEST_CHUNK)
     slots = max(slots, lengths[-1])
+    if len(lengths) == 1:
+        slots -= slots % lengths[0]
     rows: list[list[list[Int[np.ndarray, " l"]]]] = [[] for _ in lengths]  # of each length, the windows in each row
     offset = 0
     for pack in numbers:
@@ -93,7 +100,8 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
             rows[kind + 1] += rows[kind][len(rows[kind]) - left :]
             del rows[kind][len(rows[kind]) - left :]
     used = [math.ceil(len(rows[kind]) / (slots // length)) for kind, length in enumerate(lengths)]
-    chunks = len(lengths) + math.ceil(SPARE * total / slots)
+    # Of one length chunks are computed whether they are used or not.
+    chunks = len(lengths) + math.ceil((SPARE if len(lengths) > 1 else 1) * total / slots)
     while chunks < sum(used):
         chunks = math.ceil(SPARE * chunks)
     table = np.full((chunks, slots), total, np.int32)
