@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 950,
+                        "steps": 1100,
                         "batch_size": 32,
                         "ema_decay": 0.99,
                         "log_every": 10,
