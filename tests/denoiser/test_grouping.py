@@ -116,23 +116,35 @@ def test_a_window_longer_than_the_longest_row_is_refused():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.integers(16, 40))
-def test_there_are_few_different_counts_of_chunks(windows, slots):
+@given(
+    st.lists(st.integers(1, 16), min_size=1, max_size=40),
+    st.sampled_from([(3, 16), (16,)]),
+    st.one_of(st.just(16), st.integers(16, 40)),
+)
+def test_there_are_few_different_counts_of_chunks(windows, lengths, slots):
     """Each is a program to compile. Were the count what is used, there would be one a batch."""
-    tokens, lengths = 640, (3, 16)
+    tokens = 640
     numbers = np.full(tokens, -1)
     numbers[: sum(windows)] = np.repeat(np.arange(len(windows)), windows)
     groups = group(arrays([numbers]), lengths, slots)
-    count = len(lengths) + math.ceil(SPARE * tokens / slots)
+    slots = groups.slots.shape[1]
+    # What is computed all at once has none to spare, for they would be computed too.
+    count = len(lengths) + math.ceil((1 if groups.all_at_once else SPARE) * tokens / slots)
     counts = [count, math.ceil(SPARE * count), math.ceil(SPARE * math.ceil(SPARE * count))]
     assert len(groups.kind) in counts
 
 
 def test_more_chunks_are_taken_when_those_there_are_do_not_suffice():
-    # Windows of 9 in rows of 16: each fills a chunk, and the 1 + ⌈180 / 16⌉ = 13 chunks hold 13 of the 20, 17 hold 17.
+    # Windows of 9 in rows of 16, one a chunk: the 1 + ⌈1.25 · 180 / 16⌉ = 16 chunks hold 16 of the 20, the next 20 all.
     groups = group(arrays([np.repeat(np.arange(20), 9)]), (16,), 16)
-    assert len(groups.kind) == 22
+    assert not groups.all_at_once
+    assert len(groups.kind) == 20
     assert np.count_nonzero(groups.kind) == 20
+    # Two rows a chunk, computed at once: 1 + ⌈180 / 32⌉ = 7 chunks, then 9, then 12 hold the 10 that there are.
+    groups = group(arrays([np.repeat(np.arange(20), 9)]), (16,), 32)
+    assert groups.all_at_once
+    assert len(groups.kind) == 12
+    assert np.count_nonzero(groups.kind) == 10
 
 
 @settings(max_examples=100, deadline=None)

@@ -40,7 +40,11 @@ class Groups:
     @property
     def all_at_once(self) -> bool:
         """Whether all chunks are alike and have several rows, and so are not worth a loop."""
-        return len(self.lengths) == 1 and self.lengths[0] < self.slots.shape[1]
+        return _alike(self.lengths, self.slots.shape[1])
+
+
+def _alike(lengths: tuple[int, ...], slots: int) -> bool:
+    return len(lengths) == 1 and lengths[0] < slots
 
 
 def choose_lengths(windows: Sequence[int], most: int = 12) -> tuple[int, ...]:
@@ -100,8 +104,8 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
             rows[kind + 1] += rows[kind][len(rows[kind]) - left :]
             del rows[kind][len(rows[kind]) - left :]
     used = [math.ceil(len(rows[kind]) / (slots // length)) for kind, length in enumerate(lengths)]
-    # Of one length chunks are computed whether they are used or not.
-    chunks = len(lengths) + math.ceil((SPARE if len(lengths) > 1 else 1) * total / slots)
+    # Chunks that are computed at once are computed whether they are used or not.
+    chunks = len(lengths) + math.ceil((1 if _alike(lengths, slots) else SPARE) * total / slots)
     while chunks < sum(used):
         chunks = math.ceil(SPARE * chunks)
     table = np.full((chunks, slots), total, np.int32)
