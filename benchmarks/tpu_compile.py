@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="walt_l")
     parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--chips", type=int, help="how many of the topology's; all unless given")
     parser.add_argument("--clips_a_chip", type=int, default=4)
     parser.add_argument("--layouts", nargs="+", choices=("dense", "packed"), default=("dense", "packed"))
     parser.add_argument("--out", required=True, type=pathlib.Path)
@@ -44,6 +45,7 @@ def main() -> None:
     knobs = runpy.run_path(str(CONFIGS / f"{flags.config}.py"))["get_config"]()
     config = build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
+    devices = devices[: flags.chips]
     mesh = Mesh(np.array(devices), ("data",))
     rows = []
     both = batches(config, flags.clips_a_chip * len(devices), len(devices))
