@@ -44,8 +44,7 @@ def main() -> None:
     flags = parser.parse_args()
     knobs = runpy.run_path(str(CONFIGS / f"{flags.config}.py"))["get_config"]()
     config = build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
-    devices = devices[: flags.chips]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices[: flags.chips]
     mesh = Mesh(np.array(devices), ("data",))
     rows = []
     both = batches(config, flags.clips_a_chip * len(devices), len(devices))

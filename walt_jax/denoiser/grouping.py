@@ -40,10 +40,10 @@ class Groups:
     @property
     def all_at_once(self) -> bool:
         """Whether all chunks are alike and have several rows, and so are not worth a loop."""
-        return _alike(self.lengths, self.slots.shape[1])
+        return _all_at_once(self.lengths, self.slots.shape[1])
 
 
-def _alike(lengths: tuple[int, ...], slots: int) -> bool:
+def _all_at_once(lengths: tuple[int, ...], slots: int) -> bool:
     return len(lengths) == 1 and lengths[0] < slots
 
 
@@ -105,7 +105,7 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
             del rows[kind][len(rows[kind]) - left :]
     used = [math.ceil(len(rows[kind]) / (slots // length)) for kind, length in enumerate(lengths)]
     # Chunks that are computed at once are computed whether they are used or not.
-    chunks = len(lengths) + math.ceil((1 if _alike(lengths, slots) else SPARE) * total / slots)
+    chunks = len(lengths) + math.ceil((1 if _all_at_once(lengths, slots) else SPARE) * total / slots)
     while chunks < sum(used):
         chunks = math.ceil(SPARE * chunks)
     table = np.full((chunks, slots), total, np.int32)
