@@ -28,7 +28,7 @@ from walt_jax.config import build
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout
 from walt_jax.denoiser.model import Condition, Denoiser
-from walt_jax.memory import keep_freed_memory
+from walt_jax.malloc import keep_freed_memory
 from walt_jax.training.state import COMPILER_OPTIONS
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "dit_s_2.py"

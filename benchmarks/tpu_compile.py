@@ -59,10 +59,12 @@ def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
     """As many clips of the data's shape as a batch, and in packs, one a chip."""
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     grid = config.denoiser.grid(shape[:3])
-    text = jax.device_get(make_model(config, config.most_pieces).words(clips, config.words))  # ids, or embeddings
+    text = jax.device_get(
+        make_model(config, config.most_pieces).text_tokens(clips, config.text_length)
+    )  # ids, or embeddings
     each = clips // packs
     positions, sizes = place_clips([[grid] * each] * packs, each * math.prod(grid), each)
-    windows, alone = config.denoiser.attention_windows, config.denoiser.images_alone
+    windows, alone = config.denoiser.attention_windows, config.denoiser.isolate_images
     pack = make_pack(positions, sizes, windows, row_lengths(positions, sizes, windows, alone), alone)
     width = shape[3] * math.prod(config.denoiser.patch_size)
     tokens = np.zeros((packs, each * math.prod(grid), width), np.float32)

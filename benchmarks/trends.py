@@ -108,7 +108,7 @@ def train_step(config: RunConfig) -> tuple[Callable[[], Any], int, int]:
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key)[0])
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     latents = rng.normal(size=(stage.batch_size, *shape)).astype(np.float32)
-    batch = {"latents": latents, "text": np.ones((stage.batch_size, config.words), np.int32)}
+    batch = {"latents": latents, "text": np.ones((stage.batch_size, config.text_length), np.int32)}
     state = [jax.jit(lambda params: TrainState.create(params, moving, task, optimizer))(params)]
     update = make_train_step(task, optimizer, stage.ema_decay)
     size = sum(leaf.size for leaf in jax.tree.leaves(params["denoiser"]))

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         relative="rotary",
         cross_keys="text",
         self_conditioning=False,
-        images_alone=False,
+        isolate_images=False,
     )
     config.diffusion = ConfigDict(
         {

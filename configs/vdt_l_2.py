@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
         split="attentions",
         modulated="last",
         frame_prediction=True,
-        known_by="place",
+        observed_as="place",
     )
     config.conditioning = ConfigDict(
         {"kinds": ("start", "end", "every", "one", "random", "square"), "frames": (8,), "probability": 0.857}

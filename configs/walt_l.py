@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                 "cross_attention": False,
                 "classes": 101,
                 "self_conditioning": True,
-                "images_alone": True,
+                "isolate_images": True,
                 "scan": True,
                 "remat": "dots",
                 "dtype": "bfloat16",

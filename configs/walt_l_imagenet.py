@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     images = runpy.run_path(str(here.with_name("magvit2_image.py")))["get_config"]()
     config.data.update(frames=1, height=256, width=256)
     config.tokenizer.update({name: images.tokenizer[name] for name in ("channel_multipliers", "downsample", "taps")})
-    config.denoiser.update(windows=((1, None, None), (1, 16, 16)), adaln="separate", classes=1000, images_alone=False)
+    config.denoiser.update(windows=((1, None, None), (1, 16, 16)), adaln="separate", classes=1000, isolate_images=False)
     config.stages = ConfigDict({"images": images.stages.images, "denoiser": config.stages.denoiser}, sort_keys=False)
     config.stages.denoiser.update(steps=437_000, batch_size=1024)
     config.sampling.guidance = {"scale": 3.8, "kind": "power_cosine", "power": 4.0}

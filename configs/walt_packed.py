@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
         "large": {"frames": 9, "side": 80, "weight": 1.0},
         "image": {"frames": 1, "side": 96, "weight": 2.0},
     }
-    config.denoiser.update(positions="fractional", relative="rotary", images_alone=True)
+    config.denoiser.update(positions="fractional", relative="rotary", isolate_images=True)
     config.stages.denoiser.update(shapes=shapes, pack={"tokens": 1536, "clips": 16}, batch_size=2, cached_clips=512)
     return config

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.denoiser.update(
         dim=1408, layers=40, patch_size=(1, 2, 2), windows=((1, 16, 28), (5, 8, 14)), upscale=2, remat="block"
     )
-    config.conditioning = {"low_noise": 0.3}
+    config.conditioning = {"low_res_noise": 0.3}
     config.stages.denoiser.update(steps=675_000, ema_decay=0.0)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
     return config

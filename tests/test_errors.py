@@ -41,7 +41,7 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--config.data.limits.pixel=3"], ["config.data.limits.pixel", "pixels"]),
         ([TINY, "--workdir=W", "--config.data.captions=3"], ["config.data.captions is 3", "str"]),
         ([TINY, "--workdir=W", "--config.data.source=drawn*0"], ["'drawn*0'", "weight above 0"]),
-        ([TINY, "--workdir=W", "--config.conditioning.low_noise=0.5"], ["low_noise", "denoiser.upscale"]),
+        ([TINY, "--workdir=W", "--config.conditioning.low_res_noise=0.5"], ["low_res_noise", "denoiser.upscale"]),
         ([TINY, "--workdir=W", "--config.data.width=wide"], ["config.data.width", "wide"]),
         ([TINY, "--workdir=W", "--config.data.width=24"], ["config.data", "width=24"]),
         ([TINY, "--workdir=W", "--config.data.frames=6"], ["frames", "1 + 4n"]),

@@ -22,7 +22,7 @@ def get_config():
     del config.text
     config.tokenizer.block_transform = True
     config.denoiser.update(
-        cross_attention=False, classes=72, positions="fractional", relative="rotary", images_alone=True,
+        cross_attention=False, classes=72, positions="fractional", relative="rotary", isolate_images=True,
         frame_prediction=True, patch_size=(1, 1, 1), windows=((1, None, None), (None, 2, 2)),
     )
     config.conditioning = ConfigDict({"frames": (1,), "probability": 0.5})

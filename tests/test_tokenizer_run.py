@@ -133,7 +133,7 @@ def test_sampling_needs_a_denoiser(trained, cache):
 PEAK = """
 import resource, sys
 from walt_jax.main import main
-from walt_jax.memory import keep_freed_memory
+from walt_jax.malloc import keep_freed_memory
 
 keep_freed_memory()
 code = main(sys.argv[1:])

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from walt_jax.errors import UserError
-from walt_jax.memory import keep_freed_memory
+from walt_jax.malloc import keep_freed_memory
 
 MAX_SEED = 2**31 - 1
 KNOB = "--config."

@@ -144,12 +144,12 @@ class Twin:
         config, condition, parts = self.config, self.condition, [self.noisy]
         if config.self_conditioning:
             parts.append(self.estimate)
-        if config.frame_prediction and config.known_by == "channels":
-            parts += [condition.known, condition.known_mask]
-        elif config.known_by == "place":
-            parts[0] = np.where(condition.known_mask > 0, condition.known, self.noisy)
+        if config.frame_prediction and config.observed_as == "channels":
+            parts += [condition.observed, condition.observed_mask]
+        elif config.observed_as == "place":
+            parts[0] = np.where(condition.observed_mask > 0, condition.observed, self.noisy)
         if config.upscale > 1:
-            parts.append(upscaled(self.params["upscale"], condition.low, config.upscale))
+            parts.append(upscaled(self.params["upscale"], condition.low_res, config.upscale))
         return linear(self.params["patch_in"], np.concatenate(parts, -1))
 
     @functools.cached_property
@@ -194,13 +194,13 @@ class Twin:
         if text and config.adaln != "single":
             shared = shared + linear(params["text_pooled"], words[there].sum(0) / max(1, there.sum()))
         if config.upscale > 1:
-            shared = shared + self.clock(params, "low_time", condition.low_time)
-        if config.known_by in ("norm", "cross"):
-            known, are = linear(params["known_in"], condition.known), condition.known_mask[:, 0] > 0
-            if config.known_by == "cross":
-                text = looked_at(known + self.positions, are)
+            shared = shared + self.clock(params, "low_res_time", condition.low_res_time)
+        if config.observed_as in ("norm", "cross"):
+            observed, are = linear(params["observed_in"], condition.observed), condition.observed_mask[:, 0] > 0
+            if config.observed_as == "cross":
+                text = looked_at(observed + self.positions, are)
             else:
-                shared = shared + known[are].sum(0) / max(1, are.sum())
+                shared = shared + observed[are].sum(0) / max(1, are.sum())
         return Told(shared, text)
 
     def modulation(self, block, first):
@@ -260,7 +260,7 @@ class Twin:
             own["out"] = {"kernel": params["out"]["kernel"][part]}
             if config.relative == "bias":
                 own["relative_bias"] = params[f"relative_bias_{number}" if number else "relative_bias"]
-            sees = seen([[self.grid]], window, tokens, config.images_alone)
+            sees = seen([[self.grid]], window, tokens, config.isolate_images)
             bounds = window.bounds(self.bounds)
             y = dense_attention(own, x[None, :tokens], where, sees, bounds, heads, config.relative, **beside)[0]
             if beside:

@@ -50,14 +50,14 @@ def places_of(packs, tokens):
     return places
 
 
-def seen(packs, window, tokens, images_alone=False):
+def seen(packs, window, tokens, isolate_images=False):
     """[b, n, n]: whether the first token sees the second. Each sees itself, those that only fill up nothing else."""
     sees = np.tile(np.eye(tokens, dtype=bool), (len(packs), 1, 1))
     for pack, grids in enumerate(packs):
         start = 0
         for grid in grids:
             stop = start + math.prod(grid)
-            if not (images_alone and window.time != 1 and grid[0] == 1):
+            if not (isolate_images and window.time != 1 and grid[0] == 1):
                 places = np.array(list(np.ndindex(*grid)))
                 cells = places // [10**6 if size is None else size for size in window]
                 sees[pack, start:stop, start:stop] = (cells[:, None] == cells[None]).all(-1)

@@ -36,9 +36,9 @@ def module(relative="bias", window=ANY, qk_norm=True, bounds=LARGEST):
     return WindowAttention(HEADS, (window,), (bounds,), relative, qk_norm, "none", jnp.float32)
 
 
-def packed(packs, window, images_alone=False, cut=IN_TURN):
+def packed(packs, window, isolate_images=False, cut=IN_TURN):
     lengths, slots = cut
-    pack = make_pack(*place_clips(packs, TOKENS, CLIPS), [window], {window.name: lengths}, images_alone, slots)
+    pack = make_pack(*place_clips(packs, TOKENS, CLIPS), [window], {window.name: lengths}, isolate_images, slots)
     assert pack.groups[window.name].all_at_once == (len(lengths) == 1)
     return Layout(pack=pack.replace(groups={ANY.name: pack.groups[window.name]}))
 
@@ -81,11 +81,15 @@ def gradients_of_dense_attention(params, x, text, mask, places, sees, weights):
 def test_in_packs_equals_dense_attention_under_a_mask(relative, with_text):
     @settings(max_examples=15, deadline=None)
     @given(BATCHES, WINDOWS, st.booleans(), CUTS, st.integers(0, 99))
-    def check(packs, window, images_alone, cut, seed):
-        images_alone &= not with_text  # W.A.L.T's cross-attention is spatial, where images are not alone
+    def check(packs, window, isolate_images, cut, seed):
+        isolate_images &= not with_text  # W.A.L.T's cross-attention is spatial, without isolated images
         x, (text, mask) = normal(seed, PACKS, TOKENS, DIM), texts(seed) if with_text else (None, None)
-        params, places, sees = parameters(relative), places_of(packs, TOKENS), seen(packs, window, TOKENS, images_alone)
-        ours = compiled(relative)(params, x, packed(packs, window, images_alone, cut), text, mask)
+        params, places, sees = (
+            parameters(relative),
+            places_of(packs, TOKENS),
+            seen(packs, window, TOKENS, isolate_images),
+        )
+        ours = compiled(relative)(params, x, packed(packs, window, isolate_images, cut), text, mask)
         twin = dense_attention(params, x, places, sees, LARGEST, HEADS, relative, text, mask)
         inside = places[..., 0] >= 0
         np.testing.assert_allclose(ours[inside], twin[inside], **CLOSE)
@@ -222,7 +226,7 @@ def test_logits_are_bounded_whatever_the_weights():
 
 def test_images_that_are_alone_have_their_values():
     x, params = normal(0, 2, 12, DIM), parameters("none")
-    ours = module("none", Window(None, 2, 2)).apply({"params": params}, x, Layout(grid=(1, 3, 4)), images_alone=True)
+    ours = module("none", Window(None, 2, 2)).apply({"params": params}, x, Layout(grid=(1, 3, 4)), isolate_images=True)
     np.testing.assert_allclose(ours, x @ params["value"]["kernel"] @ params["out"]["kernel"], rtol=1e-4, atol=1e-5)
 
 

@@ -21,8 +21,8 @@ CONFIG = DenoiserConfig(dim=16, heads=2, layers=2, windows=((1, None, None), (No
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"known_by": "norm"}, "known_by is for frame_prediction"),
-        ({"known_by": "cross", "frame_prediction": True}, "takes the cross-attention"),
+        ({"observed_as": "norm"}, "observed_as is for frame_prediction"),
+        ({"observed_as": "cross", "frame_prediction": True}, "takes the cross-attention"),
         ({"condition_by": "tokens"}, "don't go together"),
         ({"adaln": "none"}, "don't go together"),
         ({"condition_by": "cross", "adaln": "none"}, "tells text as well"),

@@ -93,13 +93,13 @@ def test_patches_become_tokens_in_raster_order_and_latents_again(grid, patch):
 
 @settings(max_examples=30, deadline=None)
 @given(BATCHES, WINDOWS, st.booleans(), st.integers(1, 4))
-def test_row_lengths_suit_the_packs_that_they_are_made_for(packs, window, images_alone, most):
+def test_row_lengths_suit_the_packs_that_they_are_made_for(packs, window, isolate_images, most):
     places = place_clips(packs, TOKENS, CLIPS)
-    lengths = row_lengths(*places, [window], images_alone, most)
+    lengths = row_lengths(*places, [window], isolate_images, most)
     assert len(lengths[window.name]) <= most
-    pack = make_pack(*places, [window], lengths, images_alone)  # refuses windows longer than the longest row
+    pack = make_pack(*places, [window], lengths, isolate_images)  # refuses windows longer than the longest row
     # A token is in the group of those that it sees; one that sees itself alone may be in none.
-    sees = seen(packs, window, TOKENS, images_alone)
+    sees = seen(packs, window, TOKENS, isolate_images)
     groups = pack.groups[window.name]
     for row, token in np.ndindex(len(packs), TOKENS):
         slot = groups.place[row * TOKENS + token]
@@ -116,6 +116,6 @@ def test_row_lengths_suit_the_packs_that_they_are_made_for(packs, window, images
 
 def test_where_no_token_is_in_a_window_there_is_a_length_nevertheless():
     places = place_clips([[(1, 2, 2)]], 6, 1)
-    lengths = row_lengths(*places, [Window(None, 2, 2)], images_alone=True)
+    lengths = row_lengths(*places, [Window(None, 2, 2)], isolate_images=True)
     assert lengths == {"all×2×2": (1,)}
-    assert not np.any(make_pack(*places, [Window(None, 2, 2)], lengths, images_alone=True).groups["all×2×2"].kind)
+    assert not np.any(make_pack(*places, [Window(None, 2, 2)], lengths, isolate_images=True).groups["all×2×2"].kind)

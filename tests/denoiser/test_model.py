@@ -16,7 +16,7 @@ from oracles import filled, normal, places_of
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout, make_pack, place_clips, row_lengths
 from walt_jax.denoiser.model import Condition, Denoiser
-from walt_jax.denoiser.waves import timestep_embedding
+from walt_jax.denoiser.sinusoids import timestep_embedding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,8 +35,8 @@ LOW = normal(8, 2, 2, 1, 2, CHANNELS)  # of the two videos
 def layout(config, most=2):
     places = place_clips(PACKS, TOKENS, 3)
     windows = config.attention_windows
-    lengths = row_lengths(*places, windows, config.images_alone, most)
-    return Layout(pack=make_pack(*places, windows, lengths, config.images_alone, slots=48))
+    lengths = row_lengths(*places, windows, config.isolate_images, most)
+    return Layout(pack=make_pack(*places, windows, lengths, config.isolate_images, slots=48))
 
 
 def inputs(config):
@@ -47,8 +47,8 @@ def inputs(config):
     if config.classes:
         condition = condition.replace(label=np.arange(6).reshape(2, 3))
     if config.frame_prediction:
-        known_mask = (np.random.default_rng(3).random((2, TOKENS, 1)) < 0.5).astype(np.float32)
-        condition = condition.replace(known=normal(4, 2, TOKENS, CHANNELS), known_mask=known_mask)
+        observed_mask = (np.random.default_rng(3).random((2, TOKENS, 1)) < 0.5).astype(np.float32)
+        condition = condition.replace(observed=normal(4, 2, TOKENS, CHANNELS), observed_mask=observed_mask)
     time = np.linspace(0.1, 0.9, 6, dtype=np.float32).reshape(2, 3)
     estimate = normal(2, 2, TOKENS, CHANNELS) if config.self_conditioning else None
     return normal(0, 2, TOKENS, CHANNELS), time, condition, estimate
@@ -90,7 +90,7 @@ def videos(config):
     """The inputs of the clips of two frames."""
     noisy, time, condition, estimate = of_clips(inputs(config), [(0, 0), (0, 2)])
     if config.upscale > 1:
-        condition = condition.replace(low=LOW, low_time=np.array([[0.1], [0.2]], np.float32))
+        condition = condition.replace(low_res=LOW, low_res_time=np.array([[0.1], [0.2]], np.float32))
     return noisy, time, condition, estimate
 
 
@@ -119,13 +119,19 @@ COVERING = [
         "cross_attention": False,
         "classes": CLASSES,
     },
-    {"positions": "none", "relative": "none", "cross_attention": False, "images_alone": True, "frame_prediction": True},
-    {"relative": "rotary", "images_alone": True},
+    {
+        "positions": "none",
+        "relative": "none",
+        "cross_attention": False,
+        "isolate_images": True,
+        "frame_prediction": True,
+    },
+    {"relative": "rotary", "isolate_images": True},
     {
         "positions": "fractional",
         "cross_attention": False,
         "classes": CLASSES,
-        "images_alone": True,
+        "isolate_images": True,
         "windows": ((None, 2, 2),),
         "scan": True,
     },
@@ -155,7 +161,7 @@ COVERING = [
         "condition_by": "tokens",
         "cross_attention": False,
         "classes": CLASSES,
-        "images_alone": True,
+        "isolate_images": True,
         "windows": ((None, 2, 2),),
         "scan": True,
     },
@@ -190,7 +196,7 @@ COVERING = [
     },
     # two attentions a block, as in STDiT, Latte 3 and VDT; heads divided, as in Latte 4
     {"split": "attentions", "adaln": "single", "cross_keys": "text", "relative": "none"},
-    {"cross_attention": False, "frame_prediction": True, "known_by": "norm", "relative": "none"},
+    {"cross_attention": False, "frame_prediction": True, "observed_as": "norm", "relative": "none"},
     {
         "adaln": "single",
         "cross_keys": "text",
@@ -215,7 +221,7 @@ COVERING = [
         "cross_attention": False,
         "classes": CLASSES,
         "frame_prediction": True,
-        "known_by": "place",
+        "observed_as": "place",
     },
     {
         "split": "heads",
@@ -223,7 +229,7 @@ COVERING = [
         "condition_by": "tokens",
         "cross_attention": False,
         "relative": "bias",
-        "images_alone": True,
+        "isolate_images": True,
     },
 ]
 
@@ -239,7 +245,7 @@ def test_in_packs_as_clip_by_clip_the_denoiser_equals_the_papers_equations(chang
         expected = twins(config, PACKS[pack][segment], of_clips(values, [clip]))[0]
         np.testing.assert_allclose(ours, expected, rtol=5e-4, atol=5e-4)
     # Two videos in a batch; images, too, where they are something else.
-    grids = [(VIDEO, [(0, 0), (0, 2)])] + [(IMAGE, [(0, 1)])] * config.images_alone
+    grids = [(VIDEO, [(0, 0), (0, 2)])] + [(IMAGE, [(0, 1)])] * config.isolate_images
     for grid, clips in grids:
         ours = compiled(config)(params, *arguments(of_clips(values, clips), Layout(grid=grid)))
         expected = np.stack([packed[pack][PLACES[pack, :, 0] == segment] for pack, segment in clips])
@@ -261,7 +267,7 @@ def test_the_last_convolution_equals_its_equations():
 def test_given_frames_that_are_looked_at_equal_their_equations():
     """Of equal clips alone."""
     config = dataclasses.replace(
-        CONFIG, frame_prediction=True, known_by="cross", cross_attention=False, cross_keys="text", relative="none"
+        CONFIG, frame_prediction=True, observed_as="cross", cross_attention=False, cross_keys="text", relative="none"
     )
     values = videos(config)
     params = filled(Denoiser(config, BOUNDS), *arguments(values, Layout(grid=VIDEO)))["params"]

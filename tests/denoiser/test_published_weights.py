@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import Condition, Denoiser
-from walt_jax.denoiser.weights import export, load
+from walt_jax.denoiser.published_weights import export, load
 from walt_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

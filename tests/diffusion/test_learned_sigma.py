@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from walt_jax.diffusion.learned_sigma import log_variance, log_variances, split, step_before, variational_loss
+from walt_jax.diffusion.learned_sigma import log_variance, log_variances, split_sigma, step_before, variational_loss
 from walt_jax.diffusion.objective import DiffusionConfig, diffusion_loss
 from walt_jax.diffusion.sampler import sample
 from walt_jax.diffusion.schedule import STEPS, Schedule
@@ -90,8 +90,8 @@ def test_the_prediction_learns_from_its_error_alone():
 
 def test_outputs_are_split_where_there_are_two():
     output = jnp.arange(8.0).reshape(1, 1, 8)
-    assert split(output, 8)[1] is None
-    prediction, v = split(output, 4)
+    assert split_sigma(output, 8)[1] is None
+    prediction, v = split_sigma(output, 4)
     np.testing.assert_array_equal(prediction[0, 0], [0, 1, 2, 3])
     np.testing.assert_array_equal(v[0, 0], [4, 5, 6, 7])
 

@@ -50,10 +50,10 @@ inner = functools.partial(levels, low=0.1, high=0.9)  # where λ is finite
 def exact(levels):
     """E[x | z] for x ~ N(MEAN, DEVIATION²)."""
 
-    def predict(z, time, memory):
+    def predict(z, time, carried):
         alpha, sigma = levels(time)
         variance = alpha**2 * DEVIATION**2 + sigma**2
-        return MEAN + alpha * DEVIATION**2 / variance * (z - alpha * MEAN), memory
+        return MEAN + alpha * DEVIATION**2 / variance * (z - alpha * MEAN), carried
 
     return predict
 
@@ -111,30 +111,30 @@ def test_ancestral_sampling_converges_in_distribution():
 # The twins: loops in numpy over (time, α, σ), after the papers.
 
 
-def nonlinear(z, time, memory):
-    """A model whose answer depends on all it is given; its memory is its last estimate."""
-    x = jnp.sin(z + 0.5) + 0.3 * time * memory - 0.2 * time
+def nonlinear(z, time, carried):
+    """A model whose answer depends on all it is given; its carried is its last estimate."""
+    x = jnp.sin(z + 0.5) + 0.3 * time * carried - 0.2 * time
     return x, x
 
 
-def asked(z, time, memory):
-    return tuple(np.asarray(a) for a in nonlinear(jnp.asarray(z), time, jnp.asarray(memory)))
+def asked(z, time, carried):
+    return tuple(np.asarray(a) for a in nonlinear(jnp.asarray(z), time, jnp.asarray(carried)))
 
 
 def ddim_twin(z, visits):
     """Song et al., equation 12, in x̂ and ε̂."""
-    memory = np.zeros_like(z)
+    carried = np.zeros_like(z)
     for (time, alpha, sigma), (_, next_alpha, next_sigma) in itertools.pairwise(visits):
-        x, memory = asked(z, time, memory)
+        x, carried = asked(z, time, carried)
         z = next_alpha * x + next_sigma * (z - alpha * x) / sigma
     return z
 
 
 def euler_twin(z, visits):
     """In the flow's variables y = z / (α + σ) and s = σ / (α + σ)."""
-    memory = np.zeros_like(z)
+    carried = np.zeros_like(z)
     for (time, alpha, sigma), (_, next_alpha, next_sigma) in itertools.pairwise(visits):
-        x, memory = asked(z, time, memory)
+        x, carried = asked(z, time, carried)
         velocity = (z - alpha * x) / sigma - x
         y = z / (alpha + sigma) + (next_sigma / (next_alpha + next_sigma) - sigma / (alpha + sigma)) * velocity
         z = y * (next_alpha + next_sigma)
@@ -143,14 +143,14 @@ def euler_twin(z, visits):
 
 def heun_twin(z, visits):
     """Karras et al., algorithm 1, in y and s."""
-    memory = np.zeros_like(z)
+    carried = np.zeros_like(z)
     for (time, alpha, sigma), (next_time, next_alpha, next_sigma) in itertools.pairwise(visits):
-        x, memory = asked(z, time, memory)
+        x, carried = asked(z, time, carried)
         velocity = (z - alpha * x) / sigma - x
         width = next_sigma / (next_alpha + next_sigma) - sigma / (alpha + sigma)
         ahead = (z / (alpha + sigma) + width * velocity) * (next_alpha + next_sigma)
         if next_time > 0:
-            x, memory = asked(ahead, next_time, memory)
+            x, carried = asked(ahead, next_time, carried)
             velocity = (velocity + (ahead - next_alpha * x) / next_sigma - x) / 2
             ahead = (z / (alpha + sigma) + width * velocity) * (next_alpha + next_sigma)
         z = ahead
@@ -159,9 +159,9 @@ def heun_twin(z, visits):
 
 def ddpm_twin(z, visits):
     """The posterior of Ho et al., equations 6 and 7, of any α and σ as in Kingma et al. 2021, equations 25 to 28."""
-    memory = np.zeros_like(z)
+    carried = np.zeros_like(z)
     for step, ((time, alpha, sigma), (_, next_alpha, next_sigma)) in enumerate(itertools.pairwise(visits)):
-        x, memory = asked(z, time, memory)
+        x, carried = asked(z, time, carried)
         alpha_between = alpha / next_alpha
         variance_between = sigma**2 - alpha_between**2 * next_sigma**2
         mean = (alpha_between * next_sigma**2 * z + next_alpha * variance_between * x) / sigma**2
@@ -177,10 +177,10 @@ def log_snr(visits):
 
 def dpm_solver_twin(z, visits):
     """Lu et al., algorithm 2, of first order where a step or the one before it has no finite h."""
-    memory, before, lam = np.zeros_like(z), None, log_snr(visits)
+    carried, before, lam = np.zeros_like(z), None, log_snr(visits)
     for i in range(len(visits) - 1):
         (time, _, sigma), (_, next_alpha, next_sigma) = visits[i : i + 2]
-        x, memory = asked(z, time, memory)
+        x, carried = asked(z, time, carried)
         h, d = lam[i + 1] - lam[i], x
         if i > 0 and np.isfinite(h).all() and np.isfinite(lam[i - 1]).all():
             r = (lam[i] - lam[i - 1]) / h
@@ -191,7 +191,7 @@ def dpm_solver_twin(z, visits):
 
 def unipc_twin(z, visits):
     """Zhao et al., algorithms 7 and 8, by their linear systems R(h) a = φ(h) / B(h) with x-prediction and B₂."""
-    memory, lam = np.zeros_like(z), log_snr(visits)
+    carried, lam = np.zeros_like(z), log_snr(visits)
 
     def solved(h, r, order):
         if order == 1:
@@ -220,11 +220,11 @@ def unipc_twin(z, visits):
             predicted = base - next_alpha * b * 0.5 * difference
             if i == len(visits) - 1:
                 return predicted
-            x, memory = asked(predicted, time, memory)
+            x, carried = asked(predicted, time, carried)
             a_1, a_2 = solved(h if order(i - 1) == 2 else np.zeros_like(h), r, order(i - 1))
             z = base - next_alpha * b * (a_1 * difference + a_2 * (x - history[-1]))
         else:
-            x, memory = asked(z, visits[0][0], memory)
+            x, carried = asked(z, visits[0][0], carried)
         history.append(x)
 
 
@@ -268,13 +268,13 @@ def test_float32_is_enough():
 def test_memory_is_handed_on_in_order_from_noise_to_data(name):
     steps = 4
 
-    def predict(z, time, memory):
-        count, seen = memory
+    def predict(z, time, carried):
+        count, seen = carried
         return jnp.sin(z), (count + 1, seen.at[count].set(time))
 
-    def noting(z, time, memory):
-        jax.debug.callback(lambda count, seen: states.append((int(count), np.asarray(seen))), *memory, ordered=True)
-        return predict(z, time, memory)
+    def noting(z, time, carried):
+        jax.debug.callback(lambda count, seen: states.append((int(count), np.asarray(seen))), *carried, ordered=True)
+        return predict(z, time, carried)
 
     states = []
     start = (jnp.int32(0), jnp.full((10,), -1.0))
@@ -316,7 +316,7 @@ def test_a_clip_is_its_own_noise_and_key_alone(name):
 def test_fresh_noise_differs_from_entry_to_entry(key):
     """Of a model that always says 0, along levels that end in noise: only the drawn noise is left."""
     x = sample(
-        "ddpm", lambda z, time, memory: (0 * z, memory), jnp.zeros((3, 2, 50)), lambda t: (1 - t, 0.5 + t), 2, key
+        "ddpm", lambda z, time, carried: (0 * z, carried), jnp.zeros((3, 2, 50)), lambda t: (1 - t, 0.5 + t), 2, key
     )
     assert len(np.unique(x.round(6))) > 290
     np.testing.assert_allclose(np.corrcoef(x.reshape(6, 50)), np.eye(6), atol=0.5)
@@ -333,6 +333,6 @@ def test_one_step_is_the_estimate_at_pure_noise(name):
 def test_a_plain_schedule_for_all(name):
     """Scalars for α and σ, latents of any shape."""
     noise = jnp.asarray(NOISE, jnp.float32).reshape(5, 2, 2, 3)
-    x = sample(name, lambda z, time, memory: (jnp.tanh(z), memory), noise, Schedule("cosine"), 3, KEY)
+    x = sample(name, lambda z, time, carried: (jnp.tanh(z), carried), noise, Schedule("cosine"), 3, KEY)
     assert x.shape == noise.shape
     assert jnp.isfinite(x).all()

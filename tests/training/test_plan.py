@@ -195,7 +195,7 @@ def test_the_siblings_have_their_papers_size_and_cost(name, parameters, multipli
         config = config_of(name)
         model = make_model(config, config.most_pieces)
         params = unboxed(jax.eval_shape(model.init, jax.random.key(0)))
-        cost = sum(denoiser_flops(model, params, config.words).values())
+        cost = sum(denoiser_flops(model, params, config.text_length).values())
         assert cost / 2 == pytest.approx(multiplications, rel=0.01)
 
 

@@ -51,7 +51,7 @@ def pack_of(packs, tokens, clips, config, row=4):
     """With rows for frames of at most so many tokens."""
     places = place_clips(packs, tokens, clips)
     windows = config.attention_windows
-    return make_pack(*places, windows, {window.name: (row,) for window in windows}, config.images_alone, 4 * row)
+    return make_pack(*places, windows, {window.name: (row,) for window in windows}, config.isolate_images, 4 * row)
 
 
 # A pack of a video, an image and a video beside a place without a clip; four tokens fill it up. The second clip's label
@@ -189,7 +189,7 @@ def batch_of(clips, shape=(3, 2, 2)):
 def test_so_many_clips_are_given_their_first_frames(record, probability, frames):
     batch = batch_of(400)
     noted, _, _ = record(PATCHED, ConditioningConfig(frames, probability), batch)
-    mask = np.asarray(noted["condition"].known_mask)
+    mask = np.asarray(noted["condition"].observed_mask)
     assert mask.shape == (400, 3, 4)  # a token a frame, of four latent positions
     assert set(np.unique(mask)) <= {0, 1}
     count = mask[..., 0].sum(1).astype(int)
@@ -200,8 +200,8 @@ def test_so_many_clips_are_given_their_first_frames(record, probability, frames)
     expected[list(frames)] = probability / len(frames)
     np.testing.assert_allclose(shares, expected, atol=0.08)
     # The clean latents there, zeros elsewhere.
-    known = batch["latents"].reshape(400, 3, 4, CHANNELS) * mask[..., None]
-    np.testing.assert_array_equal(noted["condition"].known, known.reshape(400, 3, 8))
+    observed = batch["latents"].reshape(400, 3, 4, CHANNELS) * mask[..., None]
+    np.testing.assert_array_equal(noted["condition"].observed, observed.reshape(400, 3, 8))
 
 
 def test_in_packs_each_clip_is_given_frames_for_itself(record):
@@ -209,7 +209,7 @@ def test_in_packs_each_clip_is_given_frames_for_itself(record):
     pack = pack_of([grids] * 100, 16, 4, PATCHED)
     batch = {"tokens": normal(0, 100, 16, 8), "text": np.zeros((100, 4, 1), np.int32), "pack": pack}
     noted, grads, _ = record(PATCHED, ConditioningConfig((1, 2), 0.5), batch, answer=np.zeros((100, 16, 8)))
-    mask = np.asarray(noted["condition"].known_mask)
+    mask = np.asarray(noted["condition"].observed_mask)
     counts = np.zeros((100, 3), int)
     for row, clip in np.ndindex(100, 3):
         own = pack.positions[row, :, 0] == clip
@@ -242,7 +242,7 @@ def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
         "pack": pack_of([grids] * 60, 42, 2, PATCHED, row=8),
     }
     noted, _, _ = record(PATCHED, conditioning, packed)
-    mask = np.asarray(noted["condition"].known_mask)[..., 0]
+    mask = np.asarray(noted["condition"].observed_mask)[..., 0]
     seen = set()
     for row, clip in np.ndindex(60, 2):
         (t, h, w), own = grids[clip], mask[row, packed["pack"].positions[row, :, 0] == clip]
@@ -277,7 +277,7 @@ def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
 def test_several_kinds_come_as_often(record):
     conditioning = ConditioningConfig((1,), 0.8, ("start", "end"))
     noted, _, _ = record(PATCHED, conditioning, batch_of(400))
-    mask = np.asarray(noted["condition"].known_mask)[..., 0]
+    mask = np.asarray(noted["condition"].observed_mask)[..., 0]
     shares = [(mask == pattern).all(1).mean() for pattern in ([0, 0, 0], [1, 0, 0], [0, 0, 1])]
     np.testing.assert_allclose(shares, [0.2, 0.4, 0.4], atol=0.08)
 
@@ -298,7 +298,7 @@ def test_the_loss_is_told_how_many_tokens_each_clip_has(record, monkeypatch):
 def test_what_is_given_is_not_learned(record):
     batch = batch_of(400)
     noted, grads, metrics = record(PATCHED, ConditioningConfig((1, 2), 0.7), batch, answer=np.zeros((400, 3, 8)))
-    mask = np.repeat(np.asarray(noted["condition"].known_mask), CHANNELS, axis=-1)
+    mask = np.repeat(np.asarray(noted["condition"].observed_mask), CHANNELS, axis=-1)
     assert 0 < mask.mean() < 1
     np.testing.assert_array_equal(grads == 0, mask == 1)
     # x is predicted as zero: the mean square of what is not given.
@@ -364,19 +364,19 @@ def test_clips_are_encoded_where_there_are_no_latents(record, frozen):
 def test_low_resolution_is_the_encoded_mean_of_pixels(record, frozen):
     noted, _, _ = record(UPSCALING, ConditioningConfig(), PIXELS, frozen=frozen, shape=LARGE)
     condition = noted["condition"]
-    np.testing.assert_allclose(condition.low, CODEC.encode(frozen, SMALL)[0], atol=1e-5)
-    np.testing.assert_array_equal(condition.low_time, np.zeros((2, 1)))
+    np.testing.assert_allclose(condition.low_res, CODEC.encode(frozen, SMALL)[0], atol=1e-5)
+    np.testing.assert_array_equal(condition.low_res_time, np.zeros((2, 1)))
 
 
 def test_low_resolution_has_the_noise_that_the_model_is_told(record, frozen):
     clean = np.asarray(CODEC.encode(frozen, SMALL)[0], np.float64)
-    conditioning, times, noises = ConditioningConfig(low_noise=0.4), [], []
+    conditioning, times, noises = ConditioningConfig(low_res_noise=0.4), [], []
     for seed in range(40):
         noted, _, _ = record(UPSCALING, conditioning, PIXELS, frozen=frozen, seed=seed, shape=LARGE)
-        time = np.asarray(noted["condition"].low_time, np.float64)
+        time = np.asarray(noted["condition"].low_res_time, np.float64)
         assert time.shape == (2, 1)
         angle = 0.5 * np.pi * time[..., None, None, None]
-        noises.append((np.asarray(noted["condition"].low) - np.cos(angle) * clean) / np.sin(angle))
+        noises.append((np.asarray(noted["condition"].low_res) - np.cos(angle) * clean) / np.sin(angle))
         times.append(time[:, 0])
     times, noises = np.array(times), np.array(noises)
     assert 0 <= times.min() < 0.05
@@ -390,7 +390,7 @@ def test_low_resolution_has_the_noise_that_the_model_is_told(record, frozen):
 def test_upscaling_trains(frozen):
     diffusion = DiffusionConfig(Schedule("linear"))
     model = LatentDiffusion(CODEC, None, Denoiser(UPSCALING, LARGE), diffusion, (*LARGE, CHANNELS))
-    task, params = DenoiserTask(model, ConditioningConfig(low_noise=0.3)), filled(model)
+    task, params = DenoiserTask(model, ConditioningConfig(low_res_noise=0.3)), filled(model)
     grads, _, metrics = jax.device_get(jax.jit(task.gradients)(params, {}, frozen, PIXELS, jax.random.key(0), 0))
     assert np.isfinite(metrics["loss"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):

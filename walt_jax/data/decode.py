@@ -44,7 +44,7 @@ def opened(
                 timeout=(watch.seconds, None),
             )
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise ClipError(f"not a video: {_words(error)}") from error
+            raise ClipError(f"not a video: {_message(error)}") from error
         with container:
             # The cover picture of a sound file is a video stream too.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -86,7 +86,7 @@ def decoded(
             break
         except (av.FFmpegError, OSError) as error:
             _check_refused(error, stream.codec_context, limits)
-            reason = reason or _words(error)
+            reason = reason or _message(error)
         count += bool(packet and packet.size)
         empty = 0 if frames else empty + 1
         if empty > limits.empty_packets:
@@ -133,10 +133,10 @@ def _readable(path: epath.PathLike | bytes) -> BinaryIO:
                 raise ClipError("a pipe or a device, not a file")
         return epath.Path(path).open("rb")
     except OSError as error:
-        raise ClipError(f"it can't be opened: {_words(error)}") from error
+        raise ClipError(f"it can't be opened: {_message(error)}") from error
     except ValueError as error:  # a null byte in its name
         raise ClipError(f"it can't be opened: {error}") from error
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

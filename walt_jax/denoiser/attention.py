@@ -343,10 +343,10 @@ class WindowAttention(nn.Module):
         layout: Layout,
         text: Float[Array, "b s m d"] | None = None,
         text_mask: Bool[Array, "b s m"] | None = None,
-        images_alone: bool = False,
+        isolate_images: bool = False,
         beside: Beside | None = None,
     ) -> Float[Array, "b n d"]:
-        """With `images_alone`, tokens of clips of one frame see themselves alone in windows that span time."""
+        """With `isolate_images`, tokens of clips of one frame see themselves alone in windows that span time."""
         dim = x.shape[-1]
 
         def project(name):
@@ -387,7 +387,7 @@ class WindowAttention(nn.Module):
         turned = query, key
         if self.relative == "rotary":
             turned = tuple(rotate(y, layout.coordinates()) for y in turned)
-        attended = self._in_windows(*turned, value, layout, images_alone)
+        attended = self._in_windows(*turned, value, layout, isolate_images)
         if text is None and beside is None:
             return out(attended[0])
         y = joined(attended, attend_to_text(query, *others, rows))
@@ -395,7 +395,7 @@ class WindowAttention(nn.Module):
             y = jnp.concatenate([y, attend_to_clips(*told, key, value, beside.mask, layout)], axis=1)
         return out(y)
 
-    def _in_windows(self, query: Array, key: Array, value: Array, layout: Layout, images_alone: bool) -> Attended:
+    def _in_windows(self, query: Array, key: Array, value: Array, layout: Layout, isolate_images: bool) -> Attended:
         """Attention over each token's window, heads divided among the windows."""
         count = len(self.windows)
         parts = zip(*(jnp.split(y, count, axis=2) if count > 1 else [y] for y in (query, key, value)), strict=True)
@@ -410,11 +410,11 @@ class WindowAttention(nn.Module):
             if layout.pack is not None:
                 groups, coordinates = layout.pack.groups[window.name], layout.coordinates()
                 own, logsum = grouped(*part, groups, coordinates, table, bounds)
-                if images_alone and window.time != 1:  # which may have condition tokens beside them
+                if isolate_images and window.time != 1:  # which may have condition tokens beside them
                     by_itself = (groups.place == groups.slots.size).reshape(*logsum.shape[:2], 1)
                     logsum = jnp.where(by_itself, alone(*part, table)[1], logsum)
                 found.append((own, logsum))
-            elif images_alone and window.time != 1 and layout.grid[0] == 1:
+            elif isolate_images and window.time != 1 and layout.grid[0] == 1:
                 found.append(alone(*part, table))
             else:
                 found.append(reshaped(*part, window, layout.grid, table, bounds))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from walt_jax.denoiser.attention import Beside, WindowAttention
 from walt_jax.denoiser.config import CROSS_WINDOW, DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout
-from walt_jax.denoiser.waves import TIME_WAVES, timestep_embedding
+from walt_jax.denoiser.sinusoids import TIME_WAVES, timestep_embedding
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import Linear
 
@@ -130,11 +130,11 @@ class Block(nn.Module):
             attend = attention(windows, name)
             if cfg.modulated == "last" and not last:
                 # VDT: a plain norm, and one layer more
-                y = attend(AffineNorm(dtype, name=f"{name}_norm")(x), context.layout, images_alone=cfg.images_alone)
+                y = attend(AffineNorm(dtype, name=f"{name}_norm")(x), context.layout, isolate_images=cfg.isolate_images)
                 x = added(Linear(cfg.dim, ("embed", "embed_out"), dtype=dtype, name=f"{name}_out")(y), None)
                 continue
             h, gate = normed(name)
-            x = added(attend(h, context.layout, images_alone=cfg.images_alone, beside=context.beside), gate)
+            x = added(attend(h, context.layout, isolate_images=cfg.isolate_images, beside=context.beside), gate)
 
         if cfg.cross_at(self.windows):
             h = x if cfg.adaln == "single" else layer_norm(x, dtype)

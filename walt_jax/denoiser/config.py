@@ -45,8 +45,8 @@ class DenoiserConfig:
         classes: labels there are; 0 for a model without.
         self_conditioning: whether the input has the last estimate of the clean latents beside the noisy ones.
         frame_prediction: whether the input has clean latents where they are given.
-        known_by: how: "channels", beside the noisy ones with the mask that tells where (W.A.L.T); "place", in the place
-            of the noisy ones (VDT; its "token concatenation"); "norm", their mean told by the norms; "cross", as what
+        observed_as: how: "channels", beside the noisy ones with the mask that tells where (W.A.L.T); "place", in the
+            place of the noisy ones (VDT; its "token concatenation"); "norm", their mean told by the norms; "cross", as what
             a cross-attention looks at (VDT's other two).
         upscale: above 1, the input has low-resolution latents, upscaled so many times.
         time_frequencies: of the waves that tell the time: "original", 10000^(-i/n) for i < n (DiT); or "diffusers",
@@ -56,7 +56,7 @@ class DenoiserConfig:
         learned_sigma: whether the output has, beside the prediction, how large the sampler's noise is (DiT).
         skips: whether each block of the second half also gets what the first half's had, in reverse order (U-ViT).
         output_conv: whether a 3 × 3 convolution over each frame's latents comes last (U-ViT).
-        images_alone: whether tokens of images see themselves alone where windows span time (W.A.L.T's identity mask).
+        isolate_images: whether tokens of images see themselves alone where windows span time (W.A.L.T's identity mask).
         scan: whether one cycle of `windows` is compiled and scanned over, or all layers are compiled one after the
             other. Compiling deep models takes a fraction of the time when scanned; on CPU the backward pass of a scan
             takes twice the time.
@@ -87,14 +87,14 @@ class DenoiserConfig:
     classes: int = 0
     self_conditioning: bool = True
     frame_prediction: bool = False
-    known_by: Literal["channels", "place", "norm", "cross"] = "channels"
+    observed_as: Literal["channels", "place", "norm", "cross"] = "channels"
     upscale: Positive = 1
     time_frequencies: Literal["original", "diffusers"] = "original"
     told_by: Literal["one", "each"] = "one"
     learned_sigma: bool = False
     skips: bool = False
     output_conv: bool = False
-    images_alone: bool = False
+    isolate_images: bool = False
     scan: bool = False
     remat: Literal["none", "dots", "block"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -125,12 +125,12 @@ class DenoiserConfig:
             raise ValueError("cross_in is for cross_attention")
         if self.cross_keys != "joint" and not self.cross:
             raise ValueError("cross_keys is for cross_attention, or condition_by='cross'")
-        if self.known_by != "channels" and not self.frame_prediction:
-            raise ValueError("known_by is for frame_prediction")
-        if self.known_by in ("norm", "cross") and self.condition_by != "norm":
-            raise ValueError(f"known_by={self.known_by!r} goes with condition_by='norm'")
-        if self.known_by == "cross" and (self.cross_attention or self.cross_keys != "text"):
-            raise ValueError("known_by='cross' takes the cross-attention: set cross_attention=False, cross_keys='text'")
+        if self.observed_as != "channels" and not self.frame_prediction:
+            raise ValueError("observed_as is for frame_prediction")
+        if self.observed_as in ("norm", "cross") and self.condition_by != "norm":
+            raise ValueError(f"observed_as={self.observed_as!r} goes with condition_by='norm'")
+        if self.observed_as == "cross" and (self.cross_attention or self.cross_keys != "text"):
+            raise ValueError("observed_as='cross' takes the cross-attention: cross_attention=False, cross_keys='text'")
         if self.upscale > 1 and self.condition_by != "norm":
             raise ValueError("upscale goes with condition_by='norm'")
         if self.told_by == "each" and (self.adaln != "separate" or self.scan):
@@ -153,7 +153,7 @@ class DenoiserConfig:
     @property
     def cross(self) -> bool:
         """Whether blocks have a cross-attention."""
-        return self.cross_attention or "cross" in (self.condition_by, self.known_by)
+        return self.cross_attention or "cross" in (self.condition_by, self.observed_as)
 
     def cross_at(self, windows: tuple[Window, ...]) -> bool:
         """Whether the block with these windows has one."""

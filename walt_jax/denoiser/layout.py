@@ -135,7 +135,7 @@ def make_pack(
     sizes: Int[np.ndarray, "b s 3"],
     windows: Sequence[Window],
     lengths: dict[str, tuple[int, ...]],
-    images_alone: bool = False,
+    isolate_images: bool = False,
     slots: int | None = None,
 ) -> Pack:
     """What the denoiser needs to know of a batch of packs.
@@ -144,11 +144,11 @@ def make_pack(
         positions, sizes: see `Pack`.
         windows: of the model, without repetition.
         lengths: of the rows that each window's attention is computed in, by the window's name, see `row_lengths`.
-        images_alone: whether tokens of images see themselves alone in windows that span time.
+        isolate_images: whether tokens of images see themselves alone in windows that span time.
         slots: of a chunk, see `grouping`.
     """
     groups = {
-        window.name: group(_numbers(positions, sizes, window, images_alone), lengths[window.name], slots)
+        window.name: group(_numbers(positions, sizes, window, isolate_images), lengths[window.name], slots)
         for window in windows
     }
     return Pack(positions, sizes, groups, text_rows(positions[..., 0], sizes.shape[1]))
@@ -158,20 +158,20 @@ def row_lengths(
     positions: Int[np.ndarray, "b n 4"],
     sizes: Int[np.ndarray, "b s 3"],
     windows: Sequence[Window],
-    images_alone: bool = False,
+    isolate_images: bool = False,
     most: int = 12,
 ) -> dict[str, tuple[int, ...]]:
     """Lengths of rows for each window, by its name, that suit packs like these; see `grouping.choose_lengths`."""
     lengths = {}
     for window in windows:
-        numbers = _numbers(positions, sizes, window, images_alone)
+        numbers = _numbers(positions, sizes, window, isolate_images)
         counts = np.concatenate([np.bincount(pack[pack >= 0]) for pack in numbers])
         lengths[window.name] = choose_lengths(counts, most) if len(counts) else (1,)
     return lengths
 
 
-def _numbers(positions: np.ndarray, sizes: np.ndarray, window: Window, images_alone: bool) -> list[np.ndarray]:
-    alone = images_alone and window.time != 1
+def _numbers(positions: np.ndarray, sizes: np.ndarray, window: Window, isolate_images: bool) -> list[np.ndarray]:
+    alone = isolate_images and window.time != 1
     return [
         window_numbers(pack, window, np.flatnonzero(clips[:, 0] == 1) if alone else None)
         for pack, clips in zip(positions, sizes, strict=True)

@@ -21,7 +21,7 @@ from walt_jax.denoiser.block import (
 )
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
-from walt_jax.denoiser.waves import sinusoids
+from walt_jax.denoiser.sinusoids import sinusoids
 from walt_jax.layers import Linear
 
 POLICIES = {
@@ -38,19 +38,19 @@ class Condition:
         text: embeddings of m tokens a clip.
         text_mask: which of them are there.
         label: of each clip, 0 … classes - 1; `classes` where it is dropped.
-        known: clean latents where they are given, zeros elsewhere.
-        known_mask: 1 where they are given, a value a latent position.
-        low: clean low-resolution latents, with noise; of equal clips alone.
-        low_time: how much noise, as a time.
+        observed: clean latents where they are given, zeros elsewhere.
+        observed_mask: 1 where they are given, a value a latent position.
+        low_res: clean low-resolution latents, with noise; of equal clips alone.
+        low_res_time: how much noise, as a time.
     """
 
     text: Float[Array, "b s m e"] | None = None
     text_mask: Bool[Array, "b s m"] | None = None
     label: Int[Array, "b s"] | None = None
-    known: Float[Array, "b n p"] | None = None
-    known_mask: Float[Array, "b n q"] | None = None
-    low: Float[Array, "b t h w c"] | None = None
-    low_time: Float[Array, "b s"] | None = None
+    observed: Float[Array, "b n p"] | None = None
+    observed_mask: Float[Array, "b n q"] | None = None
+    low_res: Float[Array, "b t h w c"] | None = None
+    low_res_time: Float[Array, "b s"] | None = None
 
 
 def fixed_positions(place: Int[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
@@ -107,16 +107,16 @@ class Denoiser(nn.Module):
             if label is not None:
                 shared = shared + label
             if cfg.upscale > 1:
-                shared = shared + embedded_time(cfg, condition.low_time, "low_time")
-            if cfg.known_by in ("norm", "cross"):
-                known = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="known_in")(condition.known)
-                there = condition.known_mask.mean(-1, keepdims=True).astype(dtype)
-                if cfg.known_by == "norm":
-                    both = layout.gathered(jnp.concatenate([known * there, there], axis=-1), time.shape[1])
+                shared = shared + embedded_time(cfg, condition.low_res_time, "low_res_time")
+            if cfg.observed_as in ("norm", "cross"):
+                observed = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="observed_in")(condition.observed)
+                there = condition.observed_mask.mean(-1, keepdims=True).astype(dtype)
+                if cfg.observed_as == "norm":
+                    both = layout.gathered(jnp.concatenate([observed * there, there], axis=-1), time.shape[1])
                     shared = shared + both[..., :-1] / jnp.maximum(both[..., -1:], 1)
                 else:
-                    known = known + places
-                    context = context.replace(text=known[:, None], text_mask=there[:, None, :, 0] > 0)
+                    observed = observed + places
+                    context = context.replace(text=observed[:, None], text_mask=there[:, None, :, 0] > 0)
             told, context = shared, context.replace(shared=nn.swish(shared))
         else:
             words, mask = self._words(time, label, text, condition.text_mask)
@@ -198,19 +198,19 @@ class Denoiser(nn.Module):
         cfg, inputs = self.config, [noisy]
         if cfg.self_conditioning:
             inputs.append(jnp.zeros_like(noisy) if estimate is None else estimate)
-        if cfg.frame_prediction and cfg.known_by == "channels":
-            inputs += [condition.known, condition.known_mask]
-        elif cfg.known_by == "place":
-            mask = jnp.repeat(condition.known_mask, noisy.shape[-1] // condition.known_mask.shape[-1], axis=-1)
-            inputs[0] = noisy * (1 - mask) + condition.known * mask
+        if cfg.frame_prediction and cfg.observed_as == "channels":
+            inputs += [condition.observed, condition.observed_mask]
+        elif cfg.observed_as == "place":
+            mask = jnp.repeat(condition.observed_mask, noisy.shape[-1] // condition.observed_mask.shape[-1], axis=-1)
+            inputs[0] = noisy * (1 - mask) + condition.observed * mask
         if cfg.upscale > 1:
-            scale, channels = cfg.upscale, condition.low.shape[-1]
+            scale, channels = cfg.upscale, condition.low_res.shape[-1]
             kernel_init = nn.with_logical_partitioning(
                 nn.initializers.lecun_normal(), (None, None, None, "latent", "channels_out")
             )
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("channels_out",))
             up = nn.Conv(scale**2 * channels, (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name="upscale")(
-                condition.low
+                condition.low_res
             )
             up = rearrange(up, "b t h w (p q c) -> b t (h p) (w q) c", p=scale, q=scale)
             inputs.append(to_tokens(up, cfg.patch_size))

@@ -15,7 +15,9 @@ from walt_jax.diffusion.schedule import STEPS
 Level = Float[Array, "..."]
 
 
-def split(output: Float[Array, "b n k"], width: int) -> tuple[Float[Array, "b n p"], Float[Array, "b n p"] | None]:
+def split_sigma(
+    output: Float[Array, "b n k"], width: int
+) -> tuple[Float[Array, "b n p"], Float[Array, "b n p"] | None]:
     """The prediction, and v of a model that learns it; None of one that gives `width` values."""
     return output[..., :width], (output[..., width:] if output.shape[-1] > width else None)
 

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from walt_jax.config import Fraction
 from walt_jax.diffusion.adaptive import adapted_time
-from walt_jax.diffusion.learned_sigma import split, step_before, variational_loss
+from walt_jax.diffusion.learned_sigma import split_sigma, step_before, variational_loss
+from walt_jax.diffusion.loss_weights import min_snr
 from walt_jax.diffusion.parameterization import Kind, clean, target
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.diffusion.times import TimesConfig, resolution_shift, sample_times
-from walt_jax.diffusion.weights import min_snr
 
 # (noisy latents, each clip's time, estimate of the clean latents) -> prediction, maybe with `learned_sigma`'s v
 Denoise = Callable[[Float[Array, "b n p"], Float[Array, "b s"], Float[Array, "b n p"]], Float[Array, "b n k"]]
@@ -93,13 +93,13 @@ def diffusion_loss(
     noisy = alpha * latents + sigma * noise
     estimate, width = jnp.zeros_like(latents), latents.shape[-1]
     if config.self_conditioning > 0:
-        first, _ = split(denoise(noisy, time, estimate), width)
+        first, _ = split_sigma(denoise(noisy, time, estimate), width)
         first = clean(config.parameterization, first, noisy, alpha, sigma)
         first = jnp.where(alpha + sigma > 0, first, 0)  # of filling, which has no level, nothing follows
         chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, tokens.shape)
         estimate = jax.lax.stop_gradient(spread(chosen[..., None].astype(first.dtype)) * first)
     wanted = target(config.parameterization, latents, noise, alpha, sigma)
-    prediction, v = split(denoise(noisy, time, estimate), width)
+    prediction, v = split_sigma(denoise(noisy, time, estimate), width)
     difference = prediction - wanted
     error = jnp.square(difference)
     if config.min_snr > 0:

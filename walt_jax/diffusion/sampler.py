@@ -22,11 +22,11 @@ from walt_jax.diffusion.learned_sigma import log_variance, log_variances
 Latents = Float[Array, "b *n"]
 Level = Float[Array, "..."]  # of α, σ: a scalar or broadcastable to the latents
 Index = Int[Array, ""]
-# (noisy latents, time, memory) -> (estimate of the clean latents, memory)
+# (noisy latents, time, carried) -> (estimate of the clean latents, carried)
 Predict = Callable[[Latents, Float[Array, ""], Any], tuple[Latents, Any]]
 
 
-class Grid(NamedTuple):
+class TimeGrid(NamedTuple):
     """The times that a sampler visits and the noise levels there, along a first axis from noise to data."""
 
     time: Float[Array, " visits"]
@@ -63,31 +63,31 @@ def sample(
     levels: Callable[[Float[Array, ""]], tuple[Level, Level]],
     steps: int,
     key: PRNGKeyArray,
-    memory: Any = None,
+    carried: Any = None,
     learned: Callable[[Any], Latents] | None = None,
 ) -> Latents:
     """Clean latents from noise.
 
     Args:
         name: one of `SAMPLERS`.
-        predict: the model, guided or not. It is called in order of time, with what its last call returned as memory:
+        predict: the model, guided or not. It is called in order of time, with what its last call returned as carried:
             any pytree of constant shapes, such as the estimates for self-conditioning.
         noise: standard normal.
         levels: α and σ at a time, such as `lambda time: schedule(time)`; they may differ from clip to clip.
         steps: how many there are, evenly spaced in t; one evaluation each, for "heun" 2 · steps − 1 in all.
         key: read by "ddpm" alone. One for all, or an array of them along the first axes of `noise`, such as one a clip,
             which makes a clip's sample independent of what is sampled beside it.
-        memory: what the first call gets.
-        learned: v of `learned_sigma`, from what `predict` returned as memory; read by "ddpm" alone.
+        carried: what the first call gets.
+        learned: v of `learned_sigma`, from what `predict` returned as carried; read by "ddpm" alone.
     """
     time = jnp.asarray(np.linspace(1.0, 0.0, steps + 1), noise.dtype)
-    grid = Grid(time, *jax.vmap(levels)(time))
+    grid = TimeGrid(time, *jax.vmap(levels)(time))
     if name == "ddpm":
-        return ddpm(predict, noise, grid, key, memory, learned)
-    return SAMPLERS[name](predict, noise, grid, key, memory)
+        return ddpm(predict, noise, grid, key, carried, learned)
+    return SAMPLERS[name](predict, noise, grid, key, carried)
 
 
-def ddim(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+def ddim(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
     """DDIM (Song et al. 2020), η = 0, which is Euler's method along the flow's straight path too; order 1.
 
     With y = z / (α + σ) and s = σ / (α + σ) any schedule is the flow y = (1 − s) x + s ε, and Euler's step
@@ -95,20 +95,20 @@ def ddim(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: An
     """
 
     def step(carry, i):
-        z, memory = carry
-        x, memory = predict(z, grid.time[i], memory)
-        return (grid.step(i, z, x), memory), None
+        z, carried = carry
+        x, carried = predict(z, grid.time[i], carried)
+        return (grid.step(i, z, x), carried), None
 
-    (z, _), _ = jax.lax.scan(step, (z, memory), jnp.arange(grid.steps))
+    (z, _), _ = jax.lax.scan(step, (z, carried), jnp.arange(grid.steps))
     return z
 
 
 def ddpm(
     predict: Predict,
     z: Latents,
-    grid: Grid,
+    grid: TimeGrid,
     key: PRNGKeyArray,
-    memory: Any,
+    carried: Any,
     learned: Callable[[Any], Latents] | None = None,
 ) -> Latents:
     """Ancestral sampling (Ho et al. 2020): each step draws from q(z' | z, x̂), DDIM with η = 1.
@@ -118,20 +118,20 @@ def ddpm(
     """
 
     def step(carry, i):
-        z, memory = carry
-        x, memory = predict(z, grid.time[i], memory)
+        z, carried = carry
+        x, carried = predict(z, grid.time[i], carried)
         kept = grid.alpha[i] * grid.sigma[i + 1] / (grid.sigma[i] * grid.alpha[i + 1])
         eps = (z - grid.alpha[i] * x) / grid.sigma[i]
         deviation = grid.sigma[i + 1] * jnp.sqrt(jnp.maximum(1 - kept**2, 0))
         if learned is not None:
             sigma = jnp.maximum(grid.sigma[i + 1], 1e-8)  # of the last step, which has no noise
             least, most = log_variances(grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], sigma)
-            own = jnp.exp(0.5 * log_variance(learned(memory), least, most))
+            own = jnp.exp(0.5 * log_variance(learned(carried), least, most))
             deviation = jnp.where(grid.sigma[i + 1] > 0, own, 0)
         fresh = deviation * _normal(key, i, z)
-        return (grid.alpha[i + 1] * x + grid.sigma[i + 1] * kept * eps + fresh, memory), None
+        return (grid.alpha[i + 1] * x + grid.sigma[i + 1] * kept * eps + fresh, carried), None
 
-    (z, _), _ = jax.lax.scan(step, (z, memory), jnp.arange(grid.steps))
+    (z, _), _ = jax.lax.scan(step, (z, carried), jnp.arange(grid.steps))
     return z
 
 
@@ -141,25 +141,25 @@ def _normal(key: PRNGKeyArray, i: Index, like: Latents) -> Latents:
     return draw(key.reshape(-1)).reshape(like.shape)
 
 
-def dpm_solver_2m(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+def dpm_solver_2m(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x̂ is extrapolated from the last two evaluations; order 2."""
 
     def step(carry, i):
-        z, before, memory = carry
-        x, memory = predict(z, grid.time[i], memory)
-        return (grid.step(i, z, _extrapolated(grid, i, x, before)), x, memory), None
+        z, before, carried = carry
+        x, carried = predict(z, grid.time[i], carried)
+        return (grid.step(i, z, _extrapolated(grid, i, x, before)), x, carried), None
 
-    (z, _, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z), memory), jnp.arange(grid.steps))
+    (z, _, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z), carried), jnp.arange(grid.steps))
     return z
 
 
-def _extrapolated(grid: Grid, i: Index, x: Latents, before: Latents) -> Latents:
+def _extrapolated(grid: TimeGrid, i: Index, x: Latents, before: Latents) -> Latents:
     """x̂ half a step ahead of time i, on the line in λ through times i − 1 and i; x̂ itself where it has no slope."""
     ahead = jnp.where(grid.has_slope(i), grid.stride(i) / (2 * grid.stride(i - 1)), 0)
     return x + ahead * (x - before)
 
 
-def unipc(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+def unipc(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
     """UniPC-2 with B₂(h) = e^h − 1 and x-prediction (Zhao et al. 2023); order 2, as a rule 3.
 
     Each evaluation serves twice: it corrects the step that led to it (UniC), then predicts the next one (UniP, which
@@ -167,18 +167,18 @@ def unipc(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: A
     """
 
     def step(carry, i):
-        z, start, before, long_before, memory = carry
-        x, memory = predict(z, grid.time[i], memory)
+        z, start, before, long_before, carried = carry
+        x, carried = predict(z, grid.time[i], carried)
         last = jnp.maximum(i - 1, 0)
         z = jnp.where(i > 0, grid.step(last, start, _corrected(grid, last, before, long_before, x)), z)
-        return (grid.step(i, z, _extrapolated(grid, i, x, before)), z, x, before, memory), None
+        return (grid.step(i, z, _extrapolated(grid, i, x, before)), z, x, before, carried), None
 
     zeros = jnp.zeros_like(z)
-    (z, *_), _ = jax.lax.scan(step, (z, z, zeros, zeros, memory), jnp.arange(grid.steps))
+    (z, *_), _ = jax.lax.scan(step, (z, z, zeros, zeros, carried), jnp.arange(grid.steps))
     return z
 
 
-def _corrected(grid: Grid, i: Index, x: Latents, before: Latents, after: Latents) -> Latents:
+def _corrected(grid: TimeGrid, i: Index, x: Latents, before: Latents, after: Latents) -> Latents:
     """The mean of x̂ over step i, from its values at times i, i − 1 and i + 1 (UniC-2); x̂ without slope: UniC-1.
 
     The weights ρ solve ρ₁ + ρ₂ = b₁ and r ρ₁ + ρ₂ = b₂, where r = −h₋/h is the place of time i − 1 if time i is at 0
@@ -192,7 +192,7 @@ def _corrected(grid: Grid, i: Index, x: Latents, before: Latents, after: Latents
     return x + jnp.where(full, rho_1 / r, 0) * (before - x) + jnp.where(full, b_1 - rho_1, 0.5) * (after - x)
 
 
-def heun(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: Any) -> Latents:
+def heun(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
     """Heun's method along the flow's straight path (see `ddim` for y and s): dy/ds = ε̂ − x̂ = (y − x̂) / s; order 2.
 
     For "flow" y is z and s is t. Other schedules are brought to that form, which unlike Karras et al.'s z/α and σ/α
@@ -204,22 +204,22 @@ def heun(predict: Predict, z: Latents, grid: Grid, key: PRNGKeyArray, memory: An
     # One scan over evaluations, not steps, so that a large model is compiled once and not three times. The even ones
     # are made at a step's start, the odd ones at its end.
     def evaluation(carry, j):
-        y, start, slope_at_start, memory = carry
+        y, start, slope_at_start, carried = carry
         i, here = j // 2, (j + 1) // 2
-        x, memory = predict(y * total[here], grid.time[here], memory)
+        x, carried = predict(y * total[here], grid.time[here], carried)
         slope = (y - x) / s[here]
         at_start = j % 2 == 0
         start = jnp.where(at_start, y, start)
         slope_at_start = jnp.where(at_start, slope, slope_at_start)
         y = start + (s[i + 1] - s[i]) * (slope_at_start + slope) / 2
-        return (y, start, slope_at_start, memory), None
+        return (y, start, slope_at_start, carried), None
 
     y = z / total[0]
-    (y, _, _, _), _ = jax.lax.scan(evaluation, (y, y, jnp.zeros_like(y), memory), jnp.arange(2 * grid.steps - 1))
+    (y, _, _, _), _ = jax.lax.scan(evaluation, (y, y, jnp.zeros_like(y), carried), jnp.arange(2 * grid.steps - 1))
     return y * total[-1]
 
 
-SAMPLERS: dict[str, Callable[[Predict, Latents, Grid, PRNGKeyArray, Any], Latents]] = {
+SAMPLERS: dict[str, Callable[[Predict, Latents, TimeGrid, PRNGKeyArray, Any], Latents]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpm++2m": dpm_solver_2m,

@@ -14,7 +14,7 @@ from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, guide
-from walt_jax.diffusion.learned_sigma import split
+from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import sample
 from walt_jax.generation.codec import Codec, TrainedTokenizer
@@ -23,7 +23,7 @@ from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD
 
 # Of clips: ids of their captions, or their labels alone; embeddings of captions where their encoder is not trained.
-Words = Int[Array, "b s m"] | Embedded
+TextTokens = Int[Array, "b s m"] | Embedded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LatentDiffusion:
         return Layout(grid=self.denoiser.config.grid(self.latent_shape[:3]))
 
     @property
-    def low_shape(self) -> tuple[int, int, int, int]:
+    def low_res_shape(self) -> tuple[int, int, int, int]:
         """(t, h, w, c) of the low-resolution latents that are upscaled."""
         t, h, w, c = self.latent_shape
         scale = self.denoiser.config.upscale
@@ -79,7 +79,7 @@ class LatentDiffusion:
         """Latents as the denoiser takes them."""
         return to_tokens(latents, self.denoiser.config.patch_size)
 
-    def words(self, *shape: int) -> Int[Array, "*b m"] | Embedded:
+    def text_tokens(self, *shape: int) -> Int[Array, "*b m"] | Embedded:
         """Any captions of this shape, the number of their tokens last."""
         ids = jnp.ones(shape, jnp.int32)
         if self.text is None or self.trains_text:
@@ -89,49 +89,49 @@ class LatentDiffusion:
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Parameters of the denoiser, and of the text encoder where it is trained, with their logical axis names."""
         key_text, key_denoiser = jax.random.split(key)
-        words, params = self.words(1, 1, 1), {}
+        text_tokens, params = self.text_tokens(1, 1, 1), {}
         if self.text is not None and self.trains_text:
-            params["text"] = self.text.init(key_text, words[0], words[0] != PAD)["params"]
+            params["text"] = self.text.init(key_text, text_tokens[0], text_tokens[0] != PAD)["params"]
         noisy = self.tokens(jnp.zeros((1, *self.latent_shape)))
         mask, time = self.tokens(jnp.zeros((1, *self.latent_shape[:3], 1))), jnp.zeros((1, 1))
-        low = jnp.zeros((1, *self.low_shape))
-        condition = self.condition(nn.meta.unbox(params), words, noisy, mask, low, time)
+        low_res = jnp.zeros((1, *self.low_res_shape))
+        condition = self.condition(nn.meta.unbox(params), text_tokens, noisy, mask, low_res, time)
         denoiser = self.denoiser.init(key_denoiser, noisy, time, condition, self.layout)
         return {**params, "denoiser": denoiser["params"]}
 
     def condition(
         self,
         params: dict[str, Any],
-        words: Words,
-        known: Float[Array, "b n p"] | None = None,
+        text_tokens: TextTokens,
+        observed: Float[Array, "b n p"] | None = None,
         mask: Float[Array, "b n q"] | None = None,
-        low: Float[Array, "b t2 h2 w2 c"] | None = None,
-        low_time: Float[Array, "b s"] | None = None,
+        low_res: Float[Array, "b t2 h2 w2 c"] | None = None,
+        low_res_time: Float[Array, "b s"] | None = None,
     ) -> Condition:
         """What the denoiser is told.
 
         Args:
             params: of `init`'s structure.
-            words: of each clip, see `Words`.
-            known: clean latents as tokens, and
+            text_tokens: of each clip, see `TextTokens`.
+            observed: clean latents as tokens, and
             mask: 1 for each latent position where they are given, as tokens too; read where the denoiser predicts
                 frames.
-            low: low-resolution latents, noised, and
-            low_time: how much; read where the denoiser upscales.
+            low_res: low-resolution latents, noised, and
+            low_res_time: how much; read where the denoiser upscales.
         """
         cfg, given = self.denoiser.config, {}
-        if isinstance(words, Embedded):
-            given = {"text": words.embeddings, "text_mask": words.mask}
+        if isinstance(text_tokens, Embedded):
+            given = {"text": text_tokens.embeddings, "text_mask": text_tokens.mask}
         elif self.text is not None:
-            ids = words.reshape(-1, words.shape[-1])
+            ids = text_tokens.reshape(-1, text_tokens.shape[-1])
             embeddings = self.text.apply({"params": params["text"]}, ids, ids != PAD)
-            given = {"text": embeddings.reshape(*words.shape, -1), "text_mask": words != PAD}
+            given = {"text": embeddings.reshape(*text_tokens.shape, -1), "text_mask": text_tokens != PAD}
         elif cfg.classes:
-            given = {"label": words[..., 0]}
+            given = {"label": text_tokens[..., 0]}
         if cfg.frame_prediction:
-            given |= {"known": known * self.per_value(mask), "known_mask": mask}
+            given |= {"observed": observed * self.per_value(mask), "observed_mask": mask}
         if cfg.upscale > 1:
-            given |= {"low": low, "low_time": low_time}
+            given |= {"low_res": low_res, "low_res_time": low_res_time}
         return Condition(**given)
 
     def per_value(self, mask: Float[Array, "b n q"]) -> Float[Array, "b n p"]:
@@ -151,38 +151,40 @@ class LatentDiffusion:
         self,
         params: dict[str, Any],
         tokenizer: TrainedTokenizer,
-        words: Int[Array, "b m"] | Embedded,
+        text_tokens: Int[Array, "b m"] | Embedded,
         empty: Int[Array, " m"] | Embedded,
         seeds: UInt[Array, " b"],
         config: SamplingConfig,
-        known: Float[Array, "b t h w c"] | None = None,
+        observed: Float[Array, "b t h w c"] | None = None,
         mask: Float[Array, "b t h w 1"] | None = None,
-        low: Float[Array, "b t h2 w2 c"] | None = None,
+        low_res: Float[Array, "b t h2 w2 c"] | None = None,
     ) -> UInt8[Array, "b t h w 3"]:
         """Videos of captions or labels.
 
         Args:
             params: of `init`'s structure.
             tokenizer: what the codec has learned.
-            words: the captions, or labels.
+            text_tokens: the captions, or labels.
             empty: the empty caption, for guidance.
             seeds: one a clip; a clip's randomness depends on its own seed alone.
             config: see `SamplingConfig`.
-            known: normalised latents of frames that are given, where the denoiser predicts frames; they come out as
+            observed: normalised latents of frames that are given, where the denoiser predicts frames; they come out as
                 they went in.
             mask: 1 where they are given.
-            low: normalised low-resolution latents, where the denoiser upscales.
+            low_res: normalised low-resolution latents, where the denoiser upscales.
         """
         layout, kind = self.layout, self.diffusion.parameterization
         keys = jax.vmap(jax.random.key)(seeds)
         noise = self.tokens(jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys))
-        if known is None:
-            known, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
-        given = self.tokens(known), self.tokens(mask), low, jnp.zeros((len(noise), 1))
-        models = [self.denoise(params, self.condition(params, alone(words), *given), layout)]
+        if observed is None:
+            observed, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
+        given = self.tokens(observed), self.tokens(mask), low_res, jnp.zeros((len(noise), 1))
+        models = [self.denoise(params, self.condition(params, single_clips(text_tokens), *given), layout)]
         if config.guidance.needs_unconditional:
-            free = jax.tree.map(lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, words)
-            models.append(self.denoise(params, self.condition(params, alone(free), *given), layout))
+            free = jax.tree.map(
+                lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, text_tokens
+            )
+            models.append(self.denoise(params, self.condition(params, single_clips(free), *given), layout))
         tokens = jnp.full((1, 1), noise.shape[1])
 
         def levels(time):
@@ -192,11 +194,11 @@ class LatentDiffusion:
 
         channel = jnp.arange(noise.shape[-1]) % self.latent_shape[3]
 
-        def predict(z, time, memory):
+        def predict(z, time, carried):
             # Each model is conditioned on its own last estimate, as it was in training.
             times, level = jnp.full((len(z), 1), time), levels(time)
-            outputs = [model(z, times, estimate) for model, estimate in zip(models, memory[0], strict=True)]
-            split_outputs = [split(output, z.shape[-1]) for output in outputs]
+            outputs = [model(z, times, estimate) for model, estimate in zip(models, carried[0], strict=True)]
+            split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
             estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
             guided = estimates[0]
             if len(models) > 1:
@@ -206,18 +208,18 @@ class LatentDiffusion:
             return guided, (estimates, split_outputs[0][1])
 
         learns = self.denoiser.config.learned_sigma
-        memory = [jnp.zeros_like(noise) for _ in models], jnp.zeros_like(noise) if learns else None
-        learned = (lambda memory: memory[1]) if learns else None
+        carried = [jnp.zeros_like(noise) for _ in models], jnp.zeros_like(noise) if learns else None
+        learned = (lambda carried: carried[1]) if learns else None
         key = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        latents = sample(config.sampler, predict, noise, levels, config.steps, key, memory, learned)
+        latents = sample(config.sampler, predict, noise, levels, config.steps, key, carried, learned)
         latents = from_tokens(latents, layout.grid, self.denoiser.config.patch_size)
-        latents = mask * known + (1 - mask) * latents
+        latents = mask * observed + (1 - mask) * latents
         return self.codec.decode(tokenizer, latents)[0]
 
 
-def alone(words: Int[Array, "b m"] | Embedded) -> Words:
+def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:
     """Of equal clips, which are one a row."""
-    return jax.tree.map(lambda array: array[:, None], words)
+    return jax.tree.map(lambda array: array[:, None], text_tokens)
 
 
 def unboxed(params: Any) -> Any:

@@ -33,7 +33,7 @@ class Generator:
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n t h w 3"]:
         """One video for each prompt and seed. The same pair gives the same video, whatever stands beside it."""
-        words, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
+        text_tokens, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
         empty = jax.tree.map(lambda array: array[0], self.captions.encode([""]))
         # One shape, so that one program is compiled, and a clip does not depend on how many there are.
         size = self.config.batch_size
@@ -41,7 +41,7 @@ class Generator:
         with tqdm.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=len(prompts) <= size) as progress:
             for first in range(0, len(prompts), size):
                 rows = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-                some = jax.tree.map(lambda array, rows=rows: array[rows], words)
+                some = jax.tree.map(lambda array, rows=rows: array[rows], text_tokens)
                 batch = self.model.sample(self.params, self.tokenizer, some, empty, seeds[rows], self.config)
                 clips.append(np.asarray(batch)[: len(prompts) - first])
                 progress.update(len(clips[-1]))

@@ -19,7 +19,7 @@ from walt_jax.denoiser.layout import Grid, Layout, make_pack, place_clips, row_l
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion, alone, unboxed
+from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips, unboxed
 from walt_jax.parallel.cost import flops
 from walt_jax.training.data_benchmark import benchmark_decoding
 from walt_jax.training.loop import StageConfig
@@ -172,11 +172,11 @@ def _denoiser(config: RunConfig) -> list[Part]:
         count = max(1, stage.batch_size * stage.pack.tokens // tokens)
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(count, *model.latent_shape)).astype(np.float32)
-    words = jax.device_get(model.words(count, config.words))
+    text_tokens = jax.device_get(model.text_tokens(count, config.text_length))
     frozen = _frozen(model)
-    batch = {"latents": latents, "text": words}
+    batch = {"latents": latents, "text": text_tokens}
     if config.denoiser.upscale > 1:
-        batch = {"video": np.zeros((count, *config.clip_shape().nominal, 3), np.uint8), "text": words}
+        batch = {"video": np.zeros((count, *config.clip_shape().nominal, 3), np.uint8), "text": text_tokens}
     dense = _Training(task, stage, frozen, batch)
     parts = [Part("denoiser_train_step", dense, dense.flops, count * tokens, 1.0, dense.optimizer_flops)]
     full = dataclasses.replace(config.denoiser, windows=((None, None, None),) * len(config.denoiser.windows))
@@ -188,10 +188,10 @@ def _denoiser(config: RunConfig) -> list[Part]:
     if config.denoiser.upscale == 1:
         together = next(size for size in range(min(count, max(1, 2048 // tokens)), 0, -1) if count % size == 0)
         equal = [[grid] * together] * (count // together)
-        parts.append(_packed("denoiser_train_step_packed_equal", task, stage, frozen, equal, words, dense.flops))
+        parts.append(_packed("denoiser_train_step_packed_equal", task, stage, frozen, equal, text_tokens, dense.flops))
         mixed = [_filled(grid, together * tokens, rng) for _ in equal]
-        parts.append(_packed("denoiser_train_step_packed_mixed", task, stage, frozen, mixed, words, None))
-    parts.append(_sampling(model, dense.state.params, words, count * tokens))
+        parts.append(_packed("denoiser_train_step_packed_mixed", task, stage, frozen, mixed, text_tokens, None))
+    parts.append(_sampling(model, dense.state.params, text_tokens, count * tokens))
     return [*parts, *_attention(model)]
 
 
@@ -213,7 +213,7 @@ def _packed(
     stage: StageConfig,
     frozen: TrainedTokenizer,
     packs: list[list[Grid]],
-    words: Any,
+    text_tokens: Any,
     cost: int | None,
 ) -> Part:
     """A train step on packs; `cost` is that of the same clips as a batch, where they are equal."""
@@ -221,11 +221,13 @@ def _packed(
     length, clips = max(sum(map(math.prod, pack)) for pack in packs), max(map(len, packs))
     positions, sizes = place_clips(packs, length, clips)
     windows = config.attention_windows
-    lengths = row_lengths(positions, sizes, windows, config.images_alone)
-    pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
+    lengths = row_lengths(positions, sizes, windows, config.isolate_images)
+    pack = make_pack(positions, sizes, windows, lengths, config.isolate_images)
     width = task.model.latent_shape[3] * math.prod(config.patch_size)
     tokens = np.random.default_rng(0).normal(size=(len(packs), length, width)).astype(np.float32)
-    text = jax.tree.map(lambda array: np.broadcast_to(array[0], (len(packs), clips, *array.shape[1:])).copy(), words)
+    text = jax.tree.map(
+        lambda array: np.broadcast_to(array[0], (len(packs), clips, *array.shape[1:])).copy(), text_tokens
+    )
     step = _Training(task, stage, frozen, {"tokens": tokens, "text": text, "pack": pack})
     valid = float((positions[..., 0] >= 0).mean())
     scores = sum(map(scores_computed, pack.groups.values()))
@@ -288,16 +290,16 @@ def _filled(grid: Grid, tokens: int, rng: np.random.Generator) -> list[Grid]:
     return clips
 
 
-def _sampling(model: LatentDiffusion, params: Any, words: Any, tokens: int) -> Part:
+def _sampling(model: LatentDiffusion, params: Any, text_tokens: Any, tokens: int) -> Part:
     """One evaluation of the denoiser for as many clips as a training step has."""
-    count = len(jax.tree.leaves(words)[0])
+    count = len(jax.tree.leaves(text_tokens)[0])
     noisy = model.tokens(jnp.zeros((count, *model.latent_shape)))
     time = jnp.full((count, 1), 0.5)
     mask = model.tokens(jnp.zeros((count, *model.latent_shape[:3], 1)))
-    low = jnp.zeros((count, *model.low_shape))
+    low_res = jnp.zeros((count, *model.low_res_shape))
 
     def evaluation(params, noisy):
-        condition = model.condition(params, alone(words), noisy, mask, low, time)
+        condition = model.condition(params, single_clips(text_tokens), noisy, mask, low_res, time)
         return model.denoise(params, condition, model.layout)(noisy, time, jnp.zeros_like(noisy))
 
     params = jax.tree.map(jnp.copy, params)

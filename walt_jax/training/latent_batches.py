@@ -162,7 +162,7 @@ def packed_batches(
     # As many of each size as there are in a few hundred, and one at least.
     shares = [max(1, round(256 * count / len(owners))) for count in np.bincount(owners)]
     each = place_clips([[grid] for grid, share in zip(grids, shares, strict=True) for _ in range(share)], tokens, 1)
-    lengths = row_lengths(*each, windows, config.images_alone)
+    lengths = row_lengths(*each, windows, config.isolate_images)
 
     items = _Items(np.array(counts)[owners], Order([len(owners)], [1.0], seed), drop, seed)
 
@@ -186,7 +186,7 @@ def packed_batches(
                 start += len(content)
                 dropped = np.random.default_rng([seed, item.number, 1]).random() < caption_dropout
                 text[row][segment] = read_caption(clip, bool(dropped))
-        pack = make_pack(positions, sizes, windows, lengths, config.images_alone)
+        pack = make_pack(positions, sizes, windows, lengths, config.isolate_images)
         rows = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
         return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *rows), "pack": pack}
 

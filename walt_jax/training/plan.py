@@ -37,7 +37,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         model = make_model(config, config.most_pieces)
         params = unboxed(jax.eval_shape(model.init, key))
         variables["denoiser"] = params["denoiser"]
-        costs["denoiser"] = denoiser_flops(model, params, config.words)
+        costs["denoiser"] = denoiser_flops(model, params, config.text_length)
         if config.text is not None:
             ids = jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)
             text = unboxed(jax.eval_shape(model.text.init, key, ids, ids))["params"]
@@ -66,7 +66,7 @@ def _modules(sizes: dict[str, int], costs: dict[str, int]) -> dict[str, dict[str
     return {name: {"params": sizes.get(name, 0), "forward_flops_per_clip": costs.get(name, 0)} for name in names}
 
 
-def denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str, int]:
+def denoiser_flops(model: LatentDiffusion, params: Any, text_tokens: int) -> dict[str, int]:
     """Of one pass over one clip with a caption of so many tokens, by module."""
 
     def inputs():
@@ -77,7 +77,9 @@ def denoiser_flops(model: LatentDiffusion, params: Any, words: int) -> dict[str,
         return (
             noisy,
             time,
-            model.condition(encoder, model.words(1, 1, words), noisy, mask, jnp.zeros((1, *model.low_shape)), time),
+            model.condition(
+                encoder, model.text_tokens(1, 1, text_tokens), noisy, mask, jnp.zeros((1, *model.low_res_shape)), time
+            ),
         )
 
     def forward(params, inputs):
@@ -143,7 +145,7 @@ def _gradients(
     batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
     frozen = None
     if stage.task == "denoiser":
-        batch["text"] = jax.eval_shape(lambda: task.model.words(batch_size, config.words))
+        batch["text"] = jax.eval_shape(lambda: task.model.text_tokens(batch_size, config.text_length))
         if stage.cached_clips or stage.latents:
             batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
         channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)

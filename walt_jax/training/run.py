@@ -15,7 +15,7 @@ import walt_jax
 from walt_jax.config import build
 from walt_jax.data.batches import Batches
 from walt_jax.data.pipeline import Clips
-from walt_jax.denoiser import weights
+from walt_jax.denoiser import published_weights
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
@@ -163,7 +163,9 @@ class Run:
         """
         model = make_model(self.config, self.config.most_pieces)
         like = unboxed(jax.eval_shape(model.init, jax.random.key(0)))["denoiser"]
-        return {"denoiser": weights.load(self.config.init_from, self.config.denoiser, like, self.config.tubelets)}
+        return {
+            "denoiser": published_weights.load(self.config.init_from, self.config.denoiser, like, self.config.tubelets)
+        }
 
     def export(self, out: pathlib.Path) -> int:
         """Writes the trained denoiser as diffusers names it, or as DiT and Latte do where that is what it can be.
@@ -179,7 +181,7 @@ class Run:
             raise UserError("This config trains a tokenizer alone, and denoisers are what is exported.")
         params = self._restore("denoiser").served["denoiser"]
         of_diffusers = denoiser.adaln == "single" or denoiser.time_frequencies == "diffusers"
-        tensors = weights.export(jax.device_get(params), denoiser, of_diffusers)
+        tensors = published_weights.export(jax.device_get(params), denoiser, of_diffusers)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, safetensors.numpy.save(tensors))
         return sum(tensor.size for tensor in tensors.values())

@@ -12,7 +12,7 @@ from walt_jax.data.shapes import ClipShape, ShapeConfig
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser
-from walt_jax.denoiser.weights import Tubelets
+from walt_jax.denoiser.published_weights import Tubelets
 from walt_jax.denoiser.windows import Window
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.errors import UserError
@@ -61,8 +61,8 @@ class RunConfig:
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
     Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
     `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
-    `denoiser.weights`, which also says what `tubelets` are. `normalise_latents` says whether the denoiser gets each
-    channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer leaves them.
+    `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents` says whether the
+    denoiser gets each channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer leaves them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -174,8 +174,8 @@ class RunConfig:
         if self.sampling.guidance.channels > shape[3]:
             raise ValueError(f"sampling.guidance.channels is more than the latents' {shape[3]}")
         scale = denoiser.upscale
-        if conditioning.low_noise and scale == 1:
-            raise ValueError("conditioning.low_noise is for what upscales: set denoiser.upscale, or leave it out")
+        if conditioning.low_res_noise and scale == 1:
+            raise ValueError("conditioning.low_res_noise is for what upscales: set denoiser.upscale, or leave it out")
         if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
             raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
         for name, stage in self.stages.items():
@@ -187,7 +187,7 @@ class RunConfig:
                 "diffusion.adaptive": self.diffusion.adaptive,
                 "diffusion.multiscale": self.diffusion.multiscale,
                 "denoiser.output_conv": denoiser.output_conv,
-                "denoiser.known_by='cross'": denoiser.known_by == "cross",
+                "denoiser.observed_as='cross'": denoiser.observed_as == "cross",
             }
             for knob, value in alike.items():
                 if value:
@@ -206,7 +206,7 @@ class RunConfig:
         return 0 if self.text is None else self.text.vocab_size
 
     @property
-    def words(self) -> int:
+    def text_length(self) -> int:
         """Ids of a caption, or of a label."""
         return 1 if self.text is None else self.text.length
 

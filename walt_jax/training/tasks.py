@@ -13,7 +13,7 @@ from walt_jax.denoiser.layout import Layout, from_tokens
 from walt_jax.diffusion.adaptive import complexity
 from walt_jax.diffusion.objective import diffusion_loss
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion, alone
+from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -53,13 +53,13 @@ class ConditioningConfig:
         kinds: which of a clip's tokens are given, each as often: so many frames at its "start", or at its "end";
             "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of a "square" of half
             the area, in all frames (VDT's unified masks, Lu et al. 2023).
-        low_noise: the low-resolution latents get noise of a time between 0 and this, t_max of W.A.L.T.
+        low_res_noise: the low-resolution latents get noise of a time between 0 and this, t_max of W.A.L.T.
     """
 
     frames: tuple[Positive, ...] = ()
     probability: Fraction = 0.0
     kinds: tuple[Literal["start", "end", "every", "one", "random", "square"], ...] = ("start",)
-    low_noise: Annotated[float, Range(0, 1)] = 0.0
+    low_res_noise: Annotated[float, Range(0, 1)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,28 +90,28 @@ class DenoiserTask:
         step: Int[Array, ""],
     ) -> tuple[Any, Any, Metrics]:
         """The diffusion loss's, over values of clips that are not given."""
-        key_given, key_low, key_loss = jax.random.split(key, 3)
+        key_observed, key_low_res, key_loss = jax.random.split(key, 3)
         model, energy = self.model, None
         if "pack" in batch:
-            layout, tokens, words = Layout(pack=batch["pack"]), batch["tokens"], batch["text"]
+            layout, tokens, text_tokens = Layout(pack=batch["pack"]), batch["tokens"], batch["text"]
         else:
             latents = batch["latents"] if "latents" in batch else model.codec.encode(frozen, batch["video"])[0]
-            layout, tokens, words = model.layout, model.tokens(latents), alone(batch["text"])
+            layout, tokens, text_tokens = model.layout, model.tokens(latents), single_clips(batch["text"])
             if model.diffusion.adaptive > 0:
                 energy = complexity(latents)[:, None]
-        clips = jax.tree.leaves(words)[0].shape[:2]
+        clips = jax.tree.leaves(text_tokens)[0].shape[:2]
         sizes = jnp.broadcast_to(layout.clip_sizes(), (*clips, 3))
         counted = jnp.broadcast_to(layout.valid()[..., None], tokens.shape).astype(tokens.dtype)
         given = {}
         if model.denoiser.config.frame_prediction:
-            mask = self._given(layout, tokens, clips, key_given)
-            given = {"known": tokens, "mask": mask}
+            mask = self._observed_mask(layout, tokens, clips, key_observed)
+            given = {"observed": tokens, "mask": mask}
             counted = counted * (1 - model.per_value(mask))
         if model.denoiser.config.upscale > 1:
-            given["low"], given["low_time"] = self._low(frozen, batch["video"], key_low)
+            given["low_res"], given["low_res_time"] = self._low_res(frozen, batch["video"], key_low_res)
 
         def loss(params):
-            denoise = model.denoise(params, model.condition(params, words, **given), layout)
+            denoise = model.denoise(params, model.condition(params, text_tokens, **given), layout)
             return diffusion_loss(
                 denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, key_loss, model.diffusion, coarse
             )
@@ -133,7 +133,7 @@ class DenoiserTask:
         """Published weights are the denoiser's alone; the text encoder stays as it is."""
         return {**params, **served}, moving
 
-    def _given(
+    def _observed_mask(
         self, layout: Layout, tokens: Float[Array, "b n p"], clips: tuple[int, int], key: PRNGKeyArray
     ) -> Float[Array, "b n q"]:
         """1 for the latent positions that are given of each clip."""
@@ -166,7 +166,7 @@ class DenoiserTask:
         positions = tokens.shape[-1] // self.model.latent_shape[3]
         return jnp.broadcast_to(mask.astype(jnp.float32), (*tokens.shape[:2], positions))
 
-    def _low(
+    def _low_res(
         self, frozen: TrainedTokenizer, video: UInt8[Array, "b t h w 3"], key: PRNGKeyArray
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Float[Array, "b 1"]]:
         """The clip at low resolution, encoded and noised, and how much noise that was."""
@@ -175,6 +175,6 @@ class DenoiserTask:
         small = video.astype(jnp.float32).reshape(batch, frames, height // scale, scale, width // scale, scale, 3)
         latents, _ = self.model.codec.encode(frozen, jnp.round(small.mean(axis=(3, 5))).astype(jnp.uint8))
         key_time, key_noise = jax.random.split(key)
-        time = jax.random.uniform(key_time, (batch, 1), maxval=self.conditioning.low_noise)
+        time = jax.random.uniform(key_time, (batch, 1), maxval=self.conditioning.low_res_noise)
         alpha, sigma = (level[..., None, None, None] for level in self.model.diffusion.schedule(time))
         return alpha * latents + sigma * jax.random.normal(key_noise, latents.shape), time

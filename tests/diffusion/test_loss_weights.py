@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.diffusion.loss_weights import min_snr
 from walt_jax.diffusion.parameterization import target
-from walt_jax.diffusion.weights import min_snr
 
 KINDS = ("eps", "x0", "v", "flow")
 each = pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.waves import TIME_WAVES
+from walt_jax.denoiser.sinusoids import TIME_WAVES
 from walt_jax.errors import UserError
 
 Params = dict[str, Any]
