@@ -6,14 +6,13 @@ W.A.L.T trains it for 270 epochs of ImageNet in batches of 256 (its table 8), wh
 reports a reconstruction FID of 1.15 at 128 × 128 (its table 5b).
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("magvit2_video.py")))["get_config"]()
+    config = parent(__file__, "magvit2_video")
     config.data.update(frames=1, height=256, width=256)
     config.tokenizer.update(channel_multipliers=(1, 1, 2, 4), downsample=((1, 2, 2),) * 3, taps=1)
     images = {**config.stages.images.to_dict(), "steps": 1_351_000, "shapes": {}}

@@ -6,14 +6,13 @@ W.A.L.T trains this size for 1,000,000 steps of 256 clips (its table 8). The fir
 last goes on from them with both sizes: mixed sizes and lengths in one run.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("magvit2_video.py")))["get_config"]()
+    config = parent(__file__, "magvit2_video")
     config.data.update(height=256, width=448)
     small = {"height": 128, "width": 128}
     config.stages.images.shapes = {"image": {"frames": 1, **small}}

@@ -9,14 +9,13 @@ Expect little of a laptop: on 48 clips and two CPU cores, in 17 minutes and 2.4 
 23.1 dB (SSIM 0.76), soft and a little pale; samples have the colours and the light of scenes, but no shapes yet.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_demo.py")))["get_config"]()
+    config = parent(__file__, "walt_demo")
     config.data.update(source="", frames=17, height=48, width=80)
     config.text.update(vocab_size=1024, length=32)
     config.denoiser.update(windows=((1, None, None), (None, 3, 5)))

@@ -7,20 +7,18 @@ The denoiser has 460M parameters, since here each block's modulation has a layer
 power it doesn't tell; those below are MDT's. Nor does it tell the windows: frames and 16 × 16 here. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    here = pathlib.Path(__file__)
-    config = runpy.run_path(str(here.with_name("walt_l.py")))["get_config"]()
-    images = runpy.run_path(str(here.with_name("magvit2_image.py")))["get_config"]()
+    config = parent(__file__, "walt_l")
     config.data.update(frames=1, height=256, width=256)
-    config.tokenizer.update({name: images.tokenizer[name] for name in ("channel_multipliers", "downsample", "taps")})
+    config.tokenizer.update(channel_multipliers=(1, 1, 2, 4), downsample=((1, 2, 2),) * 3, taps=1)
     config.denoiser.update(windows=((1, None, None), (1, 16, 16)), adaln="separate", classes=1000, isolate_images=False)
-    config.stages = ConfigDict({"images": images.stages.images, "denoiser": config.stages.denoiser}, sort_keys=False)
+    images = {**config.stages.images.to_dict(), "steps": 1_351_000, "shapes": {}}
+    config.stages = ConfigDict({"images": images, "denoiser": config.stages.denoiser}, sort_keys=False)
     config.stages.denoiser.update(steps=437_000, batch_size=1024)
     config.sampling.guidance = {"scale": 3.8, "kind": "power_cosine", "power": 4.0}
     return config

@@ -7,14 +7,13 @@ batches of 512 (about 275,000 steps of Kinetics-600's 392,000 clips) and doesn't
 here, so that guidance on them is possible. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
+    config = parent(__file__, "walt_l")
     config.data.update(captions="caption")
     config.denoiser.update(classes=0, frame_prediction=True)
     config.conditioning = {"frames": (2,), "probability": 0.9}

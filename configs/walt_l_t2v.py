@@ -8,14 +8,13 @@ which is not trained: a folder `t5-v1_1-xl` of the user's, with google/t5-v1_1-x
 instead; make it smaller. What the paper doesn't state is chosen here: steps (its 3B model's), guidance. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
+    config = parent(__file__, "walt_l")
     config.data.update(captions="caption")
     config.text = {
         "vocab_size": 32_128,

@@ -7,15 +7,17 @@ are NaViT's fractions of a clip, and rotary within windows, so that sizes share 
 says how much of a pack your clips fill.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
     """The knobs."""
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_clips.py")))["get_config"]()
+    config = parent(__file__, "walt_demo")
+    config.data.update(source="", frames=17, height=48, width=80)
+    config.text.update(vocab_size=1024, length=32)
+    config.stages.tokenizer.update(steps=1300, batch_size=2)
     # Clips keep their aspect ratio in packs; the tokenizer learns on crops, of which few sizes have to be compiled.
     config.stages.tokenizer.shapes = {
         "wide": {"weight": 2.0},
@@ -28,6 +30,11 @@ def get_config() -> ConfigDict:
         "large": {"frames": 9, "side": 80, "weight": 1.0},
         "image": {"frames": 1, "side": 96, "weight": 2.0},
     }
-    config.denoiser.update(positions="fractional", relative="rotary", isolate_images=True)
-    config.stages.denoiser.update(shapes=shapes, pack={"tokens": 1536, "clips": 16}, batch_size=2, cached_clips=512)
+    config.denoiser.update(
+        windows=((1, None, None), (None, 3, 5)), positions="fractional", relative="rotary", isolate_images=True
+    )
+    config.stages.denoiser.update(
+        steps=600, shapes=shapes, pack={"tokens": 1536, "clips": 16}, batch_size=2, cached_clips=512
+    )
+    config.evaluation.update(clips=16, samples_per_prompt=1, prompts=8)
     return config

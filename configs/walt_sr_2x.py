@@ -7,19 +7,32 @@ beside the noisy ones. 675,000 steps of 512 clips (table 8). How the two are joi
 t = 0.3 here) the paper doesn't state. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l_t2v.py")))["get_config"]()
-    config.data.update(height=256, width=448)
+    config = parent(__file__, "walt_l")
+    config.data.update(height=256, width=448, captions="caption")
+    config.text = {
+        "vocab_size": 32_128,
+        "length": 64,
+        "encoder": {"dim": 2048, "layers": 24, "heads": 32, "head_dim": 64, "mlp_dim": 5120, "dtype": "bfloat16"},
+        "pretrained": "t5-v1_1-xl",
+    }
     config.denoiser.update(
-        dim=1408, layers=40, patch_size=(1, 2, 2), windows=((1, 16, 28), (5, 8, 14)), upscale=2, remat="block"
+        dim=1408,
+        layers=40,
+        windows=((1, 16, 28), (5, 8, 14)),
+        patch_size=(1, 2, 2),
+        cross_attention=True,
+        classes=0,
+        upscale=2,
+        remat="block",
     )
     config.conditioning = {"low_res_noise": 0.3}
-    config.stages.denoiser.update(steps=675_000, ema_decay=0.0)
+    config.stages.denoiser.update(steps=675_000, batch_size=512, ema_decay=0.0)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
+    config.sampling.guidance.scale = 7.5
     return config

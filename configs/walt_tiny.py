@@ -3,14 +3,13 @@
 python -m walt_jax.main --config=configs/walt_tiny.py --workdir=runs/tiny
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_demo.py")))["get_config"]()
+    config = parent(__file__, "walt_demo")
     config.data.update(frames=5, height=16, width=16)
     config.text.encoder.update(dim=16, heads=2, head_dim=8, mlp_dim=16)
     config.tokenizer.update(base_channels=8, channel_multipliers=(1, 1, 2), norm_groups=4)

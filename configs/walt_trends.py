@@ -4,10 +4,9 @@ python -m walt_jax.main --config=configs/walt_trends.py:no_self_conditioning --w
 python benchmarks/trends.py --tokenizer=runs/demo --workdir=runs/trends  # all on one tokenizer, and the table
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 # What each variant changes of the base.
 VARIANTS = {
@@ -34,7 +33,7 @@ EQUAL_TIME = frozenset({"full_attention"})
 
 def get_config(variant: str = "base") -> ConfigDict:
     """`--config=configs/walt_trends.py:VARIANT`, one of `VARIANTS`."""
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_demo.py")))["get_config"]()
+    config = parent(__file__, "walt_demo")
     config.normalise_latents = True
     config.denoiser.update(dim=128, heads=2, layers=4)
     config.diffusion.schedule.zero_terminal_snr = True

@@ -5,13 +5,12 @@
 60,000 steps of 256 clips on accelerators (table 8); not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
+    config = parent(__file__, "walt_l")
     config.denoiser.update(dim=1152, layers=28)
     return config

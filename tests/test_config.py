@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import runpy
 from typing import Literal
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from walt_jax.config import Fraction, Positive, build
 from walt_jax.data import prepare_config
 from walt_jax.errors import UserError
+from walt_jax.main import _parsed
 from walt_jax.training.run_config import RunConfig
 
 
@@ -186,3 +188,23 @@ def test_each_variant_fits(variant):
     get_config = runpy.run_path(str(CONFIGS / "walt_trends.py"))["get_config"]
     base, built = (build(RunConfig, get_config(name), "config") for name in ("base", variant))
     assert (built == base) == (variant == "base")
+
+
+def parents(path: pathlib.Path) -> list[str]:
+    """The names of the configs that a config changes."""
+    return re.findall(r'parent\(__file__, "(\w+)"', path.read_text())
+
+
+def test_a_config_has_one_parent_at_most_and_a_parent_has_none():
+    """So that two files show all of a config."""
+    found = {path.stem: parents(path) for path in CONFIGS.glob("*.py")}
+    assert sum(map(len, found.values())) > 10
+    for name, those in found.items():
+        assert len(those) <= 1, name
+        assert not any(found[parent] for parent in those), name
+
+
+def test_a_config_finds_its_parent_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    knobs = _parsed([f"--config={CONFIGS / 'walt_xl.py'}"]).config
+    assert knobs.denoiser.layers == 28 and knobs.denoiser.heads == 16
