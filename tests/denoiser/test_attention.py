@@ -128,7 +128,7 @@ def test_in_equal_clips_equals_dense_attention_under_a_mask(grid, window, relati
 
     bounds = window.bounds(LARGEST)
     if relative == "bias":  # of this window's offsets
-        params = {**params, "relative_bias": normal(9, int(np.prod([2 * size - 1 for size in bounds])), HEADS)}
+        params = {**params, "relative_bias": normal(9, *(2 * size - 1 for size in bounds), HEADS)}
     apply = jax.jit(lambda *arguments: module(relative, window, qk_norm, bounds).apply(*arguments))
     ours = apply({"params": params}, x, Layout(grid=grid), text, mask)
     packs = [[grid]] * clips

@@ -403,10 +403,10 @@ class WindowAttention(nn.Module):
         for number, (window, bounds, part) in enumerate(zip(self.windows, self.bounds, parts, strict=True)):
             table = None
             if self.relative == "bias":
-                table_init = nn.with_logical_partitioning(nn.initializers.zeros, ("relative", "heads"))
-                offsets = int(np.prod([2 * size - 1 for size in bounds]))
+                table_init = nn.with_logical_partitioning(nn.initializers.zeros, (*["relative"] * 3, "heads"))
+                offsets = [2 * size - 1 for size in bounds]  # an axis each, which `resize` interpolates along
                 name = f"relative_bias_{number}" if number else "relative_bias"
-                table = self.param(name, table_init, (offsets, self.heads // count))
+                table = self.param(name, table_init, (*offsets, self.heads // count)).reshape(-1, self.heads // count)
             if layout.pack is not None:
                 groups, coordinates = layout.pack.groups[window.name], layout.coordinates()
                 own, logsum = grouped(*part, groups, coordinates, table, bounds)
