@@ -2,12 +2,12 @@
 
     python -m walt_jax.main --config=configs/magvit2_video.py --config.data.source=FOLDER --workdir=runs/magvit2
 
-Architecture, losses and optimizer are the paper's, with W.A.L.T's 270,000 steps of 256 clips on Kinetics-600; that is
-work for many accelerators. The paper reports a reconstruction FVD of 8.62 on UCF-101 (its table 5c). Encoder and
-decoder have 336M parameters, the tokenizer of images that they are inflated from 105M, the discriminator 64M. What no
-paper states is chosen here: the warm-up, the share of images, the image stage's length, and LFQ's temperature.
+Architecture, losses and optimizer are the paper's, with W.A.L.T's 270,000 steps of 256 clips on Kinetics-600; many
+accelerators are needed. The paper reports a reconstruction FVD of 8.62 on UCF-101 (its table 5c). Encoder and decoder
+have 336M parameters, the image tokenizer that they are inflated from 105M, the discriminator 64M. Chosen here, because
+no paper states them: the warm-up, the share of images, the length of the image stage, LFQ's temperature.
 
-The perceptual loss of the paper is off: it needs the weights of a feature network. With them:
+The paper's perceptual loss is off, because it needs the weights of a feature network. To use it:
 `--config.losses.perceptual=0.1 --config.losses.perceptual_weights=FILE`, see walt_jax/tokenizer/perceptual.py.
 
 W.A.L.T's continuous latents: `--config.tokenizer.head.name=continuous --config.tokenizer.head.groups=1

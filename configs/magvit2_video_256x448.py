@@ -2,8 +2,8 @@
 
     python -m walt_jax.main --config=configs/magvit2_video_256x448.py --config.data.source=FOLDER --workdir=runs/hd
 
-W.A.L.T trains this size for 1,000,000 steps of 256 clips (its table 8). The first stages here are on 128 × 128, the
-last goes on from them with both sizes: mixed sizes and lengths in one run.
+W.A.L.T trains this size for 1,000,000 steps of 256 clips (its table 8). The first stages here are on 128 × 128; the
+last continues from them on both sizes and on images.
 """
 
 from ml_collections import ConfigDict

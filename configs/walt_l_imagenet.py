@@ -1,10 +1,13 @@
-"""W.A.L.T-L on images of 256 × 256 pixels, with a class each: ImageNet in the paper (tables 2 and 8).
+"""W.A.L.T-L on images of 256 × 256 pixels with class labels: ImageNet in the paper (tables 2 and 8).
 
     python -m walt_jax.main --config=configs/walt_l_imagenet.py --config.data.source=FOLDER --workdir=runs/imagenet
 
-The denoiser has 460M parameters, since here each block's modulation has a layer of its own. The paper reaches an FID of
-2.56 (IS 215.1) after 437,000 steps of 1,024 images, and 2.40 (290.5) with MDT's power-cosine guidance, whose scale and
-power it doesn't tell; those below are MDT's. Nor does it tell the windows: frames and 16 × 16 here. Not run here.
+The denoiser has 460M parameters, because each block has its own modulation layer here. The paper reaches an FID of 2.56
+(IS 215.1) after 437,000 steps of 1,024 images, and 2.40 (290.5) with MDT's power-cosine guidance. It does not state the
+guidance's scale and power (MDT's here) or the windows (frames and 16 × 16 here). Not run here.
+
+Each image is encoded once, before the denoiser's first step: 33 GB of latents per million images (`walt_l.py` says
+more). `--config.stages.denoiser.cached_clips=N` draws crops anew for each further epoch of N.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +22,6 @@ def get_config() -> ConfigDict:
     config.denoiser.update(windows=((1, None, None), (1, 16, 16)), adaln="separate", classes=1000, isolate_images=False)
     images = {**config.stages.images.to_dict(), "steps": 1_351_000, "shapes": {}}
     config.stages = ConfigDict({"images": images, "denoiser": config.stages.denoiser}, sort_keys=False)
-    config.stages.denoiser.update(steps=437_000, batch_size=1024)
+    config.stages.denoiser.update(steps=437_000, batch_size=1024, cached_clips=None)
     config.sampling.guidance = {"scale": 3.8, "kind": "power_cosine", "power": 4.0}
     return config

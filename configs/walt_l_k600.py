@@ -1,10 +1,13 @@
-"""W.A.L.T-L for frame prediction: 5 frames are given, 12 predicted; Kinetics-600 in the paper, FVD 3.3 ± 0.0.
+"""W.A.L.T-L for frame prediction: 5 frames are observed, 12 predicted; Kinetics-600 in the paper, FVD 3.3 ± 0.0.
 
     python -m walt_jax.main --config=configs/walt_l_k600.py --config.data.source=FOLDER --workdir=runs/k600
 
-Two latent frames are given, as channels beside the noisy ones together with a mask. The paper trains for 360 epochs in
-batches of 512 (about 275,000 steps of Kinetics-600's 392,000 clips) and doesn't state how often frames are given: 0.9
-here, so that guidance on them is possible. Not run here.
+Two observed latent frames are concatenated with the noisy ones along channels, together with a mask. The paper trains
+for 360 epochs in batches of 512 (about 275,000 steps of Kinetics-600's 392,000 clips) and does not state how often
+frames are observed: 0.9 here, so that guidance on them is possible. Not run here.
+
+Before the denoiser's first step, four million clips (ten windows of each clip of Kinetics-600) are encoded: 41 GB of
+latents per million clips (`walt_l.py` says more).
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +20,5 @@ def get_config() -> ConfigDict:
     config.data.update(captions="caption")
     config.denoiser.update(classes=0, frame_prediction=True)
     config.conditioning = {"frames": (2,), "probability": 0.9}
-    config.stages.denoiser.update(steps=275_000, batch_size=512)
+    config.stages.denoiser.update(steps=275_000, batch_size=512, cached_clips=4_000_000)
     return config

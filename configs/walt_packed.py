@@ -1,10 +1,11 @@
-"""W.A.L.T on packs: clips and images of several sizes and lengths beside each other in one sequence, of your folder.
+"""W.A.L.T on packs: clips and images of several sizes and lengths share one sequence; your own folder.
 
     python -m walt_jax.main --config=configs/walt_packed.py --config.data.source=FOLDER --workdir=runs/packed
 
-A clip sees itself alone, has a time of its own and keeps its place in the clip, whatever stands beside it. Positions
-are NaViT's fractions of a clip, and rotary within windows, so that sizes share what they learn. `--mode=data`
-says how much of a pack your clips fill.
+A clip attends only to itself, has its own diffusion time and its own positions, whatever else is in the pack. Positions
+are NaViT's fractions of a clip, and rotary within windows, so that sizes share what they learn. `--mode=data` reports
+how much of a pack your clips fill. `--config.stages.denoiser.cached_clips=0` encodes and packs clips as they come,
+instead of 512 clips before the first step.
 """
 
 from ml_collections import ConfigDict

@@ -2,9 +2,9 @@
 
     python -m walt_jax.main --config=configs/walt_sr_2x.py --config.data.source=FOLDER --workdir=runs/sr_2x
 
-Latents of the low resolution, with noise of a level that the model is told, are upscaled by a convolution and stand
-beside the noisy ones. 675,000 steps of 512 clips (table 8). How the two are joined and how much noise there is (up to
-t = 0.3 here) the paper doesn't state. Not run here.
+Low-resolution latents, with noise of a level that the model is conditioned on, are upscaled by a convolution and
+concatenated with the noisy ones along channels. 675,000 steps of 512 clips (table 8). The paper does not state how the
+two are joined and how much noise there is (up to t = 0.3 here). Not run here.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from walt_jax.config_file import parent
 
 def get_config() -> ConfigDict:
     config = parent(__file__, "walt_l")
-    config.data.update(height=256, width=448, captions="caption")
+    config.data.update(height=256, width=448, fps=8.0, captions="caption")
     config.text = {
         "vocab_size": 32_128,
         "length": 64,
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         remat="block",
     )
     config.conditioning = {"low_res_noise": 0.3}
-    config.stages.denoiser.update(steps=675_000, batch_size=512, ema_decay=0.0)
+    config.stages.denoiser.update(steps=675_000, batch_size=512, ema_decay=0.0, cached_clips=0)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
     config.sampling.guidance.scale = 7.5
     return config

@@ -13,7 +13,7 @@ from walt_jax.config_file import parent
 
 def get_config() -> ConfigDict:
     config = parent(__file__, "walt_l")
-    config.data.update(height=512, width=896, captions="caption")
+    config.data.update(height=512, width=896, fps=8.0, captions="caption")
     config.text = {
         "vocab_size": 32_128,
         "length": 64,
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         remat="block",
     )
     config.conditioning = {"low_res_noise": 0.3}
-    config.stages.denoiser.update(steps=275_000, batch_size=512, ema_decay=0.0)
+    config.stages.denoiser.update(steps=275_000, batch_size=512, ema_decay=0.0, cached_clips=0)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
     config.sampling.guidance.scale = 7.5
     return config

@@ -1,4 +1,4 @@
-"""A smaller `walt_demo.py` in variants that differ in one idea each, to see what it brings.
+"""Variants of a smaller `walt_demo.py` that differ in one idea each.
 
 python -m walt_jax.main --config=configs/walt_trends.py:no_self_conditioning --workdir=runs/no_self_conditioning
 python benchmarks/trends.py --tokenizer=runs/demo --workdir=runs/trends  # all on one tokenizer, and the table

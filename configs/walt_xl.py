@@ -2,7 +2,8 @@
 
     python -m walt_jax.main --config=configs/walt_xl.py --config.data.source=FOLDER --workdir=runs/walt_xl
 
-60,000 steps of 256 clips on accelerators (table 8); not run here.
+60,000 steps of 256 clips on accelerators (table 8); not run here. Before the denoiser's first step, a million clips are
+encoded: 41 GB of latents per million clips (`walt_l.py` says more).
 """
 
 from ml_collections import ConfigDict

@@ -362,7 +362,7 @@ def encode(values: flags.FlagValues) -> None:
 
 
 def plan(values: flags.FlagValues) -> None:
-    """Counts parameters and operations of the config, or of the workdir's run; reads no data."""
+    """Prints the config, or that of the workdir's run, and counts its parameters and operations; reads no data."""
     from walt_jax.workdir import write_atomically
 
     workdir = pathlib.Path(values.workdir)
@@ -371,13 +371,22 @@ def plan(values: flags.FlagValues) -> None:
     from walt_jax.config import build
     from walt_jax.training.plan import plan
     from walt_jax.training.run_config import RunConfig
+    from walt_jax.workdir import flatten
 
-    counts = plan(build(RunConfig, knobs, "config"))
+    config = build(RunConfig, knobs, "config")
+    counts = plan(config)
+    for name, value in flatten(counts["config"]).items():
+        print(f"--config.{name}={value!r}")
     for name, size in counts["params"].items():
         forward = counts["forward_flops_per_clip"][name]
         print(f"{name:13} {size:15,} parameters {forward / 1e9:12,.2f} GFLOP forward a clip")
     for name, stage in counts["stages"].items():
-        print(f"stage {name:20} {stage['train_flops_per_step'] / 1e12:12,.4f} TFLOP a step")
+        encoding = "encoding_flops_per_step" in stage and (
+            f"; encoding its clips {stage['encoding_flops_per_step'] / 1e12:,.4f}, "
+            + ("in each step" if config.stages[name].encodes else "once, before the first step")
+            + f"; their latents {stage['latents_bytes_per_clip'] / 1e3:,.3g} GB a million clips"
+        )
+        print(f"stage {name:20} {stage['train_flops_per_step'] / 1e12:12,.4f} TFLOP a step{encoding or ''}")
     write_atomically(workdir / "plan.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {workdir / 'plan.json'}")
 

@@ -1,20 +1,22 @@
-"""Clips are encoded in turn; packs hold them as they are, with their captions, once an epoch."""
+"""Clips are encoded with others of their size; batches and packs hold them unchanged, with captions, once an epoch."""
 
 import collections
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
-import tqdm
 
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.latents import Encoded
+from walt_jax.data.order import Order
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import from_tokens, to_tokens
 from walt_jax.errors import UserError
-from walt_jax.training import latent_batches
-from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path, packed_batches
+from walt_jax.training import latent_batches, pack_batches
+from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path
+from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
 
 CONFIG = DenoiserConfig(
     dim=16, heads=2, layers=2, windows=((1, None, None), (None, 2, 2)), patch_size=(1, 2, 2), cross_attention=False
@@ -59,11 +61,11 @@ LATENTS = {int(clip.caption): clip.latents for clip in CACHED}
 
 @pytest.fixture(autouse=True)
 def short_queue(monkeypatch):
-    monkeypatch.setattr(latent_batches, "WAITING", 4)
+    monkeypatch.setattr(pack_batches, "WAITING", 4)
 
 
 def packs(batch_size=2, seed=0):
-    return packed_batches(CACHED, read, 0.0, CONFIG, batch_size, TOKENS, CLIPS, seed)
+    return packs_of_latents(CACHED, read, Packing(CONFIG, batch_size, TOKENS, CLIPS, seed))
 
 
 def taken(dataset, count):
@@ -137,7 +139,7 @@ def test_the_seed_changes_the_order():
 def test_a_shape_of_few_clips_among_many_has_its_rows_too():
     """Rows' lengths are chosen from some of the clips; the longest windows must be among them."""
     clips = Clips(clips_of((1, 2, 2), 1025, 1) + clips_of((2, 4, 4), 1, 2000))
-    dataset = packed_batches(clips, read, 0.0, CONFIG, 1, 1034, 1026, seed=0)
+    dataset = packs_of_latents(clips, read, Packing(CONFIG, 1, 1034, 1026, 0))
     lengths = {name: groups.lengths for name, groups in next(iter(dataset))["pack"].groups.items()}
     assert lengths["1×all×all"][-1] >= 4
     assert lengths["all×2×2"][-1] >= 8
@@ -148,13 +150,15 @@ def test_captions_are_dropped_anew_each_time():
     texts = np.concatenate(
         [
             batch["text"][..., 0][batch["pack"].sizes[..., 0] > 0]
-            for batch in taken(packed_batches(CACHED, read, 0.5, CONFIG, 2, TOKENS, CLIPS, seed=0), 60)
+            for batch in taken(packs_of_latents(CACHED, read, Packing(CONFIG, 2, TOKENS, CLIPS, 0, 0.5)), 60)
         ]
     )
     assert 0.35 < (texts == 0).mean() < 0.65
     assert set(texts) == {0, *LATENTS}
     dense = Clips(CACHED[:4])
-    texts = np.concatenate([batch["text"][:, 0] for batch in taken(dense_batches(dense, read, 0.5, 4, seed=0), 40)])
+    texts = np.concatenate(
+        [batch["text"][:, 0] for batch in taken(dense_batches(dense, read, 0.5, {SHAPES[0]: 4}, seed=0), 40)]
+    )
     assert 0.35 < (texts == 0).mean() < 0.65
     assert set(texts) == {0, 1, 2, 3, 4}
 
@@ -168,7 +172,7 @@ def test_captions_are_dropped_anew_each_time():
     ],
 )
 def test_what_is_left_of_a_clip_are_its_own_tokens_at_their_places(drop, left):
-    dataset = packed_batches(CACHED, read, 0.0, CONFIG, 2, TOKENS, CLIPS, 0, drop)
+    dataset = packs_of_latents(CACHED, read, Packing(CONFIG, 2, TOKENS, CLIPS, 0, drop=drop))
     seen, all_of_them = 0, 0
     for batch in taken(dataset, 12):
         pack = batch["pack"]
@@ -192,7 +196,7 @@ def test_what_is_left_of_a_clip_are_its_own_tokens_at_their_places(drop, left):
 def test_with_tokens_dropped_packs_go_on_from_a_state():
     def fresh():
         drop = DropConfig(kind="beta", rate=0.5)
-        return iter(packed_batches(CACHED, read, 0.3, CONFIG, 1, TOKENS, CLIPS, 0, drop))
+        return iter(packs_of_latents(CACHED, read, Packing(CONFIG, 1, TOKENS, CLIPS, 0, 0.3, drop)))
 
     iterator = fresh()
     for _ in range(3):
@@ -210,19 +214,104 @@ def test_with_tokens_dropped_packs_go_on_from_a_state():
 
 def test_batches_of_one_size_have_each_clip_once_an_epoch():
     clips = Clips(CACHED[:4])
-    seen = np.concatenate([batch["text"][:, 0] for batch in taken(dense_batches(clips, read, 0.0, 2, seed=3), 6)])
+    seen = np.concatenate(
+        [batch["text"][:, 0] for batch in taken(dense_batches(clips, read, 0.0, {SHAPES[0]: 2}, seed=3), 6)]
+    )
     for epoch in seen.reshape(3, 4):
         assert sorted(epoch) == [1, 2, 3, 4]
-    (batch,) = taken(dense_batches(clips, read, 0.0, 4, seed=3), 1)
+    (batch,) = taken(dense_batches(clips, read, 0.0, {SHAPES[0]: 4}, seed=3), 1)
     for latents, text in zip(batch["latents"], batch["text"], strict=True):
         np.testing.assert_array_equal(latents, LATENTS[text[0]])
 
 
+def test_batches_of_several_sizes_have_one_each_and_each_clip_once_an_epoch():
+    """Two large clips a batch, or three of either of the others; of the large ones each is in two batches an epoch."""
+    sizes = dict(zip(SHAPES, (2, 3, 3), strict=True))
+    seen = collections.Counter()
+    batches = taken(dense_batches(CACHED, read, 0.0, sizes, seed=0), 8)
+    for batch in batches:
+        shape = batch["latents"].shape
+        assert shape[0] == sizes[shape[1:4]] == len(batch["text"])
+        for latents, text in zip(batch["latents"], batch["text"], strict=True):
+            np.testing.assert_array_equal(latents, LATENTS[text[0]])
+            seen[int(text[0])] += 1
+    assert {batch["latents"].shape[1:4] for batch in batches} == set(SHAPES)
+    assert set(seen) == set(LATENTS) and max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_with_several_sizes_batches_go_on_from_a_state():
+    iterator = iter(dense_batches(CACHED, read, 0.3, dict.fromkeys(SHAPES, 2), seed=0))
+    for _ in range(3):
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    expected = [next(iterator) for _ in range(4)]
+    other = iter(dense_batches(CACHED, read, 0.3, dict.fromkeys(SHAPES, 2), seed=0))
+    other.set_state(json.loads(state))
+    for batch in expected:
+        jax.tree.map(np.testing.assert_array_equal, next(other), batch)
+
+
+class Videos:
+    """Videos whose two frames of noise are what the latents of `CACHED` are made of, in the same order."""
+
+    def __init__(self, seed, unusable=()):
+        self.order, self.unusable = Order([len(CACHED)], [1.0], seed), unusable
+
+    def __getitem__(self, number):
+        clip = CACHED[self.order[number].index]
+        if clip.caption in self.unusable:
+            return None
+        return {"number": number, "video": clip.latents, "text": clip.caption}
+
+
+@pytest.mark.parametrize("drop", [None, DropConfig(kind="resolution", rate=0.5, slope=0.3)])
+def test_packs_that_are_encoded_each_time_equal_those_of_latents(drop):
+    """To the last bit, with captions and tokens dropped alike; and again from a state."""
+    packing = Packing(CONFIG, 2, TOKENS, CLIPS, 5, 0.3, drop)
+    encoded = []
+
+    def encode(clips):
+        encoded.append(len(clips))
+        return [Encoded(clip["video"], clip["text"]) for clip in clips]
+
+    def packs_of_videos():
+        sizes = dict.fromkeys(SHAPES, 1.0)
+        return iter(packs_of_clips(Videos(5), lambda size: size, sizes, encode, 2, read, packing))
+
+    ours, state = packs_of_videos(), None
+    for number, batch in enumerate(taken(packs_of_latents(CACHED, read, packing), 6)):
+        if number == 3:
+            state = json.dumps(ours.get_state())
+            ours = packs_of_videos()
+            ours.set_state(json.loads(state))
+        other = next(ours)
+        for name in ("tokens", "text"):
+            np.testing.assert_array_equal(other[name], batch[name])
+        for name in ("positions", "sizes"):
+            np.testing.assert_array_equal(getattr(other["pack"], name), getattr(batch["pack"], name))
+        assert encoded[-1] == (batch["pack"].sizes[..., 0] > 0).sum()
+
+
+def test_videos_that_cannot_be_used_are_in_no_pack():
+    packing, left_out = Packing(CONFIG, 2, TOKENS, CLIPS, 0), ("2", "7")
+    packs = packs_of_clips(
+        Videos(0, left_out),
+        lambda size: size,
+        dict.fromkeys(SHAPES, 1.0),
+        lambda clips: [Encoded(clip["video"], clip["text"]) for clip in clips],
+        2,
+        read,
+        packing,
+    )
+    seen = set(itertools.chain.from_iterable(map(clip_numbers, taken(packs, 8))))
+    assert seen == set(LATENTS) - set(map(int, left_out))
+
+
 def test_clips_that_suit_neither_are_refused():
-    with pytest.raises(UserError, match=r"latents of 3 sizes, from 1 × 4 × 6 to 3 × 2 × 4; give their stage shapes"):
-        dense_batches(CACHED, read, 0.0, 2, seed=0)
+    with pytest.raises(UserError, match=r"latents of 1 × 4 × 6, and the stage's clips have 2 × 4 × 4; give the stage"):
+        dense_batches(CACHED, read, 0.0, {SHAPES[0]: 2}, seed=0)
     with pytest.raises(UserError, match=r"clips of 8 tokens, which overflow packs of 7"):
-        packed_batches(CACHED, read, 0.0, CONFIG, 1, 7, CLIPS, seed=0)
+        packs_of_latents(CACHED, read, Packing(CONFIG, 1, 7, CLIPS, 0))
 
 
 def test_clips_are_encoded_together_with_their_like_and_come_in_their_order():
@@ -238,13 +327,31 @@ def test_clips_are_encoded_together_with_their_like_and_come_in_their_order():
         return {"number": number, "video": np.full((1, height, 2, 3), number, np.uint8), "text": f"clip {number}"}
 
     numbers = [number for number in range(22) if number != 5]  # one that could not be used
-    with tqdm.tqdm(disable=True) as told:
-        found = list(encoded_clips(encode, map(clip, numbers), told))
+    reported = []
+    found = list(encoded_clips(encode, map(clip, numbers), reported.append))
+    assert sum(reported) == len(numbers)
     assert len(calls) == 3  # 13 small ones in two batches, 8 large ones in one
     assert [encoded.caption for encoded in found] == [f"clip {number}" for number in numbers]
     for number, encoded in zip(numbers, found, strict=True):
         assert encoded.latents.shape == (1, 1 + (number % 3 == 0), 1, 2)
         np.testing.assert_array_equal(encoded.latents[0, -1, 0], [number + 0.5, number + 100])
+
+
+def test_few_clips_are_encoded_in_batches_of_powers_of_two():
+    calls = []
+
+    def encode(video):
+        calls.append(len(video))
+        return video[..., :1].astype(np.float32)
+
+    clips = [{"number": number, "video": np.full((1, 2, 2, 3), number), "text": ""} for number in range(13)]
+    found = list(encoded_clips(encode, clips, lambda count: None, smallest=1))
+    assert calls == [8, 8]  # five are padded to eight
+    assert [clip.latents[0, 0, 0, 0] for clip in found] == list(range(13))
+    calls.clear()
+    list(encoded_clips(encode, clips[:3], lambda count: None, smallest=1))
+    list(encoded_clips(encode, clips[:1], lambda count: None, smallest=1))
+    assert calls == [4, 1]
 
 
 def test_stages_have_a_folder_each(tmp_path):

@@ -68,6 +68,10 @@ class LatentDiffusion:
         """Of clips of `latent_shape`."""
         return Layout(grid=self.denoiser.config.grid(self.latent_shape[:3]))
 
+    def layout_of(self, latents: Float[Array, "b t h w c"]) -> Layout:
+        """Of clips of any one size."""
+        return Layout(grid=self.denoiser.config.grid(latents.shape[1:4]))
+
     @property
     def low_res_shape(self) -> tuple[int, int, int, int]:
         """(t, h, w, c) of the low-resolution latents that are upscaled."""

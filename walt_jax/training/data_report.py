@@ -20,7 +20,7 @@ from walt_jax.data.order import Share
 from walt_jax.data.packing import Item, fill
 from walt_jax.data.pipeline import Clips, Data, Mixture
 from walt_jax.data.stream import stream
-from walt_jax.training.latent_batches import WAITING, kept
+from walt_jax.training.pack_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
 
 LEAST, MOST = 1024, 4096  # clips that are read, so that packs are many and large data sets take no hours

@@ -30,15 +30,17 @@ from walt_jax.training.tasks import Task
 
 BATCHES_AHEAD = 2
 
+Windows = tuple[tuple[Positive | None, Positive | None, Positive | None], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-    """How clips of several shapes stand beside each other.
+    """How clips of several shapes share a sequence.
 
     Attributes:
-        tokens: of a pack.
-        clips: most of a pack.
-        drop: the tokens of a clip that are left out in training; none unless given.
+        tokens: length of a pack.
+        clips: maximum number of clips in a pack.
+        drop: which tokens of a clip are dropped in training; None drops none.
     """
 
     tokens: Positive
@@ -55,16 +57,19 @@ class StageConfig:
         steps: optimizer steps.
         batch_size: clips a step.
         optimizer: see `OptimizerConfig`.
-        shapes: sizes and lengths that clips come in, by names of your own; none is the data's. A tokenizer's batches
-            are of one size each; with images alone it is a tokenizer of images that is trained, which the next stage
-            inflates. For a denoiser clips go beside each other into packs.
-        pack: for a denoiser: how clips are packed; `batch_size` then counts packs.
+        shapes: sizes and lengths of the clips, by names of your own; without any, clips have the data's. Each batch
+            has clips of one shape. A tokenizer stage with images only trains a tokenizer of images, which the next
+            stage inflates.
+        windows: of a denoiser stage, instead of `denoiser.windows`. Where these or the largest clip differ from the
+            stage before, tables of positions are interpolated, see `denoiser.resize`.
+        pack: of a denoiser stage: clips of all shapes share sequences; `batch_size` then counts packs.
         ema_decay: of the parameters' moving average.
-        cached_clips: for a denoiser: this many clips are encoded once, and trained on again and again; 0 encodes each
-            batch anew.
-        latents: for a denoiser: a data set that `--mode=encode` has written, in the place of clips to be encoded.
+        cached_clips: of a denoiser stage: how many clips are encoded into the workdir before its first step. None is
+            each clip of the data once; with more than there are, windows and crops are drawn anew each epoch; 0
+            encodes the clips of each batch in its step, every epoch again.
+        latents: of a denoiser stage: a data set that `--mode=encode` has written, instead of clips to be encoded.
         log_every: steps between lines of `metrics.jsonl`.
-        checkpoint_every: steps between checkpoints; there is one at the end in any case.
+        checkpoint_every: steps between checkpoints; the last step always has one.
     """
 
     task: Literal["tokenizer", "denoiser"]
@@ -72,26 +77,35 @@ class StageConfig:
     batch_size: Positive
     optimizer: OptimizerConfig
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
+    windows: Windows | None = None
     pack: PackConfig | None = None
     ema_decay: Fraction = 0.999
-    cached_clips: int = 0
+    cached_clips: int | None = None
     latents: str = ""
     log_every: Positive = 10
     checkpoint_every: Positive = 500
 
     def __post_init__(self):
-        if self.task == "tokenizer" and (self.cached_clips or self.latents):
-            raise ValueError("cached_clips and latents are for denoiser stages")
+        if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
+            raise ValueError("cached_clips, latents and windows are for denoiser stages")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
-        if self.task == "denoiser" and bool(self.shapes) != bool(self.pack):
-            raise ValueError("a denoiser's shapes go into packs: give shapes and pack, or neither")
-        if self.pack and not self.cached_clips and not self.latents:
-            raise ValueError("pack needs cached_clips or latents: packs are made of clips that are encoded already")
+        if self.task == "denoiser" and self.pack and not self.shapes:
+            raise ValueError("pack needs shapes: those of the clips that share a pack")
+
+    @property
+    def caches(self) -> bool:
+        """Whether clips are encoded into the workdir before the first step."""
+        return self.task == "denoiser" and not self.latents and self.cached_clips != 0
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the clips of each batch are encoded for its step."""
+        return self.task == "denoiser" and not self.latents and self.cached_clips == 0
 
     @property
     def of_images(self) -> bool:
-        """Whether all clips have one frame."""
+        """Whether all clips are images."""
         return bool(self.shapes) and all(shape.frames == 1 for shape in self.shapes.values())
 
 

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import json
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from walt_jax.generation.codec import TrainedTokenizer
+from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops, flops_by_module, module_of
 from walt_jax.text.vocabulary import PAD
@@ -24,8 +25,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
     Returns:
         `params` {"tokenizer", "text_encoder", "denoiser"}; `forward_flops_per_clip` of the same, of one clip of the
         data's shape once through (a multiplication and an addition are two); `train_flops_per_step` of the last stage,
-        with everything that is recomputed or run frozen; `stages`, the same of each with its parameters; `modules`,
-        both by module; `protocol`, what is counted.
+        with everything that is recomputed or run frozen; `stages`, see `_stage`; `modules`, parameters and forward
+        operations by module; `protocol`, what is counted; `config`, all of its knobs.
     """
     key = jax.random.key(0)
     clip = config.clip_shape().nominal
@@ -57,6 +58,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
             f"{clip[0]} frames of {clip[1]} × {clip[2]} pixels, once through each model: encoded and decoded, denoised "
             "once, its caption read once. A training step: forward and backward, with self-conditioning's first pass"
         ),
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
     }
 
 
@@ -89,11 +91,18 @@ def denoiser_flops(model: LatentDiffusion, params: Any, text_tokens: int) -> dic
 
 
 def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
-    """{"params", "train_flops_per_step"} of a stage; of several shapes of batches the mean."""
+    """What a stage costs; of several shapes of batches the mean.
+
+    Returns:
+        "params" and "train_flops_per_step"; of a denoiser's also "encoding_flops_per_step", which is what encoding the
+        clips of a batch takes: part of the step where `cached_clips` is 0, and otherwise done once, before the first
+        step; and "latents_bytes_per_clip", float32 on disk, without embeddings of captions.
+    """
     task = make_task(config, name, config.most_pieces)
     params, moving = map(unboxed, jax.eval_shape(task.init, jax.random.key(0)))
     shapes, sizes = config.clip_shapes(name), config.batch_sizes(name)
     weights = [shape.weight for shape in shapes]
+    encoding = None
     if stage.pack is None:
         steps = [
             _gradients(config, task, params, moving, shape.nominal, size, stage)
@@ -102,19 +111,46 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
         # Weights count clips: a shape whose batches are larger has fewer of them.
         weights = [weight / size for weight, size in zip(weights, sizes, strict=True)]
         cost = sum(weight * step for weight, step in zip(weights, steps, strict=True)) / sum(weights)
+        if stage.task == "denoiser":
+            encodings = [size * _encoding(config, shape.nominal) for shape, size in zip(shapes, sizes, strict=True)]
+            encoding = sum(weight * each for weight, each in zip(weights, encodings, strict=True)) / sum(weights)
     else:
-        # Of a token, in clips of the pack's shapes one by one; a pack's filling costs as much.
-        steps, tokens = [], []
+        # Of a token, in clips of the pack's shapes one by one; a pack's padding costs as much.
+        steps, encodings, tokens = [], [], []
         for shape in shapes:
             clip = shape.nominal
             latents = config.tokenizer.latent_shape(*clip)
-            alone = dataclasses.replace(task, model=_of_shape(task.model, latents))
-            steps.append(_gradients(config, alone, params, moving, clip, 1, stage))
+            single = dataclasses.replace(task, model=_of_shape(task.model, latents))
+            steps.append(_gradients(config, single, params, moving, clip, 1, stage))
+            encodings.append(_encoding(config, clip))
             tokens.append(math.prod(config.denoiser.grid(latents[:3])))
-        total = sum(weight * step for weight, step in zip(weights, steps, strict=True))
-        each = total / sum(weight * count for weight, count in zip(weights, tokens, strict=True))
-        cost = each * stage.pack.tokens * stage.batch_size
-    return {"params": _size(params), "train_flops_per_step": round(cost)}
+        total = sum(weight * count for weight, count in zip(weights, tokens, strict=True))
+        packs = stage.pack.tokens * stage.batch_size / total
+        cost = packs * sum(weight * step for weight, step in zip(weights, steps, strict=True))
+        encoding = packs * sum(weight * each for weight, each in zip(weights, encodings, strict=True))
+    counts = {"params": _size(params), "train_flops_per_step": round(cost)}
+    if encoding is not None:
+        if stage.encodes:
+            counts["train_flops_per_step"] += round(encoding)
+        counts |= {
+            "encoding_flops_per_step": round(encoding),
+            "latents_bytes_per_clip": round(config.latents_bytes(name)),
+        }
+    return counts
+
+
+def _encoding(config: RunConfig, clip: tuple[int, int, int]) -> int:
+    """Operations of encoding one clip."""
+    codec, frozen = Codec(Tokenizer(config.tokenizer)), _tokenizer_shapes(config)
+    video = jax.ShapeDtypeStruct((1, *clip, 3), jnp.uint8)
+    return flops(lambda frozen, video: codec.encode(frozen, video)[0], frozen, video)
+
+
+def _tokenizer_shapes(config: RunConfig) -> TrainedTokenizer:
+    channels = jax.ShapeDtypeStruct((config.tokenizer.latent_channels,), jnp.float32)
+    video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
+    variables = jax.eval_shape(Tokenizer(config.tokenizer).init, jax.random.key(0), video)
+    return TrainedTokenizer(unboxed(variables), channels, channels)
 
 
 def _of_shape(model: LatentDiffusion, latents: tuple[int, int, int, int]) -> LatentDiffusion:
@@ -140,18 +176,14 @@ def _gradients(
     batch_size: int,
     stage: StageConfig,
 ) -> int:
-    """Operations of one step's gradients on clips of one shape."""
+    """Operations of one step's gradients on clips of one shape; a denoiser's are on their latents."""
     shape = config.tokenizer.latent_shape(*clip)
     batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
     frozen = None
     if stage.task == "denoiser":
         batch["text"] = jax.eval_shape(lambda: task.model.text_tokens(batch_size, config.text_length))
-        if stage.cached_clips or stage.latents:
-            batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
-        channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-        video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
-        variables = jax.eval_shape(Tokenizer(config.tokenizer).init, jax.random.key(0), video)
-        frozen = TrainedTokenizer(unboxed(variables), channels, channels)
+        batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
+        frozen = _tokenizer_shapes(config)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return flops(task.gradients, params, moving, frozen, batch, jax.eval_shape(jax.random.key, 0), step)
 

@@ -23,6 +23,7 @@ from walt_jax.generation.sample import Generator
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
 from walt_jax.training.run_config import (
     RunConfig,
@@ -98,6 +99,14 @@ class Run:
                 f"stage     {name}: {stage.task}, {size:,} parameters, {stage.steps:,} steps of {stage.batch_size} "
                 + (f"packs of {stage.pack.tokens} tokens" if stage.pack else "clips")
             )
+            if stage.caches:
+                count, size = self.data.to_encode(name)
+                lines.append(
+                    f"          its {count:,} clips are encoded first: {size / 1e9:.2g} GB of latents in "
+                    f"{latents_path(self.workdir, name)}"
+                )
+            elif stage.latents:
+                lines.append(f"          its clips are the latents of {stage.latents}")
         return "\n".join([*lines, f"workdir   {self.workdir}"])
 
     def train(self) -> None:
@@ -118,8 +127,10 @@ class Run:
                     extras["finish"] = self._statistics
             else:
                 extras["frozen"] = tokenizer
-                if stage.cached_clips or stage.latents:
+                if not stage.encodes:
                     dataset = functools.partial(self.data.encoded, name, tokenizer)
+                elif stage.pack:
+                    dataset = functools.partial(self.data.packs, name, tokenizer)
             trained = run_stage(name, stage, self._task(name), dataset, self.workdir, key, **extras)
             initial[stage.task] = trained.served
             if images:
@@ -146,9 +157,14 @@ class Run:
             raise UserError("This config trains a tokenizer alone: it reconstructs, with --mode=reconstruct.")
         if self.config.denoiser.upscale > 1:
             raise UserError("This config upscales latents; it is sampled from as a stage of a cascade alone.")
-        params = self._published() if only_published(self.config, self.workdir) else self._restore("denoiser").served
+        stage = None
+        if only_published(self.config, self.workdir):
+            params = self._published()
+        else:
+            stage, trained = self._restored("denoiser")
+            params = trained.served
         return Generator(
-            make_model(self.config, self.text.vocab_size()),
+            make_model(self.config, self.text.vocab_size(), stage),
             params,
             self.tokenizer(),
             self.text.frozen() or self.text.captions(),
@@ -161,7 +177,7 @@ class Run:
         Raises:
             UserError: if it does not fit the config.
         """
-        model = make_model(self.config, self.config.most_pieces)
+        model = make_model(self.config, self.config.most_pieces, self.config.denoiser_stages[0])
         like = unboxed(jax.eval_shape(model.init, jax.random.key(0)))["denoiser"]
         return {
             "denoiser": published_weights.load(self.config.init_from, self.config.denoiser, like, self.config.tubelets)
@@ -179,7 +195,7 @@ class Run:
         denoiser = self.config.denoiser
         if denoiser is None:
             raise UserError("This config trains a tokenizer alone, and denoisers are what is exported.")
-        params = self._restore("denoiser").served["denoiser"]
+        params = self._restored("denoiser")[1].served["denoiser"]
         of_diffusers = denoiser.adaln == "single" or denoiser.time_frequencies == "diffusers"
         tensors = published_weights.export(jax.device_get(params), denoiser, of_diffusers)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,9 +215,6 @@ class Run:
         """
         stage, trained = self._restored("tokenizer")
         return stage, self._trained_tokenizer(trained)
-
-    def _restore(self, task_name: str) -> Trained:
-        return self._restored(task_name)[1]
 
     def _restored(self, task_name: str) -> tuple[str, Trained]:
         """The last stage of a task that has a checkpoint, and the newest average there."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import statistics
 from typing import Annotated, Any
 
 from walt_jax.config import Positive, Range
@@ -61,8 +62,8 @@ class RunConfig:
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
     Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
     `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
-    `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents` says whether the
-    denoiser gets each channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer leaves them.
+    `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents` says whether the denoiser
+    gets each channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer outputs them.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -103,7 +104,7 @@ class RunConfig:
         for name, stage in self.stages.items():
             for kind, changed in stage.shapes.items():
                 try:
-                    self.latent_shapes(changed)
+                    self.latent_shapes(self.clip_shape(changed))
                 except ValueError as error:
                     raise ValueError(f"stages.{name}.shapes.{kind}: {error}") from error
         tokenizers = [name for name in self.trained_stages if self.stages[name].task == "tokenizer"]
@@ -147,9 +148,6 @@ class RunConfig:
 
     def _check_denoiser(self, shape: tuple[int, ...]) -> None:
         denoiser, conditioning = self.denoiser, self.conditioning
-        grid = denoiser.grid(shape[:3])
-        for window in denoiser.windows:
-            Window(*window).sizes(grid)
         if denoiser.classes and self.text is not None:
             raise ValueError("denoiser.classes and text exclude each other: a caption is a class, or a text")
         if (self.diffusion.self_conditioning > 0) != denoiser.self_conditioning:
@@ -166,11 +164,6 @@ class RunConfig:
                 f"conditioning.frames {conditioning.frames} should be fewer than the {shape[0]} latent frames, and "
                 "denoiser.patch_size 1 in time"
             )
-        if any(axis % 2**self.diffusion.multiscale for axis in shape[1:3]):
-            raise ValueError(
-                f"diffusion.multiscale={self.diffusion.multiscale} halves {shape[1]} × {shape[2]} latents more often "
-                "than they can be"
-            )
         if self.sampling.guidance.channels > shape[3]:
             raise ValueError(f"sampling.guidance.channels is more than the latents' {shape[3]}")
         scale = denoiser.upscale
@@ -179,26 +172,64 @@ class RunConfig:
         if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
             raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
         for name, stage in self.stages.items():
-            if stage.task == "denoiser" and scale > 1 and (stage.cached_clips or stage.latents):
-                raise ValueError(f"stages.{name}: what upscales needs the clips; leave out cached_clips and latents")
-            if stage.pack is None:
-                continue
-            alike = {
-                "diffusion.adaptive": self.diffusion.adaptive,
-                "diffusion.multiscale": self.diffusion.multiscale,
-                "denoiser.output_conv": denoiser.output_conv,
-                "denoiser.observed_as='cross'": denoiser.observed_as == "cross",
-            }
-            for knob, value in alike.items():
-                if value:
-                    raise ValueError(f"{knob} is for clips of one size; stages.{name} has packs")
+            if stage.task == "denoiser":
+                self._check_denoiser_stage(name, stage)
+
+    def _check_denoiser_stage(self, name: str, stage: StageConfig) -> None:
+        windows = self.denoiser.windows
+        if stage.windows and [w[0] == 1 for w in stage.windows] != [w[0] == 1 for w in windows]:
+            raise ValueError(
+                f"stages.{name}.windows should be as many as denoiser.windows, and of one frame where those are"
+            )
+        if self.denoiser.upscale > 1 and not stage.encodes:
+            raise ValueError(f"stages.{name}: upscaling reads the clips; set cached_clips=0 and no latents")
+        self._check_equal_clips(name, "", self.nominal(name))
+        if stage.pack is None:
+            if name == self.denoiser_stages[-1] and self.clip_shape().nominal not in [
+                shape.nominal for shape in self.clip_shapes(name)
+            ]:
+                raise ValueError(
+                    f"stages.{name}.shapes lacks the data's shape, {self.data.frames} × {self.data.height} × "
+                    f"{self.data.width}, which is sampled and evaluated: set data.frames, height and width to one of "
+                    "the last stage's shapes"
+                )
             for kind, changed in stage.shapes.items():
-                clip = max(math.prod(denoiser.grid(latents[:3])) for latents in self.latent_shapes(changed))
-                if clip > stage.pack.tokens:
-                    raise ValueError(
-                        f"stages.{name}.shapes.{kind} has {clip} tokens a clip, which overflow packs of "
-                        f"{stage.pack.tokens}; raise stages.{name}.pack.tokens"
-                    )
+                self._check_equal_clips(name, f".shapes.{kind}", self.clip_shape(changed))
+            return
+        equal_clips_only = {
+            "diffusion.adaptive": self.diffusion.adaptive,
+            "diffusion.multiscale": self.diffusion.multiscale,
+            "denoiser.output_conv": self.denoiser.output_conv,
+            "denoiser.observed_as='cross'": self.denoiser.observed_as == "cross",
+        }
+        for knob, value in equal_clips_only.items():
+            if value:
+                raise ValueError(f"{knob} is for clips of one size; stages.{name} has packs")
+        for kind, changed in stage.shapes.items():
+            clip = max(map(math.prod, self._grids(self.clip_shape(changed))))
+            if clip > stage.pack.tokens:
+                raise ValueError(
+                    f"stages.{name}.shapes.{kind} has {clip} tokens a clip, which overflow packs of "
+                    f"{stage.pack.tokens}; raise stages.{name}.pack.tokens"
+                )
+
+    def _check_equal_clips(self, name: str, kind: str, shape: ClipShape) -> None:
+        """Checks that batches of equal clips of a shape suit the windows of a stage, and the loss."""
+        denoiser, halvings = self.denoiser_of(name), self.diffusion.multiscale
+        for latents in self.latent_shapes(shape):
+            if any(axis % 2**halvings for axis in latents[1:3]):
+                raise ValueError(
+                    f"diffusion.multiscale={halvings} halves {latents[1]} × {latents[2]} latents more often than they "
+                    f"can be, in stages.{name}{kind}"
+                )
+            grid = denoiser.grid(latents[:3])
+            for window in denoiser.windows:
+                # Tokens of images see only themselves in windows that span time.
+                if not (denoiser.isolate_images and grid[0] == 1 and window[0] != 1):
+                    try:
+                        Window(*window).sizes(grid)
+                    except ValueError as error:
+                        raise ValueError(f"stages.{name}{kind}: {error}") from error
 
     @property
     def most_pieces(self) -> int:
@@ -211,15 +242,28 @@ class RunConfig:
         return 1 if self.text is None else self.text.length
 
     @property
-    def bounds(self) -> Grid:
-        """Tokens along (t, h, w) of the largest clip that the denoiser sees."""
-        shapes = [ShapeConfig()]
-        for stage in self.stages.values():
-            if stage.task == "denoiser":
-                shapes += stage.shapes.values()
-        grids = [self.denoiser.grid(latents[:3]) for shape in shapes for latents in self.latent_shapes(shape)]
+    def denoiser_stages(self) -> list[str]:
+        """The names of the denoiser's stages."""
+        return [name for name, stage in self.stages.items() if stage.task == "denoiser"]
+
+    def denoiser_of(self, stage: str) -> DenoiserConfig:
+        """The denoiser with the windows of one of its stages."""
+        windows = self.stages[stage].windows
+        return dataclasses.replace(self.denoiser, windows=windows) if windows else self.denoiser
+
+    def bounds(self, stage: str) -> Grid:
+        """Tokens along (t, h, w) of the largest clip of a denoiser stage."""
+        grids = [grid for shape in (*self.clip_shapes(stage), self.nominal(stage)) for grid in self._grids(shape)]
         t, h, w = (max(axis) for axis in zip(*grids, strict=True))
         return t, h, w
+
+    def nominal(self, stage: str) -> ClipShape:
+        """The shape that is sampled after a stage: the data's after the last one, of others their first."""
+        return self.clip_shape() if stage == list(self.stages)[-1] else self.clip_shapes(stage)[0]
+
+    def _grids(self, shape: ClipShape) -> list[Grid]:
+        """Tokens along (t, h, w) of clips of a shape, for each size that they may have."""
+        return [self.denoiser.grid(latents[:3]) for latents in self.latent_shapes(shape)]
 
     def clip_shape(self, changed: ShapeConfig | None = None) -> ClipShape:
         """A shape that clips are made into; the data's where nothing is changed."""
@@ -242,13 +286,19 @@ class RunConfig:
         latents = self.tokenizer.latent_shape(*size)[:3]
         return math.prod(latents if self.denoiser is None else self.denoiser.grid(latents))
 
-    def latent_shapes(self, changed: ShapeConfig) -> list[tuple[int, int, int, int]]:
-        """(t, h, w, c) of a shape's latents, of each size that its clips may have.
+    def latents_bytes(self, stage: str) -> float:
+        """Of a clip's latents on disk, in float32: the mean over a stage's shapes."""
+        shapes = self.clip_shapes(stage)
+        sizes = [4 * statistics.mean(map(math.prod, self.latent_shapes(shape))) for shape in shapes]
+        weights = [shape.weight for shape in shapes]
+        return sum(size * weight for size, weight in zip(sizes, weights, strict=True)) / sum(weights)
+
+    def latent_shapes(self, shape: ClipShape) -> list[tuple[int, int, int, int]]:
+        """(t, h, w, c) of the latents of clips of a shape, for each size that they may have.
 
         Raises:
-            ValueError: if the tokenizer's strides don't divide one.
+            ValueError: if the tokenizer's strides don't divide a size.
         """
-        shape = self.clip_shape(changed)
         return [self.tokenizer.latent_shape(shape.frames, *size) for size in sorted(shape.sizes())]
 
 
@@ -287,11 +337,18 @@ def read_autoencoder(path: str) -> tuple[AutoencoderKL, Any]:
     return AutoencoderKL(config), params
 
 
-def make_model(config: RunConfig, vocab_size: int) -> LatentDiffusion:
-    """The models that sample; `vocab_size` is read where the config has text."""
+def make_model(config: RunConfig, vocab_size: int, stage: str | None = None) -> LatentDiffusion:
+    """The models as a denoiser stage has them, the last one unless it is named.
+
+    Args:
+        config: see `RunConfig`.
+        vocab_size: of the text encoder; read where the config has text.
+        stage: sets windows, bounds, and the shape that is sampled.
+    """
+    stage = stage or config.denoiser_stages[-1]
     text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
-    shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
-    denoiser = Denoiser(config.denoiser, config.bounds)
+    shape = config.tokenizer.latent_shape(*config.nominal(stage).nominal)
+    denoiser = Denoiser(config.denoiser_of(stage), config.bounds(stage))
     return LatentDiffusion(
         make_codec(config), text, denoiser, config.diffusion, shape, trains_text=config.pretrained_text is None
     )
@@ -304,7 +361,7 @@ def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
         UserError: if the perceptual loss's weights can't be read.
     """
     if config.stages[stage].task == "denoiser":
-        return DenoiserTask(make_model(config, vocab_size), config.conditioning)
+        return DenoiserTask(make_model(config, vocab_size, stage), config.conditioning)
     shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
     path = config.losses.perceptual_weights
     return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)

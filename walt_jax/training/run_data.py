@@ -1,10 +1,12 @@
-"""What a run reads: the clips of its stages, as they are or encoded beforehand."""
+"""What a run reads: the clips of its stages, as they are or encoded."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +22,8 @@ from walt_jax.data.pipeline import Clips, Data, Source
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
-from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path, packed_batches
+from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
+from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_text import RunText
 
@@ -48,8 +51,21 @@ class RunData:
         self.unseen()
         for name in self._config.trained_stages:
             self.source(name)
-            if self._config.stages[name].latents:
-                LatentClips(self._config.stages[name].latents)
+            stage = self._config.stages[name]
+            if stage.latents:
+                LatentClips(stage.latents)
+            if stage.caches and not latents_path(self._workdir, name).exists():
+                self._check_room(name)
+
+    def _check_room(self, name: str) -> None:
+        count, size = self.to_encode(name)
+        free = shutil.disk_usage(self._workdir).free
+        if size > free:
+            raise UserError(
+                f"Stage {name} encodes {count:,} clips to {size / 1e9:.2g} GB of latents, and {self._workdir} has "
+                f"{free / 1e9:.2g} GB left: choose another --workdir, set --config.stages.{name}.cached_clips=N to "
+                "fewer, or to 0, which encodes the clips of each batch anew."
+            )
 
     def unseen(self) -> Source:
         """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
@@ -80,6 +96,11 @@ class RunData:
     def _seed(self, name: str) -> int:
         return self._config.seed + list(self._config.stages).index(name)
 
+    def to_encode(self, name: str) -> tuple[int, int]:
+        """How many clips a stage encodes before its first step, and how many bytes their latents have, on average."""
+        count = self._config.stages[name].cached_clips or len(self.source(name))
+        return count, round(count * self._config.latents_bytes(name))
+
     def encode(self, out: epath.PathLike, name: str, count: int, tokenizer: TrainedTokenizer) -> dict[str, Any]:
         """Writes the latents of `count` clips of a stage, or of each one once where that is 0.
 
@@ -96,7 +117,7 @@ class RunData:
             UserError: if the folder holds something else, or nothing can be encoded.
         """
         config, source, seed = self._config, self.source(name), self._seed(name)
-        clips = Clips(source, seed, encode=list)  # captions as they are, in the place of ids
+        clips = Clips(source, seed, encode=list)  # captions as they are, instead of ids
         count = count or len(source)
         data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
@@ -106,44 +127,90 @@ class RunData:
             identity["text"] = text
             read = functools.cache(self._text.frozen)  # it is large, and need not be read where all is done
             embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
-        with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as told:
+        with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress:
 
             def encoded(numbers: range) -> Iterable[Encoded]:
-                told.update(numbers.start - told.n)  # what was done before, and what could not be used
-                return encoded_clips(
-                    lambda video: self._codec.encode(tokenizer, video)[0], numbered(clips, numbers), told, embed
-                )
+                progress.update(numbers.start - progress.n)  # done before, or not usable
+                return encoded_clips(self._encode(tokenizer), numbered(clips, numbers), progress.update, embed)
 
             return write_latents(out, identity, count, encoded, empty)
 
+    def _encode(self, tokenizer: TrainedTokenizer) -> Encode:
+        return lambda video: self._codec.encode(tokenizer, video)[0]
+
     def encoded(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
-        """A stage's batches of clips that are encoded beforehand: of one size, or packs of several.
+        """A stage's batches of clips that are encoded before its first step: of one size each, or packs of several.
 
         Raises:
-            UserError: if there are clips that are larger than the stage's.
+            UserError: if there are clips of other sizes than the stage's.
         """
         config, stage = self._config, self._config.stages[name]
         path = stage.latents or latents_path(self._workdir, name)
-        if not stage.latents:
-            self.encode(path, name, stage.cached_clips, tokenizer)
+        if stage.caches:
+            self.encode(path, name, stage.cached_clips or 0, tokenizer)
         clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer), self._text.digest())
-        t, h, w = (bound * size for bound, size in zip(config.bounds, config.denoiser.patch_size, strict=True))
+        read_caption = self._text.reader(clips.empty)
+        if stage.pack is None:
+            return dense_batches(clips, read_caption, config.data.caption_dropout, self._sizes(name), self._seed(name))
+        t, h, w = (bound * size for bound, size in zip(config.bounds(name), config.denoiser.patch_size, strict=True))
         if (clips.sizes > np.array([t, h, w])).any():
             raise UserError(
                 f"{path} holds latents of up to {' × '.join(map(str, clips.sizes.max(0)))}, and stages.{name} has "
                 f"clips of at most {t} × {h} × {w}; give the stage the shapes that were encoded."
             )
-        captions = self._text.reader(clips.empty), config.data.caption_dropout
-        if stage.pack is None:
-            return dense_batches(clips, *captions, stage.batch_size, self._seed(name))
-        pack = stage.pack
-        return packed_batches(
-            clips, *captions, config.denoiser, stage.batch_size, pack.tokens, pack.clips, self._seed(name), pack.drop
+        return packs_of_latents(clips, read_caption, self._packing(name))
+
+    def packs(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
+        """A stage's batches of packs, whose clips are encoded each time."""
+        config, text = self._config, self._text.frozen()
+        embed = empty = None
+        if text is not None:
+            embed, empty = text.each, text.each([""])[0]
+        sizes: dict[Size, float] = collections.Counter()
+        for shape in config.clip_shapes(name):
+            each = config.latent_shapes(shape)
+            for latents in each:
+                sizes[latents[:3]] += shape.weight / len(each)
+
+        def encode(clips: list[dict[str, Any]]) -> list[Encoded]:
+            encoded = encoded_clips(self._encode(tokenizer), clips, lambda count: None, embed, smallest=1)
+            by_number = dict(zip(sorted(clip["number"] for clip in clips), encoded, strict=True))
+            return [by_number[clip["number"]] for clip in clips]
+
+        return packs_of_clips(
+            Clips(self.source(name), self._seed(name), encode=list),  # captions as they are, instead of ids
+            lambda size: config.tokenizer.latent_shape(*size)[:3],
+            sizes,
+            encode,
+            config.tokenizer.latent_channels,
+            self._text.reader(empty),
+            self._packing(name),
         )
+
+    def _packing(self, name: str) -> Packing:
+        config, stage = self._config, self._config.stages[name]
+        return Packing(
+            config.denoiser_of(name),
+            stage.batch_size,
+            stage.pack.tokens,
+            stage.pack.clips,
+            self._seed(name),
+            config.data.caption_dropout,
+            stage.pack.drop,
+        )
+
+    def _sizes(self, name: str) -> dict[Size, int]:
+        """Clips a batch, for each size of a stage's latents; of shapes of equal size the first one's."""
+        shapes = zip(self._config.clip_shapes(name), self._config.batch_sizes(name), strict=True)
+        sizes: dict[Size, int] = {}
+        for shape, batch_size in shapes:
+            for latents in self._config.latent_shapes(shape):
+                sizes.setdefault(latents[:3], batch_size)
+        return sizes
 
 
 def digest(tokenizer: TrainedTokenizer) -> str:
-    """Tells a tokenizer's weights and statistics from any other's."""
+    """Identifies a tokenizer's weights and statistics."""
     hashed = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tokenizer):
         hashed.update(jax.tree_util.keystr(path).encode())

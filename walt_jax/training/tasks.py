@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from walt_jax.config import Fraction, Positive, Range
 from walt_jax.denoiser.layout import Layout, from_tokens
+from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.adaptive import complexity
 from walt_jax.diffusion.objective import diffusion_loss
 from walt_jax.generation.codec import TrainedTokenizer
@@ -96,7 +97,8 @@ class DenoiserTask:
             layout, tokens, text_tokens = Layout(pack=batch["pack"]), batch["tokens"], batch["text"]
         else:
             latents = batch["latents"] if "latents" in batch else model.codec.encode(frozen, batch["video"])[0]
-            layout, tokens, text_tokens = model.layout, model.tokens(latents), single_clips(batch["text"])
+            layout, tokens = model.layout_of(latents), model.tokens(latents)
+            text_tokens = single_clips(batch["text"])
             if model.diffusion.adaptive > 0:
                 energy = complexity(latents)[:, None]
         clips = jax.tree.leaves(text_tokens)[0].shape[:2]
@@ -130,8 +132,8 @@ class DenoiserTask:
         return params
 
     def start(self, params: Any, moving: Any, served: Any) -> tuple[Any, Any]:
-        """Published weights are the denoiser's alone; the text encoder stays as it is."""
-        return {**params, **served}, moving
+        """Position tables are interpolated to this stage's sizes. Published weights lack a text encoder: it is kept."""
+        return {**params, **{name: resize(tree, params[name]) for name, tree in served.items()}}, moving
 
     def _observed_mask(
         self, layout: Layout, tokens: Float[Array, "b n p"], clips: tuple[int, int], key: PRNGKeyArray

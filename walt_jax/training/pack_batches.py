@@ -1,0 +1,224 @@
+"""Batches of packs: of clips that are encoded already, or of clips that are encoded for each batch."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from walt_jax.data.dropping import DropConfig, drop_rate, kept_tokens
+from walt_jax.data.latents import Encoded, LatentClips
+from walt_jax.data.order import Order, Share
+from walt_jax.data.packing import Packed
+from walt_jax.data.stream import Numbered
+from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.layout import Grid, make_pack, place_clips, row_lengths, to_tokens
+from walt_jax.errors import UserError
+from walt_jax.training.latent_batches import ReadCaption, Size, clip_sizes
+
+WAITING = 256  # clips among which a pack is chosen
+ROW_SAMPLE = 256  # clips of which row lengths are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How clips become packs.
+
+    Attributes:
+        config: of the denoiser.
+        batch_size: packs a batch.
+        tokens: length of a pack.
+        clips: maximum number of clips in a pack.
+        seed: of the order, of dropped captions and of dropped tokens.
+        caption_dropout: probability of an empty caption.
+        drop: which tokens of a clip are dropped; None drops none.
+    """
+
+    config: DenoiserConfig
+    batch_size: int
+    tokens: int
+    clips: int
+    seed: int
+    caption_dropout: float = 0.0
+    drop: DropConfig | None = None
+
+
+class _Item(NamedTuple):
+    """A clip that waits to be packed.
+
+    Attributes:
+        tokens: how many there are, without those dropped.
+        number: in the order.
+        grid: its tokens along (t, h, w), dropped ones included.
+        clip: what `_packs` gets its latents from.
+    """
+
+    tokens: int
+    number: int
+    grid: Grid
+    clip: Any
+
+
+def packs_of_latents(
+    clips: LatentClips,
+    read_caption: ReadCaption,
+    packing: Packing,
+    share: Share = Share(),  # noqa: B008 (it is frozen)
+) -> grain.IterDataset:
+    """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
+
+    Args:
+        clips: encoded clips of any sizes.
+        read_caption: see `ReadCaption`.
+        packing: see `Packing`.
+        share: which clips are this host's.
+
+    Raises:
+        UserError: if a clip has more tokens than a pack.
+    """
+    sizes, owners = clip_sizes(clips)
+    grids = [packing.config.grid(size) for size in sizes]
+    most = max(int(np.prod(grid)) for grid in grids)
+    if most > packing.tokens:
+        raise UserError(
+            f"{clips.path} holds clips of {most} tokens, which overflow packs of {packing.tokens}; raise the stage's "
+            "pack.tokens."
+        )
+    order = Order([len(owners)], [1.0], packing.seed)
+
+    def index_of(number: int) -> tuple[int, Grid]:
+        index = order[number].index
+        return index, grids[owners[index]]
+
+    def encoded(indices: Iterable[int]) -> list[Encoded]:
+        return [clips[index] for index in indices]
+
+    channels = clips[0].latents.shape[-1]
+    weights = np.bincount(owners) / len(owners)
+    return _packs(_Numbered(index_of, packing, most), encoded, grids, weights, channels, read_caption, packing, share)
+
+
+def packs_of_clips(
+    clips: Numbered,
+    latent_size: Callable[[tuple[int, int, int]], Size],
+    sizes: dict[Size, float],
+    encode: Callable[[list[dict[str, Any]]], list[Encoded]],
+    channels: int,
+    read_caption: ReadCaption,
+    packing: Packing,
+    share: Share = Share(),  # noqa: B008 (it is frozen)
+) -> grain.IterDataset:
+    """Packs as `packs_of_latents` makes them, of clips that are encoded each time.
+
+    The clips of a batch are encoded by the thread that makes it, between steps of training.
+
+    Args:
+        clips: {"number", "video", "text": the caption} by number.
+        latent_size: of a video of (frames, height, width).
+        sizes: (t, h, w) that latents may have, and how often; tokens of none exceed a pack's.
+        encode: clips of any sizes to latents, captions and their embeddings.
+        channels: of latents.
+        read_caption: see `ReadCaption`.
+        packing: see `Packing`.
+        share: which clips are this host's.
+    """
+    config = packing.config
+
+    def clip_of(number: int) -> tuple[dict[str, Any], Grid] | None:
+        clip = clips[number]
+        return None if clip is None else (clip, config.grid(latent_size(clip["video"].shape[:3])))
+
+    grids = [config.grid(size) for size in sizes]
+    most = max(int(np.prod(grid)) for grid in grids)
+    weights = np.array(list(sizes.values())) / sum(sizes.values())
+    return _packs(_Numbered(clip_of, packing, most), encode, grids, weights, channels, read_caption, packing, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """Items by number, for `Packed`.
+
+    Attributes:
+        clip_of: a clip by its number in the order, and its grid; None for one that can't be used.
+        packing: see `Packing`.
+        most: tokens of the largest clip.
+    """
+
+    clip_of: Callable[[int], tuple[Any, Grid] | None]
+    packing: Packing
+    most: int
+
+    def __getitem__(self, number: int) -> _Item | None:
+        found = self.clip_of(number)
+        if found is None:
+            return None
+        clip, grid = found
+        return _Item(len(self.kept(number, grid)), number, grid, clip)
+
+    def kept(self, number: int, grid: Grid) -> Int[np.ndarray, " k"]:
+        """Which of a clip's tokens are kept."""
+        count, drop = int(np.prod(grid)), self.packing.drop
+        if drop is None:
+            return np.arange(count)
+        return kept(drop, count, self.most, [self.packing.seed, number, 0])
+
+
+def _packs(
+    items: _Numbered,
+    encoded: Callable[[list[Any]], list[Encoded]],
+    grids: Sequence[Grid],
+    weights: Sequence[float],
+    channels: int,
+    read_caption: ReadCaption,
+    packing: Packing,
+    share: Share,
+) -> grain.IterDataset:
+    """Batches of packs.
+
+    Args:
+        items: see `_Numbered`.
+        encoded: the clips of items to latents and captions.
+        grids: all that clips may have.
+        weights: how often each is.
+        channels: of latents.
+        read_caption, packing, share: see `packs_of_latents`.
+    """
+    config, tokens = packing.config, packing.tokens
+    width = channels * int(np.prod(config.patch_size))
+    blank = jax.tree.map(np.zeros_like, read_caption(None, True))
+    windows = config.attention_windows
+    # At least one of each size, for rows must have room for its windows.
+    counts = [max(1, round(ROW_SAMPLE * weight)) for weight in weights]
+    sample = [[grid] for grid, count in zip(grids, counts, strict=True) for _ in range(count)]
+    lengths = row_lengths(*place_clips(sample, tokens, 1), windows, config.isolate_images)
+
+    def arrays_of(packs: list[list[_Item]]) -> dict[str, Any]:
+        together = [item for pack in packs for item in pack]
+        clips = iter(encoded([item.clip for item in together]))
+        chosen = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
+        positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, chosen)
+        batch = np.zeros((len(packs), tokens, width), np.float32)
+        text = [[blank] * packing.clips for _ in packs]
+        for row, pack in enumerate(packs):
+            start = 0
+            for segment, item in enumerate(pack):
+                clip = next(clips)
+                content = to_tokens(clip.latents[None], config.patch_size)[0][chosen[row][segment]]
+                batch[row, start : start + len(content)] = content
+                start += len(content)
+                rng = np.random.default_rng([packing.seed, item.number, 1])
+                text[row][segment] = read_caption(clip, bool(rng.random() < packing.caption_dropout))
+        pack = make_pack(positions, sizes, windows, lengths, config.isolate_images)
+        rows = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
+        return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *rows), "pack": pack}
+
+    return Packed(items, packing.batch_size, tokens, packing.clips, WAITING, share).map(arrays_of)
+
+
+def kept(drop: DropConfig, tokens: int, most: int, seed: Sequence[int]) -> Int[np.ndarray, " k"]:
+    """Which tokens are kept of a clip of so many, where the largest has `most`."""
+    rng = np.random.default_rng(seed)
+    return kept_tokens(tokens, drop_rate(drop, tokens, most, rng), rng)
