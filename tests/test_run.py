@@ -65,7 +65,7 @@ def writing_a_checkpoint(workdir: pathlib.Path) -> bool:
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_last_bit(uninterrupted, tmp_path, cache):
-    """SIGKILL in the first stage, while a checkpoint is written, in the second stage, and when it pleases chance."""
+    """SIGKILL in the first stage, while a checkpoint is written, in the second stage, and at random; then SIGTERM."""
     rng = random.Random(0)
     moments = [
         lambda: lines(tmp_path) >= 5,
@@ -83,6 +83,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_last_bit(uninterrupted, tmp_path
             kills += 1
         process.communicate()
     assert kills >= 3
+    process = start(commands.TINY, f"--workdir={tmp_path}", cache=cache)
+    before = lines(tmp_path)
+    while process.poll() is None and (lines(tmp_path) == before or lines(tmp_path) < 32):
+        time.sleep(0.002)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+        assert process.returncode == 143 and " of denoiser is saved: the same command goes on" in err, err
     code, _, err = run(commands.TINY, f"--workdir={tmp_path}", cache=cache)
     assert code == 0, err
     assert commands.losses(tmp_path) == commands.losses(uninterrupted)

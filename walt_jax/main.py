@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from walt_jax.errors import UserError
 from walt_jax.malloc import keep_freed_memory
+from walt_jax.training.stopping import Stopped, stop_at_once
 
 MAX_SEED = 2**31 - 1
 KNOB = "--config."
@@ -468,6 +469,9 @@ def main(argv: list[str]) -> int:
             f"error: {error.filename or values.workdir}: {error.strerror}; check path and free space.", file=sys.stderr
         )
         return 1
+    except Stopped as stopped:
+        print(f"\nstopped; {stopped.saved}: the same command goes on from there.", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
@@ -476,4 +480,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    stop_at_once()
     sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,25 @@
-"""Batches that are made ahead: the same ones, from any place on."""
+"""A stage's loop: batches made ahead are the same ones, signals save a step, later stages are set aside."""
 
 import contextlib
 import itertools
 import json
+import os
+import pathlib
+import shutil
+import signal
 import threading
 
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from walt_jax.data.packing import Item, Packed
 from walt_jax.errors import UserError
-from walt_jax.training.loop import made_ahead
+from walt_jax.training.loop import StageConfig, made_ahead, run_stage
+from walt_jax.training.optimizer import OptimizerConfig
+from walt_jax.training.stopping import Stopped
 
 
 class Items:
@@ -56,3 +66,122 @@ def test_no_thread_stays():
     for thread in started:
         thread.join(10)
     assert not any(thread.is_alive() for thread in started)
+
+
+class Square:
+    """A task of one parameter: its distance from the batch's mean, with noise."""
+
+    def init(self, key):
+        return {"w": jax.random.normal(key, (3,))}, {}
+
+    def gradients(self, params, moving, frozen, batch, key, step):
+        noise = jax.random.normal(key, (3,))
+        difference = params["w"] - batch["x"].mean() + 0.1 * noise
+        return {"w": difference}, moving, {"loss": jnp.square(difference).sum()}
+
+    def served(self, params, moving):
+        return params
+
+    def start(self, params, moving, served):
+        return served, moving
+
+
+class Numbers(grain.IterDataset):
+    """Batches of one number each, counted; sends a signal to this process when it makes the `at`-th."""
+
+    def __init__(self, at: int = 0, number: int = 0):
+        super().__init__()
+        self._at, self._number = at, number
+
+    def __iter__(self):
+        return NumbersIterator(self._at, self._number)
+
+
+class NumbersIterator(grain.DatasetIterator):
+    def __init__(self, at, number):
+        super().__init__()
+        self._count, self._at, self._number = 0, at, number
+
+    def __next__(self):
+        self._count += 1
+        if self._count == self._at:
+            os.kill(os.getpid(), self._number)
+        return {"x": np.full((2,), self._count, np.float32)}
+
+    def get_state(self):
+        return {"count": self._count}
+
+    def set_state(self, state):
+        self._count = state["count"]
+
+
+STAGE = StageConfig(
+    task="tokenizer",
+    steps=30,
+    batch_size=2,
+    optimizer=OptimizerConfig(name="adamw", learning_rate=0.1, warmup_steps=1),
+    checkpoint_every=12,
+    log_every=1,
+)
+
+
+def train(workdir, dataset=None, later=()):
+    return run_stage(
+        "first", STAGE, Square(), lambda: dataset or Numbers(), workdir, jax.random.key(0), later_stages=later
+    )
+
+
+def losses(workdir) -> list[tuple[int, str]]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], repr(row["loss"])) for row in rows if row["stage"] == "first"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_step_and_the_run_goes_on_from_there(undisturbed, tmp_path, number):
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path, Numbers(at=20, number=number))
+    assert stopped.value.signal == number
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints" / "first").iterdir() if path.name.isdigit())
+    assert stopped.value.saved == f"step {saved} of first is saved"
+    assert saved not in (12, 24)  # no step that is saved in any case
+    trained = train(tmp_path)
+    np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_what_later_stages_left_is_set_aside_once_a_step_is_saved(undisturbed, tmp_path):
+    """The newest checkpoint is damaged: its steps are done again, and nothing is lost meanwhile."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    (workdir / "checkpoints" / "second" / "10").mkdir(parents=True)
+    line = json.dumps({"stage": "second", "step": 10, "loss": 1.0}) + "\n"
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    train(workdir, later=("second",))  # all is well: nothing is to be done
+    assert (workdir / "checkpoints" / "second" / "10").is_dir()
+    for file in (workdir / "checkpoints" / "first" / "30").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+    class Broken(Numbers):
+        def __iter__(self):
+            raise UserError("no data")
+
+    with pytest.raises(UserError, match="no data"):
+        train(workdir, Broken(), later=("second",))
+    assert (workdir / "checkpoints" / "second" / "10").is_dir()
+    assert (workdir / "metrics.jsonl").read_text().endswith(line)
+    trained = train(workdir, later=("second",))
+    np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
+    folders = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert folders == {"first", "second.set-aside"}
+    assert (workdir / "checkpoints" / "second.set-aside" / "10").is_dir()
+    assert (workdir / "checkpoints" / "second.set-aside" / "metrics.jsonl").read_text() == line
+    assert losses(workdir) == losses(undisturbed)

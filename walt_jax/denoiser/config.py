@@ -46,8 +46,8 @@ class DenoiserConfig:
         self_conditioning: whether the input has the last estimate of the clean latents beside the noisy ones.
         frame_prediction: whether the input has clean latents where they are given.
         observed_as: how: "channels", beside the noisy ones with the mask that tells where (W.A.L.T); "place", in the
-            place of the noisy ones (VDT; its "token concatenation"); "norm", their mean told by the norms; "cross", as what
-            a cross-attention looks at (VDT's other two).
+            place of the noisy ones (VDT; its "token concatenation"); "norm", their mean embedded for the norms;
+            "cross", as keys of a cross-attention (VDT's other two).
         upscale: above 1, the input has low-resolution latents, upscaled so many times.
         time_frequencies: of the waves that tell the time: "original", 10000^(-i/n) for i < n (DiT); or "diffusers",
             whose DiT has 10000^(-i/(n-1)).

@@ -1,6 +1,10 @@
-"""Checkpoints with Orbax: written in the background, complete or absent, with the data's position beside the state."""
+"""Checkpoints with Orbax: written in the background, complete or absent, with the data's position next to the state."""
 
+import contextlib
+import itertools
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,48 +18,89 @@ from walt_jax.training.state import TrainState
 class Checkpoints:
     """A stage's checkpoints in `directory`, the newest two kept.
 
-    Saving is asynchronous. Orbax writes to a temporary folder and renames it when all is there, so that a process that
-    is killed meanwhile leaves the checkpoint before.
+    Saving is asynchronous. Orbax writes to a temporary folder and renames it once it is complete, so that a process
+    killed while saving leaves the checkpoint before.
+
+    Args:
+        directory: one folder a step, named by its number.
+        writer: whether checkpoints are saved here. Only the writer makes the folder and removes what a killed process
+            left unfinished; a reader changes nothing, and so can't disturb a run that is saving meanwhile.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, writer: bool):
         self.directory = directory
-        # What a killed process left half written goes.
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._damaged: list[int] = []  # steps newer than the one restored, which could not be read
+        self._manager = None
+        if writer or directory.is_dir():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2, create=writer, cleanup_tmp_directories=writer, read_only=not writer
+            )
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in ascending order."""
+        return [] if self._manager is None else sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, position: dict, outcome: dict) -> None:
-        """Saves under the state's step.
+        """Saves under the state's step. Damaged checkpoints of later steps are renamed first, to `STEP.damaged`.
 
         Args:
             state: what the stage changes with its steps.
             position: the data iterator's state.
             outcome: what the finished stage has measured, empty before; see `loop.run_stage`.
+
+        Raises:
+            UserError: if this one, or the one before, can't be written.
         """
+        if self._damaged:
+            for step in self._damaged:
+                set_aside(self.directory / str(step), "damaged")
+            self._damaged = []
+            self._manager.reload()
         # A copy: the next step donates the state's buffers, and Orbax may still be writing from them.
         state = jax.tree.map(jnp.copy, state)
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                # Apart from the rest, so that sampling reads a quarter of the bytes.
-                ema=ocp.args.StandardSave(state.ema),
-                state=ocp.args.StandardSave(state.replace(ema=None)),
-                data=ocp.args.JsonSave(position),
-                outcome=ocp.args.JsonSave(outcome),
-            ),
-        )
+        with self._writing():
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    # Apart from the rest, so that sampling reads a quarter of the bytes.
+                    ema=ocp.args.StandardSave(state.ema),
+                    state=ocp.args.StandardSave(state.replace(ema=None)),
+                    data=ocp.args.JsonSave(position),
+                    outcome=ocp.args.JsonSave(outcome),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+            UserError: if it can't be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of Orbax and TensorStore, which come late, become one sentence."""
+        try:
+            yield
+        except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError, by who meets it first
+            complete = max(self.steps(), default=None)
+            kept = f"the checkpoint of step {complete} is complete" if complete else "there is no checkpoint yet"
+            raise UserError(
+                f"A checkpoint can't be written to {self.directory} ({_reason(error)}); {kept}: free some space, then "
+                "start the same command again."
+            ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict, dict]:
-        """The newest (state, position, outcome).
+        """The newest (state, position, outcome) that can be read; newer ones are named in a warning.
 
         Args:
             like: a state, or its shapes and types, that the checkpoint has to fit.
 
         Raises:
-            UserError: if there is none, it does not fit or is damaged.
+            UserError: if there is none, or none fits.
         """
         restored = self._restore(
             ema=ocp.args.StandardRestore(on_this_device(like.ema)),
@@ -66,7 +111,7 @@ class Checkpoints:
         return restored["state"].replace(ema=restored["ema"]), restored["data"], restored["outcome"]
 
     def restore_ema(self, like: Any) -> tuple[Any, dict]:
-        """The newest (average of what the task serves, outcome).
+        """The newest (average of what the task serves, outcome) that can be read.
 
         Raises:
             UserError: as `restore`.
@@ -75,23 +120,48 @@ class Checkpoints:
         return restored["ema"], restored["outcome"]
 
     def _restore(self, **items: Any) -> Any:
-        step = self._manager.latest_step()
-        if step is None:
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
+                damaged[step] = _reason(error)
+                continue
+            for other, reason in damaged.items():
+                print(
+                    f"warning: the checkpoint {self.directory / str(other)} is damaged ({reason}); the one of step "
+                    f"{step} is taken.",
+                    file=sys.stderr,
+                )
+            self._damaged = list(damaged)
+            return restored
+        if not damaged:
             raise UserError(f"{self.directory} holds no checkpoint; train first, with --mode=train.")
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
-            before = [other for other in self._manager.all_steps() if other < step]
-            remedy = f"remove it to go on from step {max(before)}" if before else "start in another --workdir"
-            raise UserError(
-                f"The checkpoint {self.directory / str(step)} is damaged or of another config ({reason}); {remedy}."
-            ) from error
+        newest = max(damaged)
+        others = f", and {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+        raise UserError(
+            f"The checkpoint {self.directory / str(newest)} is damaged or of another config ({damaged[newest]})"
+            f"{others}; restore it from a copy, or rename {self.directory} to train this stage anew."
+        )
 
     def close(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits as `wait`, and frees what Orbax holds."""
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()
+
+
+def set_aside(path: pathlib.Path, why: str) -> pathlib.Path | None:
+    """Renames a file or folder to a name of its own, PATH.WHY or PATH.WHY-2 and so on; None where it isn't there."""
+    if not path.exists():
+        return None
+    names = (path.with_name(f"{path.name}.{why}{f'-{number}' if number > 1 else ''}") for number in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    return path.rename(free)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]
 
 
 def on_this_device(like: Any) -> Any:

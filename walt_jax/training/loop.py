@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,14 +18,16 @@ from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
-from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.checkpoint import Checkpoints, set_aside
 from walt_jax.training.collapse import CollapseWatch
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.progress import Progress
 from walt_jax.training.state import TrainState, make_train_step
+from walt_jax.training.stopping import Stopped, stop_signals
 from walt_jax.training.tasks import Task
+from walt_jax.workdir import write_atomically
 
 BATCHES_AHEAD = 2
 
@@ -142,27 +143,26 @@ def run_stage(
         initial: what an earlier stage of the task has served, to start from.
         frozen: passed to the loss.
         finish: measures something (JSON) on the last state, to be kept in its checkpoint.
-        later_stages: names of those that start from this one; where it takes a step, what they left is removed.
+        later_stages: names of those that start from this one. Once this stage has saved a step of its own, what they
+            left is set aside: renamed, for it will be made again from this stage's new end.
 
     Raises:
-        UserError: if a loss is not finite; the last good checkpoint is kept.
+        UserError: if a loss is not finite, or a checkpoint can't be written; the last good checkpoint is kept.
+        Stopped: if SIGINT or SIGTERM asked for it; the last step is saved.
     """
     key_init, key_steps = jax.random.split(key)
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
-    checkpoints = Checkpoints(workdir / "checkpoints" / name)
+    checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True)
     try:
         state, position, outcome = _restored_or_fresh(checkpoints, task, optimizer, key_init, initial)
         start = int(state.step)
         if start >= stage.steps:
             return Trained(state.ema, outcome)
-        # What was made from this stage's earlier end is void: it will be made again.
-        for later in later_stages:
-            shutil.rmtree(workdir / "checkpoints" / later, ignore_errors=True)
-            shutil.rmtree(latents_path(workdir, later), ignore_errors=True)
         train_step = make_train_step(task, optimizer, stage.ema_decay)
         with (
+            stop_signals() as stop,
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
-            contextlib.closing(StageLog(workdir, name, stage, start, later_stages)) as log,
+            contextlib.closing(StageLog(workdir, name, stage, start)) as log,
         ):
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
@@ -174,14 +174,31 @@ def run_stage(
                     log.report(*pending)
                 pending = step, clips_of(batch), metrics, waited
                 last = step == stage.steps
-                if last or step % stage.checkpoint_every == 0:
+                if last or stop.signal or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
                     outcome = finish(state) if last else {}
                     checkpoints.save(state, iterator.get_state(), outcome)
+                    if later_stages:
+                        checkpoints.wait()
+                        for later in later_stages:
+                            _set_aside(workdir, later, log)
+                        later_stages = ()
+                    if stop.signal and not last:
+                        checkpoints.wait()
+                        raise Stopped(stop.signal, name, step)
         return Trained(state.ema, outcome)
     finally:
         checkpoints.close()
+
+
+def _set_aside(workdir: pathlib.Path, stage: str, log: "StageLog") -> None:
+    """Renames what a stage left; its lines of `metrics.jsonl` go with it."""
+    aside = set_aside(workdir / "checkpoints" / stage, "set-aside")
+    set_aside(latents_path(workdir, stage), "set-aside")
+    lines = log.remove(stage)
+    if aside is not None:
+        write_atomically(aside / "metrics.jsonl", lines)
 
 
 def made_ahead(dataset: grain.IterDataset, position: dict | None) -> grain.DatasetIterator:
@@ -210,17 +227,17 @@ def _restored_or_fresh(
             params, moving = task.start(params, moving, initial)
         return TrainState.create(params, moving, task, optimizer)
 
-    if checkpoints.latest_step() is not None:
+    if checkpoints.steps():
         return checkpoints.restore(jax.eval_shape(fresh, None))
     return jax.jit(fresh)(initial), None, {}
 
 
 class StageLog:
-    """Where a stage's steps are told: progress on the terminal, `metrics.jsonl`, TensorBoard."""
+    """Where a stage's steps are reported: progress on the terminal, `metrics.jsonl`, TensorBoard."""
 
-    def __init__(self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int, later_stages: tuple[str, ...]):
+    def __init__(self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int):
         self._name, self._stage = name, stage
-        self._metrics = MetricsLog(workdir, name, start, later_stages)
+        self._metrics = MetricsLog(workdir, name, start)
         self._progress = Progress(name, start, stage.steps)
         self._collapse = CollapseWatch()
         self._began = self._clock = time.perf_counter()
@@ -246,6 +263,10 @@ class StageLog:
             for sentence in warnings:
                 self._progress.warn(f"Step {step} of {self._name}: {sentence}")
         self._clock = now
+
+    def remove(self, stage: str) -> str:
+        """Takes another stage's lines out of `metrics.jsonl` and returns them."""
+        return self._metrics.remove(stage)
 
     def close(self) -> None:
         self._progress.close()

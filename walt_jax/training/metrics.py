@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import tensorboardX
 
@@ -15,21 +16,14 @@ class MetricsLog:
     Args:
         workdir: the run's folder.
         stage: its name.
-        step: steps that the stage's checkpoint has done: what was logged after it is dropped, for those steps will be
-            done again.
-        later_stages: their lines are dropped too.
+        step: steps that the stage's checkpoint has done: later lines are dropped, their steps will be done again.
     """
 
-    def __init__(self, workdir: pathlib.Path, stage: str, step: int, later_stages: tuple[str, ...]):
+    def __init__(self, workdir: pathlib.Path, stage: str, step: int):
         self.stage = stage
-        path = workdir / "metrics.jsonl"
-        kept = [
-            line
-            for line, row in read_lines(path)
-            if row["stage"] not in later_stages and (row["stage"] != stage or row["step"] <= step)
-        ]
-        write_atomically(path, "".join(kept))
-        self._file = path.open("a")
+        self._path = workdir / "metrics.jsonl"
+        remove_lines(self._path, lambda row: row["stage"] == stage and row["step"] > step)
+        self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float], warnings: Sequence[str] = ()) -> None:
@@ -40,14 +34,52 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def remove(self, stage: str) -> str:
+        """Takes another stage's lines out of the file and returns them."""
+        self._file.close()
+        removed = remove_lines(self._path, lambda row: row["stage"] == stage)
+        self._file = self._path.open("a")
+        return removed
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
 
 
-def read_lines(path: pathlib.Path) -> list[tuple[str, dict]]:
-    """Each line and its object; a last line that was cut off when the process was killed is left out."""
+def remove_lines(path: pathlib.Path, which: Callable[[dict], bool]) -> str:
+    """Rewrites the file without the lines that `which` names, and without those that `read_metrics` skips.
+
+    Returns:
+        The lines that `which` named.
+    """
+    rows = read_metrics(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if not which(row)))
+    return "".join(json.dumps(row) + "\n" for row in rows if which(row))
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+    """The objects of `metrics.jsonl`, none where there is no file.
+
+    A last line that was cut off when the process was killed is left out. Other lines that are not an object with
+    `stage` and `step` are skipped with a warning.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    rows, skipped = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            skipped.append(number)
+    if skipped:
+        some = ", ".join(map(str, skipped[:5])) + (", …" if len(skipped) > 5 else "")
+        print(
+            f"warning: {path} has {len(skipped)} lines that are no metrics (line {some}); they are skipped.",
+            file=sys.stderr,
+        )
+    return rows

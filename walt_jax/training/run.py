@@ -222,8 +222,8 @@ class Run:
             directory = self.workdir / "checkpoints" / name
             if stage.task != task_name or self.config.makes_images(name) or not directory.is_dir():
                 continue
-            checkpoints = Checkpoints(directory)
-            if checkpoints.latest_step() is not None:
+            checkpoints = Checkpoints(directory, writer=False)
+            if checkpoints.steps():
                 task = self._task(name)
                 like = jax.eval_shape(lambda key, task=task: task.served(*unboxed(task.init(key))), jax.random.key(0))
                 trained = Trained(*checkpoints.restore_ema(like))
