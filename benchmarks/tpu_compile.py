@@ -1,8 +1,8 @@
-"""Compiles the train step of a denoiser, dense and packed, for TPUs that aren't there: `pip install -e ".[tpu]"`.
+"""Compiles the train step of a denoiser, dense and packed, for TPUs that are not attached: `pip install -e ".[tpu]"`.
 
     python benchmarks/tpu_compile.py --config=walt_l --topology=v5e:2x2 --out=tpu_compile.json
 
-Parameters are on every chip, clips are divided among them. What is told is the compiler's: seconds to compile, bytes of
+Parameters are replicated, clips are sharded over chips. Reports what the compiler does: seconds to compile, bytes of
 HBM a chip, and that its attention, gathers and scans are something that a TPU can do. Needs no accelerator.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="walt_l")
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--chips", type=int, help="how many of the topology's; all unless given")
+    parser.add_argument("--chips", type=int, help="how many of the topology's; default: all")
     parser.add_argument("--clips_a_chip", type=int, default=4)
     parser.add_argument("--layouts", nargs="+", choices=("dense", "packed"), default=("dense", "packed"))
     parser.add_argument("--out", required=True, type=pathlib.Path)
@@ -64,8 +64,8 @@ def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
     )  # ids, or embeddings
     each = clips // packs
     positions, sizes = place_clips([[grid] * each] * packs, each * math.prod(grid), each)
-    windows, alone = config.denoiser.attention_windows, config.denoiser.isolate_images
-    pack = make_pack(positions, sizes, windows, row_lengths(positions, sizes, windows, alone), alone)
+    windows, isolate = config.denoiser.attention_windows, config.denoiser.isolate_images
+    pack = make_pack(positions, sizes, windows, row_lengths(positions, sizes, windows, isolate), isolate)
     width = shape[3] * math.prod(config.denoiser.patch_size)
     tokens = np.zeros((packs, each * math.prod(grid), width), np.float32)
     return {

@@ -1,12 +1,12 @@
-"""Trains each variant of a config on one tokenizer and tells what each brings.
+"""Trains each variant of a config on one tokenizer and compares them.
 
     python benchmarks/trends.py --tokenizer=runs/demo --workdir=runs/trends
     python benchmarks/trends.py --tokenizer=runs/demo --config=configs/demo_siblings.py --workdir=runs/siblings
 
-The tokenizer is that of a run of `configs/walt_demo.py`; clips are encoded once for all that see them alike. Variants
-have as many steps as the first, and so as many tokens; those in the config's `EQUAL_TIME` have as many as take the
-first one's time, by the ratio of their steps measured in turn. What is done already is not done again. Leaves
-`trends.json` and `trends.md`.
+The tokenizer is that of a run of `configs/walt_demo.py`; clips are encoded once for all variants that read the same.
+Variants have as many steps as the first, and so as many tokens; those in the config's `EQUAL_TIME` have as many steps
+as take the first one's time, by the ratio of their step times, measured interleaved. Finished variants are not trained
+again. Leaves `trends.json` and `trends.md`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from walt_jax.config import build
 from walt_jax.diffusion.parameterization import clean
 from walt_jax.evaluation.evaluate import evaluate
-from walt_jax.generation.latent_diffusion import alone
+from walt_jax.generation.latent_diffusion import single_clips
 from walt_jax.generation.sample import Generator
 from walt_jax.parallel.cost import flops
 from walt_jax.training.optimizer import make_optimizer
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--config", type=pathlib.Path, default=CONFIGS / "walt_trends.py")
     parser.add_argument("--steps", type=int, help="of the first, instead of the config's")
     parser.add_argument("--clips", type=int, help="that are encoded, instead of the config's")
-    parser.add_argument("--variants", nargs="*", help="these alone")
+    parser.add_argument("--variants", nargs="*", help="only these")
     flags = parser.parse_args()
     module = runpy.run_path(str(flags.config))
     first, *_ = module["VARIANTS"]
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def time_ratio(first: RunConfig, config: RunConfig) -> float:
-    """The seconds of a step of `config` over those of `first`, in turn; the clips are noise."""
+    """The seconds of a step of `config` over those of `first`, measured interleaved; the clips are noise."""
     steps = [train_step(each)[0] for each in (first, config)]
     for step in steps:
         step()
@@ -161,7 +161,7 @@ def denoising_error(run: Run, generator: Generator) -> float:
     clips = [source.sample(i, np.random.default_rng([i])) for i in range(min(UNSEEN, len(source)))]
     latents = np.concatenate([run.codec.encode(generator.tokenizer, clip["video"][None])[0] for clip in clips])
     scale, kind = np.std(latents), model.diffusion.parameterization
-    words = generator.captions.encode([clip["caption"] for clip in clips])
+    text_tokens = generator.captions.encode([clip["caption"] for clip in clips])
     noise = jax.random.normal(jax.random.key(0), latents.shape)
     x, noise = model.tokens(latents), model.tokens(noise)
 
@@ -172,7 +172,9 @@ def denoising_error(run: Run, generator: Generator) -> float:
         sigma = level * scale * alpha
         time = jnp.full((len(x), 1), model.diffusion.schedule.time_of(alpha[None])[0])
         z = alpha * x + sigma * noise
-        denoise = model.denoise(generator.params, model.condition(generator.params, alone(words)), model.layout)
+        denoise = model.denoise(
+            generator.params, model.condition(generator.params, single_clips(text_tokens)), model.layout
+        )
         first = clean(kind, denoise(z, time, jnp.zeros_like(x)), z, alpha, sigma)
         return clean(kind, denoise(z, time, first), z, alpha, sigma) if model.diffusion.self_conditioning else first
 

@@ -1,4 +1,4 @@
-"""The main job on packs of clips and images, with classes and given frames; killed, resumed and sampled from."""
+"""The main job on packs of clips and images, with classes and observed frames; killed, resumed and sampled from."""
 
 import json
 import pathlib
@@ -81,7 +81,7 @@ def test_killed_it_goes_on_to_the_last_bit(flag, trained, tmp_path, cache):
     assert commands.losses(tmp_path) == commands.losses(trained)
 
 
-def test_classes_are_sampled_by_their_names_alone(trained, tmp_path, cache):
+def test_classes_are_sampled_by_their_names_only(trained, tmp_path, cache):
     out = f"--out={tmp_path}"
     prompts = ["--prompt=a red circle moving left"]
     code, _, err = commands.run(f"--workdir={trained}", "--mode=sample", *prompts, out, cache=cache)
@@ -93,7 +93,7 @@ def test_classes_are_sampled_by_their_names_alone(trained, tmp_path, cache):
 
 
 @pytest.mark.parametrize(
-    ("knob", "words"),
+    ("knob", "phrases"),
     [
         ("denoiser.windows=((1, None, None), (None, 3, 2))", ["(None, 3, 2)", "does not divide", "(2, 4, 4)"]),
         ("stages.denoiser.pack.tokens=31", ["stages.denoiser.shapes.clip", "32 tokens", "31", "raise"]),
@@ -105,7 +105,7 @@ def test_classes_are_sampled_by_their_names_alone(trained, tmp_path, cache):
         ("diffusion.adaptive=1.0", ["adaptive", "packs"]),
     ],
 )
-def test_what_does_not_fit_is_said_at_the_start(knob, words, flag, tmp_path, cache):
+def test_what_does_not_fit_is_said_at_the_start(knob, phrases, flag, tmp_path, cache):
     code, _, err = commands.run(flag, f"--workdir={tmp_path / 'run'}", f"--config.{knob}", cache=cache)
     assert code == 1 and "Traceback" not in err
-    assert all(word in err.splitlines()[-1] for word in words), err
+    assert all(phrase in err.splitlines()[-1] for phrase in phrases), err

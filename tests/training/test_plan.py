@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import pathlib
+import re
 import runpy
 
 import flax.linen as nn
@@ -108,25 +109,25 @@ def test_modules_add_up(counts):
 
 
 def denoiser_by_hand():
-    """Twice the multiplications of one pass: 2 × 2 × 2 tokens, text of 16 beside them."""
-    dim, tokens, patch, words, width = 32, 8, 4 * 12, 16, 16
+    """Twice the multiplications of one pass: 2 × 2 × 2 tokens, and 16 text tokens."""
+    dim, tokens, patch, text, width = 32, 8, 4 * 12, 16, 16
     once = (
         2 * patch * dim * tokens  # latents and estimate
         + 256 * dim + dim * dim  # the time
-        + width * dim * words + dim * dim  # the text, and its mean
+        + width * dim * text + dim * dim  # the text, and its mean
         + 6 * dim * dim + 2 * dim * dim  # the modulation that blocks share, and that of the output
         + dim * patch * tokens
     )  # fmt: skip
     lora = 2 * dim + 2 * 6 * dim
     mlp = 2 * 4 * dim * dim * tokens
-    own, cross = 4 * dim * dim * tokens, 4 * dim * dim * tokens + 2 * dim * dim * words
+    own, cross = 4 * dim * dim * tokens, 4 * dim * dim * tokens + 2 * dim * dim * text
     # Scores and their use: each token with those of its frame, of its place in all frames, or of its frame and text.
-    scores = 2 * dim * tokens * (4 + 2) + 2 * (2 * dim * tokens * (4 + words))
+    scores = 2 * dim * tokens * (4 + 2) + 2 * (2 * dim * tokens * (4 + text))
     return 2 * (once + 2 * (lora + mlp + own + cross) + scores)
 
 
 def text_encoder_by_hand():
-    """One layer on 16 words of width 16: four projections, scores and their use, and the three matrices of the MLP."""
+    """One layer on 16 text tokens of width 16: four projections, scores and their use, three matrices of the MLP."""
     return 2 * (4 * 16**3 + 2 * 16**3 + 3 * 16**3)
 
 
@@ -149,6 +150,73 @@ def test_a_step_of_the_tokenizer_is_three_passes_without_the_gradient_of_pixels(
     first = counts["modules"]["tokenizer"]["encoder/conv_in"]["forward_flops_per_clip"]
     clip = 3 * counts["forward_flops_per_clip"]["tokenizer"] - first
     assert counts["stages"]["tokenizer"]["train_flops_per_step"] == TINY.stages["tokenizer"].batch_size * clip
+
+
+def with_stage(**changed):
+    return dataclasses.replace(
+        TINY, stages={**TINY.stages, "denoiser": dataclasses.replace(TINY.stages["denoiser"], **changed)}
+    )
+
+
+def test_a_step_that_encodes_its_clips_costs_as_much_more(counts):
+    """Which is the encoder's part of the tokenizer, and is known where it is done once."""
+    encoder = sum(
+        module["forward_flops_per_clip"]
+        for name, module in counts["modules"]["tokenizer"].items()
+        if name.startswith("encoder")
+    )
+    cached = counts["stages"]["denoiser"]
+    assert cached["encoding_flops_per_step"] == BATCH * encoder
+    assert cached["latents_bytes_per_clip"] == 4 * 2 * 4 * 4 * 12
+    each_time = plan(with_stage(cached_clips=0))["stages"]["denoiser"]
+    assert each_time["train_flops_per_step"] == cached["train_flops_per_step"] + BATCH * encoder
+    assert "encoding_flops_per_step" not in counts["stages"]["tokenizer"]
+
+
+def test_batches_of_several_shapes_cost_the_mean_of_theirs():
+    image = ShapeConfig(frames=1)
+    both, clips = (with_stage(shapes=shapes) for shapes in ({"clip": ShapeConfig(), "image": image}, {}))
+    mean, clip = (plan(config)["stages"]["denoiser"] for config in (both, clips))
+    assert clip["latents_bytes_per_clip"] == 2 * 4 * 4 * 12 * 4
+    assert mean["latents_bytes_per_clip"] == 3 / 4 * clip["latents_bytes_per_clip"]
+    assert 0.5 < mean["train_flops_per_step"] / clip["train_flops_per_step"] < 1
+
+
+def test_the_config_is_printed_and_kept_whole(planned, counts):
+    _, out = planned
+    assert build(RunConfig, counts["config"], "config") == dataclasses.replace(
+        TINY, data=dataclasses.replace(TINY.data, source="/nowhere")
+    )
+    printed = dict(line.removeprefix("--config.").split("=", 1) for line in out.splitlines() if line[:9] == "--config.")
+    assert printed["denoiser.dim"] == "32" and printed["data.source"] == "'/nowhere'"
+    assert printed["stages.denoiser.windows"] == "None"
+
+
+@pytest.mark.parametrize("name", ["walt_l", "walt_xl", "walt_l_imagenet", "walt_l_k600", "walt_l_t2v", "walt_3b"])
+def test_large_configs_encode_clips_once_and_their_heads_say_what_that_takes(name):
+    config, head = config_of(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
+    for stage in config.denoiser_stages:
+        assert config.stages[stage].caches
+        assert re.search(rf"\b{config.latents_bytes(stage) / 1e3:.0f} GB\b.*?per million", head, re.DOTALL)
+    if config.text:
+        rows = config.text.length * config.text.encoder.dim * 2
+        assert re.search(rf"{rows / 1e3:.0f}\s+GB per million", head)
+
+
+def test_w_a_l_ts_fine_tuning_changes_its_grid_and_windows():
+    """Table 6 of the paper."""
+    config = config_of("walt_3b")
+    assert [config.bounds(stage) for stage in ("denoiser", "wide")] == [(5, 16, 16), (5, 16, 28)]
+    assert config.denoiser_of("wide").windows == ((1, 16, 28), (5, 8, 14))
+    stage = config.stages["wide"]
+    assert (stage.steps, stage.batch_size, stage.optimizer.learning_rate) == (250_000, 512, 5e-5)
+    assert (stage.optimizer.name, stage.optimizer.final_fraction) == ("adafactor", 1.0)
+    for name in ("walt_l_t2v", "walt_3b"):  # clips of 8 frames a second, and images in the same run
+        config = config_of(name)
+        assert config.data.fps == 8
+        assert [{shape.frames for shape in config.clip_shapes(stage)} for stage in config.denoiser_stages] == [
+            {17, 1}
+        ] * len(config.denoiser_stages)
 
 
 def test_packs_of_equal_clips_cost_what_those_clips_do():

@@ -401,7 +401,10 @@ def test_upscaling_trains(frozen):
 def test_what_is_trained_is_what_is_served():
     task = DenoiserTask(model_of(CONFIG, VIDEO, WEIGHTED), ConditioningConfig())
     assert task.served({"a": 1}, {}) == {"a": 1}
-    assert task.start({"a": 1}, {}, {"a": 2}) == ({"a": 2}, {})
+    params, served = {"a": np.zeros(2), "text": np.ones(1)}, {"a": np.arange(2.0)}
+    started, moving = task.start(params, {}, served)
+    np.testing.assert_array_equal(started["a"], served["a"])
+    assert started["text"] is params["text"] and moving == {}
     params, moving = jax.eval_shape(task.init, jax.random.key(0))
     assert set(params) == {"denoiser"}
     assert moving == {}

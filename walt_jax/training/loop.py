@@ -243,7 +243,7 @@ class StageLog:
         self._began = self._clock = time.perf_counter()
 
     def report(self, step: int, clips: int, metrics: Any, waited: float) -> None:
-        """Tells of a step whose batch had `clips` clips and took `waited` seconds to come.
+        """Reports a step whose batch had `clips` clips and took `waited` seconds to come.
 
         Raises:
             UserError: if a metric is NaN or infinite.

@@ -1,4 +1,4 @@
-"""What a config is made of and what it costs, from its shapes alone: nothing is allocated, no data is read."""
+"""What a config is made of and what it costs, from shapes only: nothing is allocated, no data is read."""
 
 import collections
 import dataclasses
@@ -54,7 +54,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "stages": stages,
         "modules": {name: _modules(_sizes(tree), costs[name]) for name, tree in variables.items()},
         "protocol": (
-            f"matrix products and convolutions alone, a multiplication with its addition counted as two; a clip is "
+            f"matrix products and convolutions only, a multiplication with its addition counted as two; a clip is "
             f"{clip[0]} frames of {clip[1]} × {clip[2]} pixels, once through each model: encoded and decoded, denoised "
             "once, its caption read once. A training step: forward and backward, with self-conditioning's first pass"
         ),

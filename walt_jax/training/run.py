@@ -1,4 +1,4 @@
-"""A run: a config, a workdir, and the stages in turn."""
+"""A run: a config, a workdir, and the stages one after the other."""
 
 import dataclasses
 import functools
@@ -154,9 +154,9 @@ class Run:
                 another config.
         """
         if self.config.denoiser is None:
-            raise UserError("This config trains a tokenizer alone: it reconstructs, with --mode=reconstruct.")
+            raise UserError("This config trains only a tokenizer, which can't sample; use --mode=reconstruct.")
         if self.config.denoiser.upscale > 1:
-            raise UserError("This config upscales latents; it is sampled from as a stage of a cascade alone.")
+            raise UserError("This config upscales latents; it can be sampled from only as a stage of a cascade.")
         stage = None
         if only_published(self.config, self.workdir):
             params = self._published()
@@ -194,7 +194,7 @@ class Run:
         """
         denoiser = self.config.denoiser
         if denoiser is None:
-            raise UserError("This config trains a tokenizer alone, and denoisers are what is exported.")
+            raise UserError("This config trains only a tokenizer; only denoisers can be exported.")
         params = self._restored("denoiser")[1].served["denoiser"]
         of_diffusers = denoiser.adaln == "single" or denoiser.time_frequencies == "diffusers"
         tensors = published_weights.export(jax.device_get(params), denoiser, of_diffusers)
@@ -241,7 +241,7 @@ class Run:
         """The latents' mean and deviation, which normalise them for the denoiser."""
         channels = self.config.tokenizer.latent_channels
         raw = TrainedTokenizer(state.ema, jnp.zeros(channels), jnp.ones(channels))
-        seed = self.config.seed + len(self.config.stages)  # of its own, beside the stages' seeds
+        seed = self.config.seed + len(self.config.stages)  # different from the stages' seeds
         some = Batches(Clips(self.data.of_nominal_size(), seed), (STATISTICS_BATCH,))
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
 
@@ -270,9 +270,9 @@ class Run:
 
     def _other_run(self) -> "Run":
         """The run whose tokenizer this one takes, or a copy of it: the workdir's, or that of a run that took it too."""
-        given = pathlib.Path(self.config.tokenizer_from)
-        copies = [copy for copy in (self.workdir / TOKENIZER, given / TOKENIZER) if copy.exists()]
-        return self.run_in(copies[0] if copies else given)
+        other = pathlib.Path(self.config.tokenizer_from)
+        copies = [copy for copy in (self.workdir / TOKENIZER, other / TOKENIZER) if copy.exists()]
+        return self.run_in(copies[0] if copies else other)
 
     def run_in(self, workdir: pathlib.Path) -> "Run":
         """The run that a workdir holds, whose tokenizer has the shape of this config's.
@@ -305,7 +305,7 @@ class Run:
             return trained
         temporary = copy.with_name(f"{TOKENIZER}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        # The average and the statistics alone, not the optimizer's state.
+        # Only the average and the statistics, not the optimizer's state.
         source = other.workdir / "checkpoints" / stage
         shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
         shutil.copyfile(other.workdir / CONFIG, temporary / CONFIG)

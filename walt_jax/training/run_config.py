@@ -56,9 +56,9 @@ class TextConfig:
 class RunConfig:
     """Everything a run is made of; a config file's knobs are these fields.
 
-    Without `denoiser`, `diffusion` and `sampling` it is a tokenizer alone that is trained. `text` is there where the
+    Without `denoiser`, `diffusion` and `sampling` only a tokenizer is trained. `text` is set where the
     denoiser attends to text; a denoiser with `classes` takes each distinct caption as a class. `inflation` says which
-    tap of a video kernel an image kernel becomes, where a stage on images alone is followed by one on video.
+    tap of a video kernel an image kernel becomes, where a stage on images only is followed by one on video.
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
     Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
     `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
@@ -95,7 +95,7 @@ class RunConfig:
             raise ValueError(f"stages are at least one for the tokenizer{also}")
         groups = {name: getattr(self, name) is not None for name in ("denoiser", "diffusion", "sampling")}
         if len(set(groups.values())) > 1:
-            missing = next(name for name, given in groups.items() if not given)
+            missing = next(name for name, there in groups.items() if not there)
             raise ValueError(f"{missing} is missing; denoiser, diffusion and sampling go together")
         self._check_text()
         if self.init_from and self.denoiser is None:
@@ -110,7 +110,7 @@ class RunConfig:
         tokenizers = [name for name in self.trained_stages if self.stages[name].task == "tokenizer"]
         if tokenizers and self.makes_images(tokenizers[-1]):
             raise ValueError(
-                f"stages.{tokenizers[-1]} is the last of the tokenizer and has images alone; let one on video follow, "
+                f"stages.{tokenizers[-1]} is the tokenizer's last stage and has only images; add a stage on video, "
                 "or make a tokenizer of images: tokenizer.taps=1, no stride in time, data.frames=1"
             )
         if self.tokenizer.block_transform and any(map(self.makes_images, tokenizers)):
