@@ -93,6 +93,9 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
         lower_bound=0,
     )
+    flags.DEFINE_string(
+        "stage", None, "encode: the stage whose clips are encoded; the last by default", flag_values=values
+    )
     flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
     return values
 
@@ -355,7 +358,7 @@ def encode(values: flags.FlagValues) -> None:
     workdir = run.workdir
     out = epath.Path(values.out) if values.out else workdir / "encoded"
     tokenizer = run.tokenizer() if run.config.tokenizer_from else run.run_in(workdir).tokenizer()
-    report = run.encode(out, tokenizer, values.clips)
+    report = run.encode(out, tokenizer, values.clips, values.stage)
     print(
         f"wrote {report['clips']:,} clips, {report['latents_bytes']:,} bytes of latents, to {out}; train on them with "
         f"--config.tokenizer_from={workdir} --config.stages.NAME.latents={out}"

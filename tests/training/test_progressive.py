@@ -33,7 +33,7 @@ def knobs():
         base_channels=4, channel_multipliers=(1, 1), downsample=((2, 2, 2),), norm_groups=2, latent_channels=4
     )
     config.denoiser.update(
-        dim=8, windows=((1, None, None), (None, 1, 1)), patch_size=(1, 1, 1), cross_attention=False,
+        dim=8, layers=1, windows=((None, 1, 1),), patch_size=(1, 1, 1), cross_attention=False,
         self_conditioning=False, isolate_images=True,
     )  # fmt: skip
     config.diffusion.self_conditioning = 0.0
@@ -45,7 +45,7 @@ def knobs():
         "images": {**stage, "shapes": {"image": IMAGE}, "cached_clips": 8},
         "clips": {**stage, "shapes": shapes, "cached_clips": 0},
         "packs": {**stage, "batch_size": 1, "shapes": shapes, "pack": {"tokens": 24, "clips": 4}, "cached_clips": 0},
-        "larger": {**stage, "windows": ((1, None, None), (None, 2, 2)), "cached_clips": 8},
+        "larger": {**stage, "windows": ((None, 2, 2),), "cached_clips": 8},
     }
     return {**json.loads(json.dumps(config.to_dict())), "stages": stages}
 
@@ -114,7 +114,9 @@ def test_stopped_among_packs_it_samples_at_their_size_and_goes_on_to_the_last_bi
 def test_packs_that_are_encoded_each_time_hold_the_latents_that_would_be_cached(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_batches, "WAITING", 4)
     tokenizer = trained.tokenizer()
-    trained.data.encode(tmp_path / "latents", "packs", 24, tokenizer)
+    trained.encode(tmp_path / "latents", tokenizer, 24, "packs")
+    with pytest.raises(UserError, match="--stage=clip is none of the config's stages; choose tokenizer or images or"):
+        trained.encode(tmp_path / "others", tokenizer, 24, "clip")
     cached = LatentClips(tmp_path / "latents")
     contents = [to_tokens(cached[index].latents[None], (1, 1, 1))[0] for index in range(24)]
     packs, seen = iter(trained.data.packs("packs", tokenizer)), set()
@@ -137,9 +139,9 @@ def test_packs_that_are_encoded_each_time_hold_the_latents_that_would_be_cached(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"larger": {"windows": ((1, None, None), (None, 3, 3))}}, "stages.larger.*does not divide.*(2, 4, 4)"),
-        ({"larger": {"windows": ((1, None, None),)}}, "stages.larger.windows should be as many as denoiser.windows"),
-        ({"clips": {"windows": ((1, 3, 3), (None, 2, 2))}}, "stages.clips.*does not divide.*(2, 2, 2)"),
+        ({"larger": {"windows": ((None, 3, 3),)}}, "stages.larger.*does not divide.*(2, 4, 4)"),
+        ({"larger": {"windows": ((None, 2, 2),) * 2}}, "stages.larger.windows should be as many as denoiser.windows"),
+        ({"clips": {"windows": ((None, 3, 3),)}}, "stages.clips.*does not divide.*(2, 2, 2)"),
         ({"larger": {"shapes": {"clip": SMALL}}}, "stages.larger.shapes lacks the data's shape, 3 × 16 × 16"),
         ({"tokenizer": {"windows": ((1, 1, 1),)}}, "windows are for denoiser stages"),
         ({"packs": {"shapes": {}}}, "pack needs shapes"),

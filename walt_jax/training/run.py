@@ -252,21 +252,27 @@ class Run:
         mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
         return TrainedTokenizer(trained.served, mean, std)
 
-    def encode(self, out: epath.PathLike, tokenizer: TrainedTokenizer, clips: int = 0) -> dict[str, Any]:
-        """Encodes the training clips of the last stage, in its shapes.
+    def encode(
+        self, out: epath.PathLike, tokenizer: TrainedTokenizer, clips: int = 0, stage: str | None = None
+    ) -> dict[str, Any]:
+        """Encodes the training clips of a stage, in its shapes.
 
         Args:
             out: the folder of the data set, see `data.latents`.
             tokenizer: of another run, perhaps.
             clips: how many, in the stage's order: windows and crops are drawn anew each epoch; 0 is each once.
+            stage: its name; the last one unless set.
 
         Returns:
             What `encode.json` holds.
 
         Raises:
-            UserError: if the folder holds something else, or nothing can be encoded.
+            UserError: if there is no such stage, the folder holds something else, or nothing can be encoded.
         """
-        return self.data.encode(out, list(self.config.stages)[-1], clips, tokenizer)
+        names = list(self.config.stages)
+        if stage is not None and stage not in names:
+            raise UserError(f"--stage={stage} is none of the config's stages; choose {' or '.join(names)}.")
+        return self.data.encode(out, stage or names[-1], clips, tokenizer)
 
     def _other_run(self) -> "Run":
         """The run whose tokenizer this one takes, or a copy of it: the workdir's, or that of a run that took it too."""
