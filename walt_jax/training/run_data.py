@@ -59,7 +59,8 @@ class RunData:
 
     def _check_room(self, name: str) -> None:
         count, size = self.to_encode(name)
-        free = shutil.disk_usage(self._workdir).free
+        folder = self._workdir.absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if size > free:
             raise UserError(
                 f"Stage {name} encodes {count:,} clips to {size / 1e9:.2g} GB of latents, and {self._workdir} has "
