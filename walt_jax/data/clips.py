@@ -135,6 +135,11 @@ class StoredClips:
         self._skipped.add(file)
         self.store.reasons[file] = reason
         if all(row.file in self._skipped for row in self._rows):
+            if all(self.store.info[row.file].frames == 1 for row in self._rows):
+                raise UserError(
+                    f"{self.store.path}'s {self.split} split holds images, and clips of {self._wanted()} are asked "
+                    "for: set --config.data.frames=1, or give a stage a shape with frames=1."
+                )
             raise UserError(
                 f"no clip of {self.store.path}'s {self.split} split gives {self._wanted()}; {file}, for one, does not "
                 f"({reason}): use longer clips, or ask for fewer frames or more frames per second."

@@ -34,7 +34,7 @@ def resample(
     fps: Fraction,
     seconds: float,
     start: Fraction | None = None,
-    longest: Fraction = Fraction(LONGEST_GAP_SECONDS),  # noqa: B008 (it is immutable)
+    longest: Fraction = Fraction(LONGEST_GAP_SECONDS),
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """Pairs each frame with how many output frames at `fps` show it, which may be none.
 
@@ -63,7 +63,7 @@ def seconds_between(
     earlier: int | None,
     later: int | None,
     time_base: Fraction | None,
-    longest: Fraction = Fraction(LONGEST_GAP_SECONDS),  # noqa: B008 (it is immutable)
+    longest: Fraction = Fraction(LONGEST_GAP_SECONDS),
 ) -> Fraction | None:
     """The time from one stamp to the next in seconds; None where it is unknown or can't be true of neighbours."""
     if None in (earlier, later, time_base):
