@@ -70,6 +70,17 @@ class StoredClips:
         """A clip's file, by its name in the store."""
         return self._rows[index].file
 
+    def find_short(self) -> None:
+        """Reads the clips whose headers say that they are too short; those that are get listed in `store.skipped`.
+
+        Raises:
+            UserError: no usable clip is left.
+        """
+        span = min(shape.span for shape in self.shapes)
+        for index, row in enumerate(self._rows):
+            if self.store.length(row.file, self.fps) < span:
+                self.sample(index, np.random.default_rng(0))
+
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
         """A random window of a clip in one of the shapes, randomly cropped; the same `rng` gives the same bytes.
 
