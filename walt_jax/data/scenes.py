@@ -214,4 +214,4 @@ def _border(rows: np.ndarray, columns: np.ndarray) -> float:
         straight = {name: edge.max(1).mean() / covered >= EDGE_FRACTION for name, edge in edges.items()}
         bars = start * straight["first"] + (count - end) * straight["last"]
         inside *= 1 - bars / count
-    return 1.0 - inside
+    return float(1.0 - inside)
