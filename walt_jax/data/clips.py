@@ -1,4 +1,4 @@
-"""The clips of one split of a store, in given shapes."""
+"""The clips of one split of a store, in the shapes that are asked for."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ HELD_OUT_FRACTION = 1 / 8
 
 
 class StoredClips:
-    """The clips of one split of a store, in given shapes.
+    """The clips of one split of a store, in the shapes that are asked for.
 
     The rows' split, where there is one, decides what is held out. Otherwise a hash of the file's name, or of what it
     was cut from, holds out one in eight, so that a file stays in its split when others come and go.
@@ -180,5 +180,5 @@ def _held_out(files: Iterable[str]) -> set[str]:
 
 
 def _uniform(file: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """A number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64

@@ -82,7 +82,7 @@ class Folder(Store):
         return [row for row in rows if row.file not in missing]
 
     def _warn_of_left_out(self, files: list[str], named: set[str], tables: list[tuple[str, epath.Path]]) -> None:
-        """Warns where tables of sub-folders alone, or of most files none, say what the clips are."""
+        """Warns where only sub-folders have tables, or where tables leave out most files."""
         out = [file for file in files if file not in named]
         top = any(not prefix for prefix, _ in tables)
         if out and tables and (not top or len(out) > len(files) / 2):

@@ -18,8 +18,8 @@ SAMPLES_PER_SECOND = 4
 # Two cuts closer than this are a flash, not a scene: PySceneDetect's usual 15 frames at 25 a second.
 SHORTEST_SHOT_SECONDS = 0.6
 
-# Nothing changes while fewer pixels than STILL_PIXELS change by more than STILL_LEVELS of 255. Compression alone
-# changes many pixels a little; the smallest thing that moves changes some of them a lot.
+# Nothing changes while fewer pixels than STILL_PIXELS change by more than STILL_LEVELS of 255. Compression by
+# itself changes many pixels a little; the smallest thing that moves changes some of them a lot.
 STILL_LEVELS = 8
 STILL_PIXELS = 1e-3
 

@@ -180,18 +180,18 @@ def _pictures(
 ) -> Iterator[np.ndarray]:
     """Output frames from `start` on, from the cheapest route that gives what decoding everything would."""
     fps = None if fps is None else Fraction(fps)
-    given = 0
+    yielded = 0
     for first in (start, 0):
         try:
-            for picture in _convert(_shown(path, fps, first, limits, watch), cover, start + given, limits):
+            for picture in _convert(_shown(path, fps, first, limits, watch), cover, start + yielded, limits):
                 yield picture
-                given += 1
+                yielded += 1
         except NeedsAllFrames:
             continue
-        if not given:
+        if not yielded:
             raise ClipError(f"it ends before frame {start}")
         return
-    yield from itertools.islice(_pictures(path, fps, cover, 0, limits, watch), start + given, None)
+    yield from itertools.islice(_pictures(path, fps, cover, 0, limits, watch), start + yielded, None)
 
 
 def _shown(

@@ -17,7 +17,7 @@ QUALITIES = (14, 20, 26, 32, 38, 44)
 
 
 def h264_points(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], fps: float) -> list[dict[str, float | str]]:
-    """H.264 (x264, 4:4:4, preset "medium") at several constant qualities: packets alone, without a container's bytes.
+    """H.264 (x264, 4:4:4, preset "medium") at several constant qualities: packets only, without a container's bytes.
 
     Returns:
         {"codec", "setting", "bits_per_pixel", "psnr_db"} each, means over the clips.
