@@ -45,9 +45,10 @@ class StoredClips:
         self._skipped: set[str] = set()
         self.captions = [text for row in self._rows for text in (dict(row.captions) or ("",))]
         if not self._rows:
+            skipped = "".join(f" ({file}: {reason})" for file, reason in list(store.reasons.items())[:1])
             raise UserError(
-                f"no readable clip in {store.path} belongs to the {split} split: add clips, or correct the column "
-                "split of its metadata.csv."
+                f"no readable clip in {store.path} belongs to the {split} split{skipped}: add clips, or correct the "
+                "column split of its metadata.csv."
             )
         # Now rather than after the model has been compiled: raises where no clip is long enough.
         for index in range(len(self._rows)):
