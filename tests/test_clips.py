@@ -47,8 +47,12 @@ def test_a_folder_of_clips(captioned, tmp_path, cache):
             table.writerows(rows)
 
     flags = [*SMALL, f"--config.data.source={folder}", f"--workdir={tmp_path / 'run'}"]
-    code, _, err = commands.run(*flags, cache=cache)
+    (folder / "notes.xyz").write_text("")
+    code, out, err = commands.run(*flags, cache=cache)
     assert code == 0, err
+    assert "6 clips kept, 1 files skipped\n  1 skipped: no video or image by its name: .xyz" in out
+    files = json.loads((tmp_path / "run" / "files.json").read_text())
+    assert len(files["files_kept"]) == 6 and files["training"]["would_train"]
     evaluation = json.loads((tmp_path / "run" / "evaluate.json").read_text())
     metric = evaluation["metrics"][0]
     assert metric["name"] == "reconstruction_psnr_db" and str(folder) in metric["protocol"]

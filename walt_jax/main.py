@@ -206,7 +206,8 @@ def open_trained_run(values: flags.FlagValues) -> Any:
 
 def train(values: flags.FlagValues) -> None:
     """Runs the stages, then evaluates."""
-    from walt_jax.workdir import check_empty, check_same, claim, locked
+    from walt_jax.training.data_files import sentences
+    from walt_jax.workdir import check_empty, check_same, claim, locked, write_atomically
 
     run, knobs = open_run(values)
     start = time.monotonic()
@@ -218,10 +219,14 @@ def train(values: flags.FlagValues) -> None:
             check_same(run.workdir, before, knobs)
         # Before the workdir is claimed: what fails here can be put right and tried again in the same one.
         run.check()
+        files = run.data.report_files()
         vocab = run.make_vocabulary()
         claim(run.workdir, knobs)
         run.text.keep(vocab)
         print(run.summary(), flush=True)
+        for line in sentences(files):
+            print(line, flush=True)
+        write_atomically(run.workdir / "files.json", json.dumps(files, indent=1, ensure_ascii=False) + "\n")
         run.train()
         report = _evaluate(run)
     print(f"Done in {time.monotonic() - start:.0f} s; wrote {run.workdir}, look at {report} first.")
@@ -319,21 +324,23 @@ def reconstruct(values: flags.FlagValues) -> None:
 
 def data(values: flags.FlagValues) -> None:
     """Reads the config's data as training would, and tells what became of it."""
+    from walt_jax.data.pipeline import Data
+    from walt_jax.training.data_files import sentences, verdict
     from walt_jax.training.data_report import report_data
     from walt_jax.workdir import write_atomically
 
     run, _ = open_run(values)
     run.workdir.mkdir(parents=True, exist_ok=True)
-    found = report_data(run.config, run.data.files, run.workdir / "data.png")
+    found = report_data(run.config, Data(run.config.data, refuse=False), run.workdir / "data.png")
     write_atomically(run.workdir / "data.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    for entry in found["clips_skipped"]:
-        print(f"skipped {entry['file']}: {entry['reason']}")
-    print(
-        f"{found['clips_kept']:,} clips kept, {len(found['clips_skipped']):,} files skipped; "
-        f"{found['tokens_valid_fraction']:.1%} of tokens are of clips; {found['clips_per_second']:.1f} clips and "
-        f"{found['frames_per_second']:.0f} frames a second"
-    )
-    print(f"wrote {run.workdir / 'data.json'} and {run.workdir / 'data.png'}")
+    for line in [*sentences(found), verdict(found)]:
+        print(line)
+    if "clips_read" in found:
+        print(
+            f"{found['tokens_valid_fraction']:.1%} of tokens are of clips; {found['clips_per_second']:.1f} clips and "
+            f"{found['frames_per_second']:.0f} frames a second"
+        )
+    print(f"wrote {run.workdir / 'data.json'}" + (f" and {run.workdir / 'data.png'}" if "clips_read" in found else ""))
 
 
 def prepare(values: flags.FlagValues) -> None:

@@ -16,9 +16,12 @@ from PIL import Image
 
 from walt_jax.data import clips as clips_lib
 from walt_jax.data import store as store_lib
+from walt_jax.data import suffixes
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.folder import Folder
+from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.media import write_video
+from walt_jax.data.raw import list_raw
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.video import read_clip
 from walt_jax.errors import UserError
@@ -63,7 +66,7 @@ def test_without_a_table_every_video_is_a_clip_without_caption(tmp_path):
     train, held_out = source(tmp_path), source(tmp_path, "held_out")
     assert len(train) == 2 and len(held_out) == 1
     assert train.captions + held_out.captions == ["", "", ""]
-    assert train.store.skipped == held_out.store.skipped == []
+    assert train.store.skipped == [{"file": "notes.txt", "reason": "no video or image by its name: .txt"}]
 
 
 def test_with_a_table_its_rows_are_the_clips(tmp_path):
@@ -245,7 +248,7 @@ def test_a_header_that_promises_too_much_is_found_out(tmp_path, monkeypatch):
 
 
 def test_a_side_keeps_the_aspect_ratio(tmp_path):
-    for name, (height, width) in {"wide": (36, 64), "tall": (64, 36), "square": (40, 40), "strip": (8, 80)}.items():
+    for name, (height, width) in {"wide": (36, 64), "tall": (64, 36), "square": (40, 40), "strip": (16, 160)}.items():
         write_clip(tmp_path / f"{name}.gif", 5, height, width)
     folder = Folder(tmp_path)
     data = [StoredClips(folder, split, [ClipShape(5, side=32, unit=(8, 8))], 10) for split in ("train", "held_out")]
@@ -402,7 +405,7 @@ def test_bad_files_up_to_a_fraction(tmp_path):
         source(tmp_path, max_bad_fraction=0.19)
     assert str(error.value) == (
         f"2 of 10 files in {tmp_path} can't be read, the first being empty.mp4 (empty file): remove them, or raise "
-        "--config.data.max_bad_fraction, now 0.19."
+        "--config.data.max_bad_fraction, now 0.19, to 0.2."
     )
     train, held_out = (source(tmp_path, split, max_bad_fraction=0.2) for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 8
@@ -421,7 +424,7 @@ def test_bad_files_up_to_a_fraction(tmp_path):
         (
             None,
             [],
-            "{folder} holds no video and no image: put files in it that end in .mp4, .webm, .mov, .avi, .gif, ",
+            "{folder} holds no video and no image: put files in it that end in .mp4, .m4v, .mov, .webm, ",
         ),
         ("", [], "{folder}/metadata.csv names no clip: "),
         ("file_name,caption\n", ["a.gif"], "{folder}/metadata.csv names no clip: "),
@@ -485,3 +488,79 @@ def test_real_trouble():
     data = source(SHARED / "bad", frames=1, max_bad_fraction=0.5)
     videos = [data.sample(i, np.random.default_rng(0)) for i in range(0, len(data), 6)]
     assert all(sample["video"].shape == (1, 12, 16, 3) for sample in videos)
+
+
+# What a folder may have that is no clip
+
+
+def test_all_modes_and_the_docs_have_one_list_of_suffixes(tmp_path):
+    assert {".3gp", ".wmv", ".asf", ".mpg", ".flv", ".ogv", ".m4v", ".ts"} <= set(suffixes.VIDEO_SUFFIXES)
+    text = (pathlib.Path(__file__).parents[2] / "docs/data.md").read_text()
+    listed = [line for line in text.splitlines() if line.startswith("Suffixes")]
+    assert set(" ".join(listed).replace("`", "").replace(",", "").split()) >= set(suffixes.SUFFIXES)
+    for suffix in suffixes.VIDEO_SUFFIXES:
+        (tmp_path / f"a{suffix}").write_text("")
+    assert (
+        len(list_raw(tmp_path)[0])
+        == len(Folder(tmp_path, max_bad_fraction=1.0).skipped)
+        == len(suffixes.VIDEO_SUFFIXES)
+    )
+
+
+def test_small_ones_are_left_out_and_stop_nothing(tmp_path):
+    write_clip(tmp_path / "good.gif")
+    Image.fromarray(np.zeros((15, 40, 3), np.uint8)).save(tmp_path / "icon.png")
+    folder = Folder(tmp_path)
+    assert [row.file for row in folder.rows] == ["good.gif"]
+    assert folder.skipped[0]["reason"].startswith("too small: 40 x 15 pixels, where a side must have 16")
+    assert len(Folder(tmp_path, limits=DecodeLimits(shortest_side=15)).rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (
+            ["file_name,caption", "a.gif,a dog, running"],
+            r"has 3 fields in line 2, .* put a text with a comma in quotes",
+        ),
+        (["file_name;caption", "a.gif;a dog"], r"is separated by semicolons: save it with commas"),
+    ],
+)
+def test_a_table_that_would_lose_captions_says_so(tmp_path, lines, sentence):
+    write_clip(tmp_path / "a.gif")
+    write_table(tmp_path, *lines)
+    with pytest.raises(UserError, match=sentence):
+        Folder(tmp_path)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    write_clip(tmp_path / "a.gif")
+    with pytest.raises(UserError, match=f"a.gif is a file; name the folder that it is in: .*{tmp_path}"):
+        Folder(tmp_path / "a.gif")
+
+
+def test_pictures_where_clips_are_asked_for_say_how_to_take_them(tmp_path):
+    for index in range(2):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    with pytest.raises(UserError, match=r"images, .* set --config\.data\.frames=1"):
+        source(tmp_path)
+
+
+def test_a_table_in_a_sub_folder_that_leaves_most_files_out_is_a_warning(tmp_path):
+    for index in range(12):
+        write_clip(tmp_path / (f"sub/{index}.gif" if index < 3 else f"{index}.gif"), frames=2)
+    write_table(tmp_path / "sub", "file_name,caption", *(f"{index}.gif,a" for index in range(3)))
+    (warning,) = Folder(tmp_path).warnings
+    assert warning.startswith(f"9 of 12 files in {tmp_path} are left out, as no table names them")
+
+
+def test_without_refusing_problems_are_listed_and_every_file_is_kept_or_skipped(tmp_path):
+    for name in ("a.gif", "b.gif"):
+        write_clip(tmp_path / name)
+    (tmp_path / "bad.mp4").write_text("<html>")
+    (tmp_path / "odd.xyz").write_text("")
+    write_table(tmp_path, "file_name;caption", "a.gif;b")
+    folder = Folder(tmp_path, refuse=False)
+    assert ["semicolons" in problem for problem in folder.problems] == [True, False]
+    assert folder.problems[1].startswith("1 of 3 files")
+    assert {row.file for row in folder.rows} | set(folder.reasons) == {"a.gif", "b.gif", "bad.mp4", "odd.xyz"}

@@ -223,7 +223,7 @@ def test_several_sources_are_one_and_take_turns_by_weight(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         for index in range(6):
-            write_video(tmp_path / name / f"{index}.mp4", np.full((5, 8, 8, 3), 20 * index, np.uint8), 8)
+            write_video(tmp_path / name / f"{index}.mp4", np.full((5, 16, 16, 3), 20 * index, np.uint8), 8)
     shapes = (ClipShape(5, 8, 8),)
     plain = Data(DataConfig(f"{tmp_path / 'a'}, {tmp_path / 'b'}", 5, 8, 8)).source("train", shapes)
     assert len(plain) == 10 and len(plain.sources) == 2 and plain.weights == (5.0, 5.0)

@@ -65,7 +65,7 @@ def scenes(tmp_path_factory):
 
 
 def test_examples_are_clips_with_their_captions(scenes):
-    with pytest.raises(UserError, match=r"1 of 13 examples of .* first being train/\d+ \(not a video"):
+    with pytest.raises(UserError, match=r"1 of 13 examples in .* first being train/\d+ \(not a video"):
         Records(scenes)
     store = Records(scenes, max_bad_fraction=0.1)
     parts = {split: StoredClips(store, split, SHAPES, 8.0) for split in ("train", "held_out")}

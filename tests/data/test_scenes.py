@@ -169,3 +169,15 @@ def test_no_cut_in_a_real_shot():
     if not clip.exists():
         pytest.skip(f"{clip} is not there")
     assert len(find_scenes(clip, Fraction(8), 3.0, 100)) == 1
+
+
+@pytest.mark.parametrize("move", [(0, 1), (1, 0), (1, 1), (-1, 1)])
+def test_a_shape_on_black_is_content_and_bars_around_a_picture_are_not(tmp_path, move):
+    frames = np.zeros((24, 96, 128, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        y, x = 40 + move[0] * i, 40 + 2 * move[1] * i
+        frame[y : y + 16, x : x + 16] = 255
+    assert scenes_of(tmp_path, frames)[0].border_fraction < 0.2
+    framed = np.zeros((24, 96, 128, 3), np.uint8)
+    framed[:, 24:72, 32:96] = shot(9, 24)
+    assert scenes_of(tmp_path, framed)[0].border_fraction == pytest.approx(0.75, abs=0.05)

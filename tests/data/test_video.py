@@ -13,9 +13,10 @@ import pytest
 from av.stream import Disposition
 from PIL import ExifTags, Image, ImageOps
 
-from walt_jax.data import video
+from walt_jax.data import decode, hdr, video
+from walt_jax.data.limits import DecodeLimits, Stopwatch
 from walt_jax.data.media import write_video
-from walt_jax.data.video import ClipError, describe, read_clip
+from walt_jax.data.video import ClipError, describe, frame_rate, read_clip
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 
@@ -401,3 +402,104 @@ def test_frames_and_seconds_of_odd_files(name, frames, at_8_fps):
     path = shared_file(f"bad/{name}")
     assert len(read_clip(path, short_side=16)) == frames
     assert len(read_clip(path, fps=8, short_side=16)) == at_8_fps
+
+
+# Time-lapses
+
+
+@pytest.mark.parametrize("seconds", [2, 60])
+def test_frames_that_are_seconds_apart_stay_so(tmp_path, seconds):
+    stamps = [1000 * seconds * i for i in range(20)]
+    write_stamped(tmp_path / "clip.mp4", stamps, last=1000 * seconds)
+    rate = frame_rate(tmp_path / "clip.mp4")
+    assert rate == Fraction(1, seconds)
+    assert levels(read_clip(tmp_path / "clip.mp4", rate)) == list(range(20))
+
+
+@pytest.mark.parametrize(("name", "rate"), [("fps_reported_1000.mkv", 30), ("fps_reported_1000.flv", 30)])
+def test_a_rate_that_can_not_be_is_measured(name, rate):
+    assert float(frame_rate(shared_file(f"bad/{name}"))) == pytest.approx(rate, rel=0.02)
+
+
+# High dynamic range
+
+
+@pytest.mark.parametrize("transfer", ["PQ", "HLG"])
+def test_tone_mapping_keeps_greys_grey_and_in_order_and_white_at_the_top(transfer):
+    ramp = np.zeros((1, 101, 3))
+    ramp[..., 0] = np.linspace(0, 1, 101)
+    mapped = hdr.tone_map(ramp, transfer)[0].astype(int)
+    assert np.ptp(mapped, -1).max() <= 1 and (np.diff(mapped[:, 0]) >= 0).all()
+    assert mapped[0].max() == 0 and mapped[-1].min() >= 254
+
+
+def test_the_formulas_have_the_values_of_the_standards():
+    light = np.geomspace(0.01, 10_000, 50)
+    np.testing.assert_allclose(hdr.pq_to_light(hdr.light_to_pq(light)), light, rtol=1e-6)
+    assert hdr.light_to_pq(np.array(203.0)) == pytest.approx(0.58, abs=0.002)  # BT.2408, table 1
+    assert hdr.hlg_to_light(np.full(3, 0.75))[0] == pytest.approx(203, abs=1)  # the same
+    assert hdr.compress(np.array([1.0, 50, 90])) == pytest.approx([1, 50, 90], rel=1e-3)
+    assert hdr.compress(np.array([1000.0, 4000])) == pytest.approx([203, 203], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["clips/exoplayer__hdr10-video-with-sdr-container.mp4", "bad/rot_dolby_vision_10bit.MOV"]
+)
+def test_high_dynamic_range_is_mapped_or_refused(name):
+    path, refuse = shared_file(name), DecodeLimits(hdr="refuse")
+    picture = read_clip(path, max_frames=1, short_side=64)[0]
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert hdr.transfer_of(frame)
+    assert np.percentile(picture, 99) > 230 and np.percentile(picture, 1) < 60  # not the grey of what isn't mapped
+    for read in (read_clip, describe):
+        with pytest.raises(ClipError, match=r"^high dynamic range \((PQ|HLG)\)"):
+            read(path, limits=refuse)
+
+
+# Garbage
+
+
+class Frames:
+    """A stream whose "packets" are frames, some of them damaged."""
+
+    codec_context = None
+
+    def decode(self, packet):
+        if isinstance(packet, Exception):
+            raise packet
+        return [] if packet is None else [packet]
+
+
+class Marked:
+    def __init__(self, picture, is_corrupt=False, key_frame=False):
+        self.frame = av.VideoFrame.from_ndarray(picture)
+        self.is_corrupt, self.key_frame, self.size = is_corrupt, key_frame, 1
+        self.width, self.height = self.frame.width, self.frame.height
+
+
+@pytest.mark.parametrize("content", ["picture", "dark"])
+def test_frames_of_one_colour_after_damage_are_left_out_and_dark_content_is_not(monkeypatch, content):
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    if content == "dark":
+        picture[8:] = 3
+    flat = np.full((64, 64, 3), 128, np.uint8)
+    whole = decode._is_flat
+    monkeypatch.setattr(decode, "_is_flat", lambda marked: whole(marked.frame))
+    frames = [
+        Marked(picture, key_frame=True),
+        Marked(flat),  # nothing was reported: a title card, perhaps
+        Marked(picture),
+        Marked(flat, is_corrupt=True),
+        Marked(flat),  # leans on the one before
+        Marked(picture),
+        Marked(flat, key_frame=True),
+        Marked(flat),
+    ]
+    monkeypatch.setattr(decode, "_check_refused", lambda *_: None)
+    stream, limits = Frames(), DecodeLimits()
+    kept = list(decode.decoded(iter(frames), stream, limits, Stopwatch(60)))
+    left_out = [number for number, frame in enumerate(frames) if frame not in kept]
+    assert left_out == ([3, 4] if content == "picture" else [])
+    with pytest.raises(ClipError, match="damaged, and mostly of one colour"):
+        list(decode.decoded(iter(frames[3:5]), stream, limits, Stopwatch(60)))

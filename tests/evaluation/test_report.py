@@ -1,16 +1,18 @@
 """The report shows what is there, says what isn't, keeps its marks honest, and needs nothing beside itself."""
 
 import html.parser
+import itertools
 import json
 import pathlib
 import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from walt_jax.data.media import write_video
-from walt_jax.evaluation import report
+from walt_jax.evaluation import rate_distortion, report
 from walt_jax.evaluation.report import write_report
 from walt_jax.evaluation.report_curves import curve
 
@@ -283,3 +285,28 @@ def test_curves_choose_their_scale():
     steady = steps + 1000, 100 + np.sin(steps)
     assert ">0</text>" in curve("clips_per_second", *steady, large=False)
     assert ">0</text>" not in curve("accuracy", *steady, large=False)
+
+
+def test_a_tokenizers_report_has_no_section_on_samples(tmp_path):
+    (tmp_path / "config.json").write_text('{"denoiser": null}')
+    skipped = [{"file": "a.mp4", "reason": "too short"}]
+    files = {"clips_kept": 7, "clips_skipped": skipped, "training": {"warnings": ["9 of 12 files are left out"]}}
+    (tmp_path / "files.json").write_text(json.dumps(files))
+    page = write_report(tmp_path).read_text()
+    assert 'id="samples"' not in page and "samples.json" not in page
+    assert "7 clips kept, 1 files skipped" in page and "too short" in page and "9 of 12 files are left out" in page
+    (tmp_path / "config.json").write_text('{"denoiser": {}}')
+    assert 'id="samples"' in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("span", [1.5, 8, 40, 3000])
+def test_the_labels_of_the_rate_axis_do_not_overlap(span, monkeypatch):
+    figures = []
+    monkeypatch.setattr(rate_distortion, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    rate_distortion.plot([{"codec": "x", "bits_per_pixel": 0.03 * span**i, "psnr_db": 20.0 + i} for i in (0, 0.5, 1)])
+    (axes,) = figures[0].axes
+    low, high = axes.get_xlim()
+    ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+    boxes = [t.label1.get_window_extent() for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) >= 1 and all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))

@@ -11,6 +11,7 @@ from PIL import Image
 from walt_jax.config import build
 from walt_jax.data.media import write_video
 from walt_jax.data.pipeline import Data
+from walt_jax.training import data_files
 from walt_jax.training import data_report as lib
 from walt_jax.training.run_config import RunConfig
 
@@ -48,7 +49,7 @@ def found(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib, "LEAST", 120)
         patch.setattr(lib, "WAITING", 16)
-        found = lib.report_data(config, Data(config.data), sheet)
+        found = lib.report_data(config, Data(config.data, refuse=False), sheet)
     with Image.open(sheet) as image:
         assert min(image.size) > 300
     return json.loads(json.dumps(found))
@@ -81,8 +82,24 @@ def test_packs_are_as_full_as_said(found):
 def test_without_packs_all_tokens_are_clips(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(lib, "LEAST", 4)
     config = config_of(folder, shapes={}, pack=None)
-    found = lib.report_data(config, Data(config.data), tmp_path / "data.png")
+    found = lib.report_data(config, Data(config.data, refuse=False), tmp_path / "data.png")
     assert found["tokens_valid_fraction"] == 1 and found["packs"]["packs"] == 0
     # A still picture has no 5 frames; where it is held out it is found out too.
     assert found["clips_kept"] == 9
     assert {row["frames"] for row in found["shapes"]} == {5}
+
+
+def test_it_refuses_nothing_and_says_what_training_would_do(folder, found, tmp_path):
+    assert found["training"]["would_train"] and found["training"]["unreadable_fraction"] == pytest.approx(1 / 11)
+    kept = {pathlib.Path(row["file"]).name for row in found["files_kept"]}
+    skipped = {pathlib.Path(row["file"]).name for row in found["clips_skipped"]}
+    assert kept | skipped == {path.name for path in folder.iterdir()} - {"metadata.csv"} and not kept & skipped
+    (tmp_path / "bad.mp4").write_text("<html>")
+    (tmp_path / "odd.xyz").write_text("")
+    config = config_of(tmp_path)
+    nothing = lib.report_data(config, Data(config.data, refuse=False), tmp_path / "data.png")
+    assert nothing["clips_kept"] == 0 and len(nothing["clips_skipped"]) == 2
+    assert not nothing["training"]["would_train"]
+    assert data_files.verdict(nothing).startswith("training would stop: 1 of 1 files")
+    lines = data_files.sentences(nothing)
+    assert lines[0] == "0 clips kept, 2 files skipped" and len(lines) == 3

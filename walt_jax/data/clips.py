@@ -1,4 +1,4 @@
-"""The clips of one split of a store, in given shapes."""
+"""The clips of one split of a store, in the shapes that are asked for."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ HELD_OUT_FRACTION = 1 / 8
 
 
 class StoredClips:
-    """The clips of one split of a store, in given shapes.
+    """The clips of one split of a store, in the shapes that are asked for.
 
     The rows' split, where there is one, decides what is held out. Otherwise a hash of the file's name, or of what it
     was cut from, holds out one in eight, so that a file stays in its split when others come and go.
@@ -45,9 +45,10 @@ class StoredClips:
         self._skipped: set[str] = set()
         self.captions = [text for row in self._rows for text in (dict(row.captions) or ("",))]
         if not self._rows:
+            skipped = "".join(f" ({file}: {reason})" for file, reason in list(store.reasons.items())[:1])
             raise UserError(
-                f"no readable clip in {store.path} belongs to the {split} split: add clips, or correct the column "
-                "split of its metadata.csv."
+                f"no readable clip in {store.path} belongs to the {split} split{skipped}: add clips, or correct the "
+                "column split of its metadata.csv."
             )
         # Now rather than after the model has been compiled: raises where no clip is long enough.
         for index in range(len(self._rows)):
@@ -69,6 +70,17 @@ class StoredClips:
     def file(self, index: int) -> str:
         """A clip's file, by its name in the store."""
         return self._rows[index].file
+
+    def find_short(self) -> None:
+        """Reads the clips whose headers say that they are too short; those that are get listed in `store.skipped`.
+
+        Raises:
+            UserError: no usable clip is left.
+        """
+        span = min(shape.span for shape in self.shapes)
+        for index, row in enumerate(self._rows):
+            if self.store.length(row.file, self.fps) < span:
+                self.sample(index, np.random.default_rng(0))
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
         """A random window of a clip in one of the shapes, randomly cropped; the same `rng` gives the same bytes.
@@ -135,6 +147,11 @@ class StoredClips:
         self._skipped.add(file)
         self.store.reasons[file] = reason
         if all(row.file in self._skipped for row in self._rows):
+            if all(self.store.info[row.file].frames == 1 for row in self._rows):
+                raise UserError(
+                    f"{self.store.path}'s {self.split} split holds images, and clips of {self._wanted()} are asked "
+                    "for: set --config.data.frames=1, or give a stage a shape with frames=1."
+                )
             raise UserError(
                 f"no clip of {self.store.path}'s {self.split} split gives {self._wanted()}; {file}, for one, does not "
                 f"({reason}): use longer clips, or ask for fewer frames or more frames per second."
@@ -164,5 +181,5 @@ def _held_out(files: Iterable[str]) -> set[str]:
 
 
 def _uniform(file: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """A number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64

@@ -10,8 +10,10 @@ import av
 
 from walt_jax.data.limits import ClipError
 
-# A longer silence between two time stamps is a broken clock: believing it would fill memory with one repeated frame.
+# A longer gap between two time stamps is a broken clock, and believing it would fill memory with one repeated frame;
+# unless the header says that the frames are that far apart on average, as in a time-lapse.
 LONGEST_GAP_SECONDS = 10
+LONGEST_GAP_FRAMES = 1.5  # a single jump among three frames or more is longer than so many average gaps
 
 # What a frame lasts in a file that says nothing about time at all.
 DEFAULT_GAP_SECONDS = Fraction(1, 25)
@@ -21,8 +23,18 @@ class NeedsAllFrames(Exception):
     """What is asked for depends on frames that were left out."""
 
 
+def longest_gap(stream: av.VideoStream) -> Fraction:
+    """The longest gap, in seconds, that two time stamps of a stream may have."""
+    rate = stream.average_rate
+    return max(Fraction(LONGEST_GAP_SECONDS), Fraction(LONGEST_GAP_FRAMES) / rate if rate else Fraction(0))
+
+
 def resample(
-    frames: Iterator[av.VideoFrame], fps: Fraction, seconds: float, start: Fraction | None = None
+    frames: Iterator[av.VideoFrame],
+    fps: Fraction,
+    seconds: float,
+    start: Fraction | None = None,
+    longest: Fraction = Fraction(LONGEST_GAP_SECONDS),
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """Pairs each frame with how many output frames at `fps` show it, which may be none.
 
@@ -32,13 +44,14 @@ def resample(
       seconds: the most that the clock may show.
       start: seconds after the stream's first frame. The first of `frames` is then paired with all output frames up to
         its end, although frames before it show some.
+      longest: see `longest_gap`.
 
     Raises:
       NeedsAllFrames: `start` was given, and the clock depends on frames before it.
       ClipError: the clock shows more than `seconds`.
     """
     shown = 0
-    for frame, end in _until(frames, start):
+    for frame, end in _until(frames, start, longest):
         if end > seconds:
             raise ClipError(f"longer than {seconds:g} s")
         count = max(0, math.ceil(end * fps) - shown)
@@ -46,26 +59,33 @@ def resample(
         yield frame, count
 
 
-def seconds_between(earlier: int | None, later: int | None, time_base: Fraction | None) -> Fraction | None:
+def seconds_between(
+    earlier: int | None,
+    later: int | None,
+    time_base: Fraction | None,
+    longest: Fraction = Fraction(LONGEST_GAP_SECONDS),
+) -> Fraction | None:
     """The time from one stamp to the next in seconds; None where it is unknown or can't be true of neighbours."""
     if None in (earlier, later, time_base):
         return None
     seconds = (later - earlier) * time_base
-    return seconds if 0 < seconds <= LONGEST_GAP_SECONDS else None
+    return seconds if 0 < seconds <= longest else None
 
 
-def _until(frames: Iterator[av.VideoFrame], start: Fraction | None) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+def _until(
+    frames: Iterator[av.VideoFrame], start: Fraction | None, longest: Fraction
+) -> Iterator[tuple[av.VideoFrame, Fraction]]:
     """Pairs each frame with when it leaves the screen, in seconds after the first frame appeared."""
     time, gaps = start or Fraction(0), []
     # Of the frame before, which may be one of those left out.
     durations_hold = start is None
     for frame, following in itertools.pairwise(itertools.chain(_in_order(frames), [None])):
-        duration = seconds_between(0, frame.duration, frame.time_base)
+        duration = seconds_between(0, frame.duration, frame.time_base, longest)
         if following is None:
             # FFmpeg makes up durations where a container has none, so believe this one only if the one before was true.
             gap = duration if durations_hold else None
         else:
-            gap = seconds_between(frame.pts, following.pts, frame.time_base)
+            gap = seconds_between(frame.pts, following.pts, frame.time_base, longest)
             durations_hold = None not in (duration, gap) and abs(duration - gap) <= frame.time_base
         if gap is not None:
             gaps.append(gap)

@@ -1,4 +1,4 @@
-"""Opens files that nobody vouches for and gives their frames packet by packet, within limits."""
+"""Opens untrusted files and gives their frames packet by packet, within limits."""
 
 import contextlib
 import io
@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import av
+import numpy as np
 from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
 from etils import epath
 
 from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
+
+# A frame after damage is garbage where so many of its pixels have one colour, to within so many levels of 255. Decoders
+# fill in what they lost: grey, green, or whatever their memory held.
+GARBAGE_FRACTION, GARBAGE_LEVELS = 0.4, 10
+GARBAGE_SIDE = 64  # of the picture that is looked at, in pixels
 
 # FFmpeg counts a row's padding as pixels; frames that pass are measured exactly.
 ROW_PADDING = 128
@@ -70,10 +77,14 @@ def decoded(
 ) -> Iterator[av.VideoFrame]:
     """Every frame that can be had of a stream; `container.decode` would stop at the first bad packet.
 
+    Frames that decode to garbage are left out: after damage, up to the next undamaged key frame, those that are mostly
+    of one colour where the last undamaged frame was not.
+
     Raises:
       ClipError: no frame decodes, or a limit is reached.
     """
     count, empty, found, reason = 0, 0, False, None
+    damaged, good, good_is_flat = False, None, None
     # Where the container breaks off, the decoder still holds frames; None asks for them.
     packets = itertools.chain(packets, [None])
     while True:
@@ -87,6 +98,7 @@ def decoded(
         except (av.FFmpegError, OSError) as error:
             _check_refused(error, stream.codec_context, limits)
             reason = reason or _message(error)
+            damaged = True
         count += bool(packet and packet.size)
         empty = 0 if frames else empty + 1
         if empty > limits.empty_packets:
@@ -95,10 +107,28 @@ def decoded(
             raise ClipError(f"more than {limits.packets} packets")
         for frame in frames:
             limits.check_size(frame.width, frame.height)
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+            if damaged:
+                if good_is_flat is None:
+                    good_is_flat = good is not None and _is_flat(good)
+                if not good_is_flat and _is_flat(frame):
+                    reason = "its frames are damaged, and mostly of one colour"
+                    continue
+            else:
+                good, good_is_flat = frame, None
             found = True
             yield frame
     if not found:
         raise ClipError(f"no frame decodes: {reason}")
+
+
+def _is_flat(frame: av.VideoFrame) -> bool:
+    """Whether most of a picture has one colour."""
+    small = VideoReformatter().reformat(
+        frame, GARBAGE_SIDE, GARBAGE_SIDE, "rgb24", interpolation=Interpolation.POINT, threads=1
+    )
+    pixels = small.to_ndarray().reshape(-1, 3).astype(int)
+    return (np.abs(pixels - np.median(pixels, 0)).max(-1) <= GARBAGE_LEVELS).mean() > GARBAGE_FRACTION
 
 
 def _check_refused(error: Exception, context: av.VideoCodecContext, limits: DecodeLimits) -> None:

@@ -1,21 +1,18 @@
 """A folder of captioned videos and images."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from walt_jax.data.listing import read_table, walk
+from walt_jax.data.listing import TABLES, read_table, walk
 from walt_jax.data.store import Row, Store
+from walt_jax.data.suffixes import SUFFIXES
 from walt_jax.data.video import ClipInfo
 from walt_jax.errors import UserError
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".gif", ".mkv", ".ts", ".m4v")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-
-# The words that data sets use in a metadata file's split column.
+# What data sets write in a table's split column.
 SPLIT_COLUMN = {"train": "train", "val": "held_out", "validation": "held_out", "test": "held_out"}
 
 
@@ -33,51 +30,67 @@ class Folder(Store):
     """
 
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
-        rows = self._list(captions)
-        self.info = self._check({row.file for row in rows}, max_bad_fraction)
+        if self.path.is_file():
+            raise UserError(
+                f"{self.path} is a file; name the folder that it is in: --config.data.source={self.path.parent}."
+            )
+        if not self.path.is_dir():
+            raise UserError(f"there is no data folder {self.path}: correct its path, or create it.")
+        files, others, tables = walk(self.path, SUFFIXES)
+        rows = self._rows(files, tables, captions)
+        named = {row.file for row in rows}
+        self.reasons.update((file, "not in metadata.csv") for file in files if file not in named)
+        for file in others:
+            if file not in named:
+                self.reasons[file] = f"no video or image by its name: {epath.Path(file).suffix or 'it has no suffix'}"
+        self._warn_of_left_out(files, named, tables)
+        if not rows:
+            self.problems.append(
+                f"{self.path} holds no video and no image: put files in it that end in {', '.join(SUFFIXES)}."
+            )
+        found = self.check_all(lambda file: self.look(self.content(file)), sorted(named), "file")
+        self.keep(found, max_bad_fraction, "files", "remove " + ("it" if len(self._bad(found)) == 1 else "them"))
         self.rows = [row for row in rows if row.file in self.info]
 
     def content(self, file: str) -> epath.Path:
         return self.path / file
 
-    def _list(self, columns: Mapping[str, float]) -> list[Row]:
-        if not self.path.is_dir():
-            raise UserError(f"there is no data folder {self.path}: correct its path, or create it.")
-        files, tables = walk(self.path, SUFFIXES)
+    @staticmethod
+    def _bad(found: Mapping[str, ClipInfo | str]) -> list[str]:
+        return [file for file, info in found.items() if isinstance(info, str)]
+
+    def _rows(self, files: list[str], tables: list[tuple[str, epath.Path]], columns: Mapping[str, float]) -> list[Row]:
+        """A row for each clip. Where a table can't be used, that is a problem, and all files are clips."""
         if not tables:
-            if not files:
-                raise UserError(
-                    f"{self.path} holds no video and no image: put files in it that end in {', '.join(SUFFIXES)}."
-                )
             return [Row(file) for file in files]
         rows = []
-        for prefix, table in tables:
-            rows += [
-                dataclasses.replace(row, file=prefix + row.file) for row in _read_rows(table, columns, bool(prefix))
-            ]
-        named = {row.file for row in rows}
-        for file in sorted(named.difference(files)):
-            if not (self.path / file).is_file():
-                table = max((entry for entry in tables if file.startswith(entry[0])), key=lambda entry: len(entry[0]))
-                name = file.removeprefix(table[0])
-                raise UserError(f"{table[1]} names {name}, which is not there: add the file, or remove its row.")
-        self.reasons.update((file, "not in metadata.csv") for file in files if file not in named)
-        return rows
+        try:
+            for prefix, table in tables:
+                rows += [
+                    dataclasses.replace(row, file=prefix + row.file) for row in _read_rows(table, columns, bool(prefix))
+                ]
+        except UserError as error:
+            self.problems.append(str(error))
+            return [Row(file) for file in files]
+        missing = {row.file for row in rows}.difference(files)
+        missing = {file for file in missing if not (self.path / file).is_file()}
+        for file in sorted(missing):
+            table = max((entry for entry in tables if file.startswith(entry[0])), key=lambda entry: len(entry[0]))
+            name = file.removeprefix(table[0])
+            self.problems.append(f"{table[1]} names {name}, which is not there: add the file, or remove its row.")
+            self.reasons[file] = f"{table[1].name} names it, and it is not there"
+        return [row for row in rows if row.file not in missing]
 
-    def _check(self, files: Iterable[str], max_bad_fraction: float) -> dict[str, ClipInfo]:
-        """What the files hold that can be read; the others are entered in the account of the skipped ones."""
-        files = sorted(files)
-        found = self.check_all(lambda file: self.look(self.content(file)), files, "file")
-        bad = {file: reason for file, reason in found.items() if isinstance(reason, str)}
-        if len(bad) > max_bad_fraction * len(files):
-            file, reason = next(iter(bad.items()))
-            raise UserError(
-                f"{len(bad)} of {len(files)} files in {self.path} can't be read, the first being {file} ({reason}): "
-                f"remove {'it' if len(bad) == 1 else 'them'}, or raise --config.data.max_bad_fraction, now "
-                f"{max_bad_fraction:g}."
+    def _warn_of_left_out(self, files: list[str], named: set[str], tables: list[tuple[str, epath.Path]]) -> None:
+        """Warns where only sub-folders have tables, or where tables leave out most files."""
+        out = [file for file in files if file not in named]
+        top = any(not prefix for prefix, _ in tables)
+        if out and tables and (not top or len(out) > len(files) / 2):
+            found = "the only table" if len(tables) == 1 else f"the first of {len(tables)} tables"
+            self.warnings.append(
+                f"{len(out)} of {len(files)} files in {self.path} are left out, as no table names them ({found} is "
+                f"{tables[0][1]}): add rows for them to {self.path / TABLES[0]}, or remove the table."
             )
-        self.reasons.update(bad)
-        return {file: info for file, info in found.items() if isinstance(info, ClipInfo)}
 
 
 def _read_rows(table: epath.Path, captions: Mapping[str, float], may_lack: bool) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import Literal
 
 
 class ClipError(Exception):
@@ -14,16 +15,21 @@ class DecodeLimits:
 
     Attributes:
       longest_side: pixels, of a picture as it is stored.
+      shortest_side: pixels, of an upright picture; a source leaves out what is smaller (`Store`). Reading a file
+        directly takes any size.
+      hdr: what becomes of high dynamic range, PQ and HLG: "tone_map" (see `hdr`), or "refuse".
       pixels: of one picture; a larger one is refused before memory is taken for it, also in the middle of a file.
       seconds: of the clip's clock, up to the last frame that is asked for; without a rate, frames are not timed.
       packets: compressed ones, of the video stream.
       empty_packets: in a row without a frame.
       clip_bytes: of the array that `read_clip` returns.
       wall_seconds: for a whole `read_clip` or `describe`, and for each frame of a `read_frames`. It is looked at
-        between packets and reads; `Watchdog` also ends what hangs within one.
+        between packets and reads; `Watchdog` also ends a call that hangs within one.
     """
 
     longest_side: int = 2**14
+    shortest_side: int = 16
+    hdr: Literal["tone_map", "refuse"] = "tone_map"
     pixels: int = 2**26
     seconds: float = 24 * 3600
     packets: int = 10_000_000

@@ -19,10 +19,12 @@ class Listing(NamedTuple):
 
     Attributes:
         files: those with a wanted suffix, by their names relative to the folder, sorted.
+        others: those with another suffix, sorted.
         tables: (name of the folder that it is in, with a slash at the end, or "", and the table), sorted.
     """
 
     files: list[str]
+    others: list[str]
     tables: list[tuple[str, epath.Path]]
 
 
@@ -31,10 +33,10 @@ def walk(folder: epath.Path, suffixes: Sequence[str]) -> Listing:
 
     Hidden ones are systems' own. A link that leads back to a folder on the way to it is left alone.
     """
-    found = Listing([], [])
+    found = Listing([], [], [])
     _walk(folder, "", tuple(suffixes), found, frozenset())
-    found.files.sort()
-    found.tables.sort()
+    for names in found:
+        names.sort()
     return found
 
 
@@ -54,6 +56,8 @@ def _walk(folder: epath.Path, prefix: str, suffixes: tuple[str, ...], found: Lis
             found.files.append(prefix + path.name)
         elif path.is_dir():
             _walk(path, f"{prefix}{path.name}/", suffixes, found, above | {real})
+        elif path.name not in TABLES:
+            found.others.append(prefix + path.name)
 
 
 def read_table(table: epath.Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -65,8 +69,7 @@ def read_table(table: epath.Path) -> tuple[list[str], list[dict[str, Any]]]:
     text = read_text(table)
     try:
         if table.suffix != ".jsonl":
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            return list(reader.fieldnames or ()), list(reader)
+            return _read_csv(table, csv.DictReader(io.StringIO(text, newline="")))
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except csv.Error as error:
         raise UserError(f"{table} can't be read as CSV ({error}): write it anew.") from error
@@ -75,6 +78,22 @@ def read_table(table: epath.Path) -> tuple[list[str], list[dict[str, Any]]]:
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{table} has a line that is no JSON object: write one object a line.")
     return list(rows[0]) if rows else [], rows
+
+
+def _read_csv(table: epath.Path, reader: csv.DictReader) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns and rows of a table that is separated by commas."""
+    columns, rows = list(reader.fieldnames or ()), []
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(columns) == 1 and separator in columns[0]:
+            raise UserError(f"{table} is separated by {name}: save it with commas between the columns.")
+    for row in reader:
+        if None in row:
+            raise UserError(
+                f"{table} has {len(columns) + len(row[None])} fields in line {reader.line_num}, where its first line "
+                f'has {len(columns)}: put a text with a comma in quotes, as in "a dog, running".'
+            )
+        rows.append(row)
+    return columns, rows
 
 
 def read_text(file: epath.Path) -> str:

@@ -70,7 +70,7 @@ def contact_sheet(
     strips = [_strip(clip, frames_per_clip, scale) for clip in clips]
     width = max(strip.width for strip in strips)
     cells = [stack([strip, _text(caption, width)]) for strip, caption in zip(strips, captions, strict=True)]
-    rows = [_beside(cells[i : i + columns], width) for i in range(0, len(cells), columns)]
+    rows = [_side_by_side(cells[i : i + columns], width) for i in range(0, len(cells), columns)]
     return _frame(stack(rows, MARGIN))
 
 
@@ -93,7 +93,7 @@ def compare_sheet(
     width = label_width + max(strip.width for strip in strips)
     blocks = []
     for title, labelled in rows:
-        lines = [_beside([_text(label, label_width), strip], label_width, 0) for label, strip in labelled]
+        lines = [_side_by_side([_text(label, label_width), strip], label_width, 0) for label, strip in labelled]
         blocks.append(stack([_text(title, width), *lines], GAP))
     return _frame(stack(blocks, MARGIN))
 
@@ -177,7 +177,7 @@ def _strip(clip: np.ndarray, count: int, scale: int | None) -> Image.Image:
     _, height, width, _ = stills.shape
     scale = scale or max(1, -(-READABLE // min(height, width)))
     stills = stills.repeat(scale, axis=1).repeat(scale, axis=2)
-    return _beside([Image.fromarray(still) for still in stills], width * scale, GAP)
+    return _side_by_side([Image.fromarray(still) for still in stills], width * scale, GAP)
 
 
 @functools.cache
@@ -220,7 +220,7 @@ def stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     return sheet
 
 
-def _beside(images: Sequence[Image.Image], step: int, gap: int = MARGIN) -> Image.Image:
+def _side_by_side(images: Sequence[Image.Image], step: int, gap: int = MARGIN) -> Image.Image:
     """The images side by side, starting every `step` + `gap` pixels."""
     width = (step + gap) * (len(images) - 1) + images[-1].width
     sheet = Image.new("RGB", (width, max(image.height for image in images)), BACKGROUND)

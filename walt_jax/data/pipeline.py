@@ -132,19 +132,33 @@ class Data:
 
     Args:
         config: see `DataConfig`.
+        refuse: whether problems are errors; if not, `problems` lists them, and sources with nothing to read are left
+            out of `source`.
     """
 
-    def __init__(self, config: DataConfig):
-        self.config = config
+    def __init__(self, config: DataConfig, refuse: bool = True):
+        self.config, self._refuse = config, refuse
+        self._unusable: list[str] = []
         self._folder = functools.cache(self._open)
         self.source = functools.cache(self._source)
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """The sources that are read from files, by their paths."""
+        return {path: self._folder(path) for path, _ in self.config.parts if path != "drawn"}
+
+    @property
+    def problems(self) -> list[str]:
+        """Sentences, for each of which training stops."""
+        found = [problem for store in self.stores.values() for problem in store.problems]
+        return list(dict.fromkeys(found + self._unusable))
 
     @property
     def skipped(self) -> list[dict[str, str]]:
         """What is left out and why, so far: a list of {`file`, `reason`}; files with their folders' paths."""
         return [
             {"file": str(folder.path / entry["file"]), "reason": entry["reason"]}
-            for folder in map(self._folder, dict.fromkeys(path for path, _ in self.config.parts if path != "drawn"))
+            for folder in self.stores.values()
             for entry in folder.skipped
         ]
 
@@ -155,7 +169,7 @@ class Data:
             from walt_jax.data.records import Records  # it takes seconds to import what reads it
 
             kind = Records
-        return kind(path, config.columns, config.cache_bytes, config.max_bad_fraction, config.limits)
+        return kind(path, config.columns, config.cache_bytes, config.max_bad_fraction, config.limits, self._refuse)
 
     def _source(self, split: str, shapes: tuple[ClipShape, ...]) -> Mixture:
         """The clips of a split, "train", "held_out" or, of drawn ones, "all", in given shapes.
@@ -167,7 +181,8 @@ class Data:
         if not parts:
             raise UserError("config.data.source is not set; give a folder of videos: --config.data.source=FOLDER.")
         sources: list[Source] = []
-        for path, _ in parts:
+        kept: list[tuple[str, float | None]] = []
+        for path, weight in parts:
             if path == "drawn":
                 for shape in shapes:
                     if shape.side is None and shape.height != shape.width:
@@ -177,9 +192,16 @@ class Data:
                         )
                 sources.append(DrawnClips(split, shapes))
             else:
-                sources.append(StoredClips(self._folder(path), split, shapes, self.config.fps))
-        given = any(weight is not None for _, weight in parts)
-        weights = [weight or 1.0 for _, weight in parts] if given else [float(len(source)) for source in sources]
+                try:
+                    sources.append(StoredClips(self._folder(path), split, shapes, self.config.fps))
+                except UserError as error:
+                    if self._refuse:
+                        raise
+                    self._unusable.append(str(error))
+                    continue
+            kept.append((path, weight))
+        given = any(weight is not None for _, weight in kept)
+        weights = [weight or 1.0 for _, weight in kept] if given else [float(len(source)) for source in sources]
         return Mixture(tuple(sources), tuple(weights))
 
 

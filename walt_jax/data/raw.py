@@ -6,12 +6,9 @@ import hashlib
 from etils import epath
 
 from walt_jax.data.listing import read_table, read_text, walk
+from walt_jax.data.suffixes import VIDEO_SUFFIXES
 from walt_jax.errors import UserError
 
-SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".ts", ".mts", ".m2ts"),
-    *(".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ogv"),
-)
 TABLE = "metadata.csv"
 
 
@@ -57,9 +54,9 @@ def list_raw(source: epath.PathLike) -> tuple[list[RawVideo], list[str]]:
 
 def _of_folder(folder: epath.Path) -> list[RawVideo]:
     captions = _captions(folder / TABLE)
-    names = sorted({*walk(folder, SUFFIXES).files, *captions})
+    names = sorted({*walk(folder, VIDEO_SUFFIXES).files, *captions})
     if not names:
-        raise UserError(f"{folder} holds no video; put files in it that end in {', '.join(SUFFIXES)}.")
+        raise UserError(f"{folder} holds no video; put files in it that end in {', '.join(VIDEO_SUFFIXES)}.")
     return [RawVideo(name, str(folder / name), tuple(captions.get(name, ()))) for name in names]
 
 

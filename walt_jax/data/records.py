@@ -58,15 +58,8 @@ class Records(Store):
             return row, self.look(example[self._feature])
 
         found = self.check_all(check, files, "clip")
-        self.reasons.update((file, info) for file, (_, info) in found.items() if isinstance(info, str))
-        self.info = {file: info for file, (_, info) in found.items() if isinstance(info, ClipInfo)}
+        self.keep({file: info for file, (_, info) in found.items()}, max_bad_fraction, "examples", "prepare it again")
         self.rows = [row for file, (row, _) in found.items() if file in self.info]
-        if len(self.reasons) > max_bad_fraction * len(files):
-            file, reason = next(iter(self.reasons.items()))
-            raise UserError(
-                f"{len(self.reasons)} of {len(files)} examples of {self.path} can't be read, the first being {file} "
-                f"({reason}): prepare it anew, or raise --config.data.max_bad_fraction, now {max_bad_fraction:g}."
-            )
 
     def _captions(self, example: Mapping[str, Any], columns: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
         given = []

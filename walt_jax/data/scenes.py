@@ -18,12 +18,16 @@ SAMPLES_PER_SECOND = 4
 # Two cuts closer than this are a flash, not a scene: PySceneDetect's usual 15 frames at 25 a second.
 SHORTEST_SHOT_SECONDS = 0.6
 
-# Nothing changes while fewer pixels than STILL_PIXELS change by more than STILL_LEVELS of 255. Compression alone
-# changes many pixels a little; the smallest thing that moves changes some of them a lot.
+# Nothing changes while fewer pixels than STILL_PIXELS change by more than STILL_LEVELS of 255. Compression by
+# itself changes many pixels a little; the smallest thing that moves changes some of them a lot.
 STILL_LEVELS = 8
 STILL_PIXELS = 1e-3
 
 BLACK_LEVELS = 24  # compressed black is seldom 0
+
+# A bar ends in a straight edge: next to it, at least this share of the content's line is lit, on average over time.
+EDGE_FRACTION = 0.5
+EDGE_LINES = 3  # compression blurs an edge over so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Scene:
         start, end: frames [start, end) of the video at the rate that it was read with.
         motion: mean length of the optical flow, in short sides of the picture a second.
         static_fraction: the share of its time in which nothing changes, in [0, 1].
-        border_fraction: the share of the picture that is a black border throughout, in [0, 1].
+        border_fraction: the share of the picture that is black bars, in [0, 1], see `_border`.
     """
 
     start: int
@@ -49,7 +53,7 @@ def frames_of(
 ) -> Iterator[np.ndarray]:
     """`read_frames`, but whatever goes wrong in a file is a ClipError: one file out of millions must not end a run.
 
-    It is decoded in a process beside, so that neither a crash nor a hang of the decoder's does.
+    It is decoded in a separate process, so that neither a crash nor a hang of the decoder's does.
     """
     try:
         yield from WATCHDOG.read_frames(path, fps, cover)
@@ -60,12 +64,12 @@ def frames_of(
 
 
 def rate_of(path: epath.PathLike) -> Fraction:
-    """`frame_rate`, read in a process beside."""
+    """`frame_rate`, read in a separate process."""
     return WATCHDOG.call(DEFAULT_LIMITS.wall_seconds, frame_rate, path)
 
 
 def find_scenes(path: epath.PathLike, fps: Fraction, cut_threshold: float | None, max_seconds: float) -> list[Scene]:
-    """The scenes of a video in turn; together they are all of it.
+    """The scenes of a video in their order; together they are all of it.
 
     Args:
         path: of the video.
@@ -143,7 +147,7 @@ class _Watched:
         self._frames, self._stride = frames, stride
         self.count = 0
         self._flows, self._still = [], []  # between a sample and the one before
-        self._brightest = []  # of each row, and of each column, of a sample
+        self._lit = []  # the share of each row, and of each column, of a sample that is not black
 
     def __iter__(self) -> Iterator[np.ndarray]:
         import cv2
@@ -153,7 +157,8 @@ class _Watched:
         for frame in self._frames:
             if self.count % self._stride == 0:
                 grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-                self._brightest.append((grey.max(1), grey.max(0)))
+                lit = grey > BLACK_LEVELS
+                self._lit.append((lit.mean(1), lit.mean(0)))
                 if before is not None:
                     still = np.mean(cv2.absdiff(before, grey) > STILL_LEVELS) < STILL_PIXELS
                     self._still.append(still)
@@ -166,14 +171,14 @@ class _Watched:
         """The scene of frames [start, end). One that is too short for two samples counts as a still picture."""
         first, last = -(-start // self._stride), (end - 1) // self._stride
         flows, still = self._flows[first:last], self._still[first:last]
-        brightest = self._brightest[first : last + 1]
+        lit = self._lit[first : last + 1]
         samples_per_second = float(fps / self._stride)
         return Scene(
             start,
             end,
             motion=float(np.mean(flows)) * samples_per_second if flows else 0.0,
             static_fraction=float(np.mean(still)) if still else 1.0,
-            border_fraction=_border(*(np.max(lines, 0) for lines in zip(*brightest, strict=True))) if brightest else 0,
+            border_fraction=_border(*map(np.array, zip(*lit, strict=True))) if lit else 0,
         )
 
 
@@ -188,9 +193,25 @@ def _flow(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def _border(rows: np.ndarray, columns: np.ndarray) -> float:
-    """The black share of a picture, from the brightest level of each of its rows and columns."""
+    """The share of a picture that is black bars.
+
+    A bar is black in every sample, as wide or as high as the picture, and ends in a straight edge of the content. Black
+    around a logo, a shape or a simulator's drawing has no such edge, or one that moves: it is content.
+
+    Args:
+        rows, columns: [samples, lines], the share of each line that is not black.
+    """
+    lit = [np.flatnonzero(lines.max(0) > 0) for lines in (rows, columns)]
+    if not len(lit[0]):
+        return 1.0
+    extents = [(indices[0], indices[-1] + 1) for indices in lit]
     inside = 1.0
-    for lines in (rows, columns):
-        bright = np.flatnonzero(lines > BLACK_LEVELS)
-        inside *= (bright[-1] - bright[0] + 1) / len(lines) if len(bright) else 0
-    return 1.0 - inside
+    for axis, lines in enumerate((rows, columns)):
+        (start, end), (across, across_end) = extents[axis], extents[1 - axis]
+        count, length = lines.shape[1], (columns, rows)[axis].shape[1]
+        covered = (across_end - across) / length
+        edges = {"first": lines[:, start : start + EDGE_LINES], "last": lines[:, max(start, end - EDGE_LINES) : end]}
+        straight = {name: edge.max(1).mean() / covered >= EDGE_FRACTION for name, edge in edges.items()}
+        bars = start * straight["first"] + (count - end) * straight["last"]
+        inside *= 1 - bars / count
+    return float(1.0 - inside)

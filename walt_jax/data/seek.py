@@ -14,14 +14,14 @@ from walt_jax.data.clock import LONGEST_GAP_SECONDS, NeedsAllFrames, resample
 from walt_jax.data.decode import decoded, packets
 from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
 
-# Those whose key frames can be told. Elsewhere (GIF, WebP, APNG, screen codecs), a picture is painted over the last.
+# Codecs whose key frames are marked. Elsewhere (GIF, WebP, APNG, screen codecs), a picture is painted over the last.
 CODECS = frozenset(
     ["h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores", "theora"]
 )
 
 
 def has_key_frames(stream: av.VideoStream) -> bool:
-    """Whether there may be a key frame besides the first, as far as the header tells."""
+    """Whether there may be a key frame besides the first, as far as the header says."""
     entries = stream.index_entries
     complete = stream.frames and len(entries) >= stream.frames
     second = itertools.islice((entry for entry in entries if entry.is_keyframe), 1, None)

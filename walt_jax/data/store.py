@@ -15,6 +15,7 @@ from etils import epath
 from walt_jax.data.limits import ClipError, DecodeLimits
 from walt_jax.data.video import DEFAULT_LIMITS, ClipInfo, covering, describe
 from walt_jax.data.watchdog import Watchdog
+from walt_jax.errors import UserError
 
 # A clip of up to so many bytes, decoded, is decoded whole and kept while there is room; of others just the frames that
 # are needed.
@@ -57,6 +58,10 @@ class Store(abc.ABC):
         rows: its clips whose files can be read.
         info: what each file's header says.
         reasons: why files are left out, so far.
+        problems: sentences, for each of which training stops.
+        warnings: sentences, with which training goes on.
+        checked: how many files were opened.
+        unreadable: how many of them can't be read.
     """
 
     rows: list[Row]
@@ -69,6 +74,7 @@ class Store(abc.ABC):
         cache_bytes: int = 2**30,
         max_bad_fraction: float = 0.0,
         limits: DecodeLimits = DEFAULT_LIMITS,
+        refuse: bool = True,
     ):
         """Lists what is there and checks that each file opens and that its first frame decodes.
 
@@ -78,6 +84,7 @@ class Store(abc.ABC):
             cache_bytes: of decoded clips, in all.
             max_bad_fraction: the share of unreadable files, in [0, 1], up to which they are skipped.
             limits: what a file may ask for.
+            refuse: whether a problem is an error; if not, `problems` lists it.
 
         Raises:
             UserError: what is there is not as described, or too much of it can't be read.
@@ -85,8 +92,13 @@ class Store(abc.ABC):
         self.path = epath.Path(path)
         self.limits = limits
         self.reasons: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.checked = self.unreadable = 0
         self._cache = _Cache(cache_bytes)
         self._open(captions or {"caption": 1.0}, max_bad_fraction)
+        if refuse and self.problems:
+            raise UserError(self.problems[0])
 
     @abc.abstractmethod
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
@@ -102,6 +114,37 @@ class Store(abc.ABC):
             return WATCHDOG.call(self.limits.wall_seconds, describe, content, self.limits)
         except ClipError as error:
             return str(error)
+
+    def keep(self, found: Mapping[str, ClipInfo | str], max_bad_fraction: float, unit: str, remedy: str) -> None:
+        """Sets `info` to the files that can be used, and enters the others in `reasons`, `unreadable` and `problems`.
+
+        Args:
+            found: what each file holds, or why it can't be read.
+            max_bad_fraction: see `__init__`.
+            unit: what the files are called, plural.
+            remedy: what to do about unreadable ones.
+        """
+        bad = {file: info for file, info in found.items() if isinstance(info, str)}
+        self.reasons.update(bad)
+        self.checked, self.unreadable = len(found), len(bad)
+        if len(bad) > max_bad_fraction * len(found):
+            file, reason = next(iter(bad.items()))
+            needed = math.ceil(1000 * len(bad) / len(found)) / 1000
+            self.problems.append(
+                f"{len(bad)} of {len(found)} {unit} in {self.path} can't be read, the first being {file} ({reason}): "
+                f"{remedy}, or raise --config.data.max_bad_fraction, now {max_bad_fraction:g}, to {needed:g}."
+            )
+        self.info, least = {}, self.limits.shortest_side
+        for file, info in found.items():
+            if isinstance(info, str):
+                continue
+            if min(info.height, info.width) < least:
+                self.reasons[file] = (
+                    f"too small: {info.width} x {info.height} pixels, where a side must have {least} "
+                    "(data.limits.shortest_side)"
+                )
+            else:
+                self.info[file] = info
 
     def check_all(self, check: Callable[[str], T], files: Sequence[str], unit: str) -> dict[str, T]:
         """What a function says of each file, in the files' order. It is called in several threads."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,12 +14,17 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation, VideoReformatter
 from etils import epath
 
-from walt_jax.data.clock import DEFAULT_GAP_SECONDS, NeedsAllFrames, resample, seconds_between
+from walt_jax.data import hdr
+from walt_jax.data.clock import DEFAULT_GAP_SECONDS, NeedsAllFrames, longest_gap, resample, seconds_between
 from walt_jax.data.decode import decoded, opened, packets
 from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
 from walt_jax.data.seek import has_key_frames, resample_from
 
-HIGHEST_RATE = 240  # frames per second; a header that says more means its clock's ticks
+# Frames per second. A header that says more means its clock's ticks; one that says less is checked against the stamps.
+HIGHEST_RATE = 240
+LOWEST_HEADER_RATE = 1
+LOWEST_RATE = Fraction(1, 1000)
+MEASURED_PACKETS = 1000
 
 # swscale widens the bicubic kernel when it shrinks a picture, so this is antialiased. The flags are for exactness:
 # without full chroma interpolation white comes out as 253.
@@ -127,6 +133,7 @@ def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS
         reader = packets(container, stream)
         again, ahead = itertools.tee(reader)
         frame = next(decoded(ahead, stream, limits, watch))
+        _check_hdr(frame, limits)
         height, width = _orientation(frame).size(frame)
         del ahead  # or every packet would be kept for it
         frames, seconds = stream.frames, (stream.duration or 0) * (stream.time_base or 0)
@@ -138,14 +145,29 @@ def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS
 
 
 def frame_rate(path: epath.PathLike) -> Fraction:
-    """Frames per second as the header has them, or a usual rate where that can't be.
+    """Frames per second: the header's where it can be true, else by the median gap of the time stamps.
 
     Raises:
       ClipError: the file is no video.
     """
-    with opened(path, DEFAULT_LIMITS, Stopwatch(DEFAULT_LIMITS.wall_seconds)) as (_, stream):
+    limits = DEFAULT_LIMITS
+    watch = Stopwatch(limits.wall_seconds)
+    with opened(path, limits, watch) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
-    return rate if rate and 1 <= rate <= HIGHEST_RATE else 1 / DEFAULT_GAP_SECONDS
+        if rate and LOWEST_HEADER_RATE <= rate <= HIGHEST_RATE:
+            return rate
+        reader = packets(container, stream)
+        stamps, longest = [], 1 / LOWEST_RATE
+        with contextlib.suppress(av.FFmpegError, OSError):  # where the file breaks off
+            for packet in itertools.islice(reader, MEASURED_PACKETS):
+                watch.check()
+                if packet.size and packet.pts is not None:
+                    stamps.append(packet.pts)
+        reader.close()
+        gaps = [seconds_between(*pair, stream.time_base, longest) for pair in itertools.pairwise(sorted(stamps))]
+    gaps = [gap for gap in gaps if gap is not None]
+    measured = 1 / statistics.median_low(gaps) if gaps else None
+    return measured if measured and measured <= HIGHEST_RATE else 1 / DEFAULT_GAP_SECONDS
 
 
 def _pictures(
@@ -158,18 +180,18 @@ def _pictures(
 ) -> Iterator[np.ndarray]:
     """Output frames from `start` on, from the cheapest route that gives what decoding everything would."""
     fps = None if fps is None else Fraction(fps)
-    given = 0
+    yielded = 0
     for first in (start, 0):
         try:
-            for picture in _convert(_shown(path, fps, first, limits, watch), cover, start + given):
+            for picture in _convert(_shown(path, fps, first, limits, watch), cover, start + yielded, limits):
                 yield picture
-                given += 1
+                yielded += 1
         except NeedsAllFrames:
             continue
-        if not given:
+        if not yielded:
             raise ClipError(f"it ends before frame {start}")
         return
-    yield from itertools.islice(_pictures(path, fps, cover, 0, limits, watch), start + given, None)
+    yield from itertools.islice(_pictures(path, fps, cover, 0, limits, watch), start + yielded, None)
 
 
 def _shown(
@@ -184,17 +206,21 @@ def _shown(
             yield from resample_from(container, stream, fps, start, limits, watch)
             return
         frames = decoded(packets(container, stream), stream, limits, watch)
-        yield from ((frame, 1) for frame in frames) if fps is None else resample(frames, fps, limits.seconds)
+        yield from (
+            ((frame, 1) for frame in frames)
+            if fps is None
+            else resample(frames, fps, limits.seconds, longest=longest_gap(stream))
+        )
 
 
 def _convert(
-    shown: Iterator[tuple[av.VideoFrame, int]], cover: tuple[int, int] | None, skip: int
+    shown: Iterator[tuple[av.VideoFrame, int]], cover: tuple[int, int] | None, skip: int, limits: DecodeLimits
 ) -> Iterator[np.ndarray]:
     """The pictures of output frames from number `skip` on, at the size that the first frame decides.
 
     Raises:
       NeedsAllFrames: a frame does not convert, and the one that stays on screen in its place was skipped.
-      ClipError: no frame converts.
+      ClipError: no frame converts, or one is of high dynamic range and the limits refuse that.
     """
     reformatter = VideoReformatter()
     picture, size, skipped, orientation, rotation = None, None, False, None, None
@@ -202,6 +228,7 @@ def _convert(
         if orientation is None or frame.rotation != rotation:  # quick to see, where the orientation is not
             orientation, rotation = _orientation(frame), frame.rotation
         size = size or covering(*orientation.size(frame), cover)
+        _check_hdr(frame, limits)
         left_out = min(count, skip)
         skip, count = skip - left_out, count - left_out
         if not count:
@@ -233,14 +260,14 @@ def _count(
                 gaps, total = gaps + 1, total + gap
             count, latest, duration = count + 1, packet.dts, packet.duration
     count = max(count, 1)
-    if gaps:  # the last frame, and those beside a broken stamp, last as long as the others
+    if gaps:  # the last frame, and those next to a broken stamp, last as long as the others
         return count, total * count / gaps
     gap = duration * stream.time_base if duration and stream.time_base else DEFAULT_GAP_SECONDS
     return count, count * gap
 
 
 class _Orientation(NamedTuple):
-    """What is done to a stored picture, in turn, for it to be upright: one of EXIF's eight orientations.
+    """What makes a stored picture upright, applied in this order: one of EXIF's eight orientations.
 
     Attributes:
       transposed: rows become columns.
@@ -276,7 +303,7 @@ def _orientation(frame: av.VideoFrame) -> _Orientation:
 
 
 def _side_data(frame: av.VideoFrame) -> Mapping[SideData, Any]:
-    """What came with a frame beside its picture, without EXIF: where PyAV does not know that, it gives none of it.
+    """A frame's side data without EXIF: where PyAV does not know that, it gives none of it.
 
     Raises:
       ValueError: there is something else that PyAV does not know.
@@ -304,12 +331,23 @@ def covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[in
     return max(cover[0], round(height * scale)), max(cover[1], round(width * scale))
 
 
+def _check_hdr(frame: av.VideoFrame, limits: DecodeLimits) -> None:
+    """Raises ClipError where a frame is of high dynamic range and the limits refuse that."""
+    transfer = hdr.transfer_of(frame)
+    if transfer and limits.hdr == "refuse":
+        raise ClipError(f"high dynamic range ({transfer}), which limits.hdr refuses")
+
+
 def _to_rgb(
     frame: av.VideoFrame, size: tuple[int, int], orientation: _Orientation, reformatter: VideoReformatter
 ) -> np.ndarray:
     """The frame upright and resized to (height, width), uint8 [height, width, 3]."""
     transposed, upended, mirrored = orientation
     height, width = size[::-1] if transposed else size
-    picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1).to_ndarray()
+    transfer = hdr.transfer_of(frame)
+    wanted = "rgb24" if transfer is None else "yuv444p16le"
+    picture = reformatter.reformat(frame, width, height, wanted, interpolation=RESIZE, threads=1).to_ndarray()
+    if transfer is not None:
+        picture = hdr.tone_map(hdr.normalised(picture, frame.color_range), transfer)
     picture = picture.transpose(1, 0, 2) if transposed else picture
     return picture[:: -1 if upended else 1, :: -1 if mirrored else 1]

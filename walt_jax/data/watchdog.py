@@ -23,7 +23,7 @@ from etils import epath
 from walt_jax.data.limits import ClipError, DecodeLimits
 from walt_jax.data.video import DEFAULT_LIMITS, read_clip, read_frames
 
-# Who hangs in Python is given so long to say so; then the kernel's alarm, and then the parent, ends it.
+# A worker that hangs in Python has so long to report it; then the kernel's alarm, then the parent, ends it.
 GRACE_SECONDS = 1
 
 # Long enough for imports from a cold network disk.

@@ -27,7 +27,7 @@ def score(
         clips: the samples.
         combinations: what each was asked to show.
         seeds: of each.
-        files: where each is kept, to be named beside its verdict.
+        files: where each is kept, to be named with its verdict.
 
     Returns:
         (metrics, prompts): {"name", "value", "unit", "protocol"} for each share, and for each clip {"prompt",

@@ -1,4 +1,4 @@
-"""Every metric of a run, each with its protocol, in `evaluate.json`; and what people look at beside it."""
+"""Every metric of a run, each with its protocol, in `evaluate.json`; and the pictures for people."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def evaluate(
     Args:
         workdir: the run's folder.
         codec, tokenizer: what is to reconstruct.
-        generator: what is to sample, or None for a tokenizer alone.
+        generator: what is to sample, or None for a run that trains only a tokenizer.
         unseen: clips that were not trained on.
         data: what the clips are made into.
         config: see `EvaluationConfig`.

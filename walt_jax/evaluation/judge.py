@@ -1,4 +1,4 @@
-"""Says what a clip of the drawn grammar shows. It knows the drawing rules and is given no caption; nothing is learned.
+"""Says what a clip of the drawn grammar shows. It knows the drawing rules and sees no caption; nothing is learned.
 
 Colour comes from the bright pixels, shape from redrawing each frame's silhouette as every shape of the same area and
 place, direction from the path of the centroid. What is no clear instance is None: a wrong answer to any caption.

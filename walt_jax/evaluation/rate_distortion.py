@@ -1,4 +1,4 @@
-"""The rate-distortion plot: a tokenizer's bits and PSNR beside those of H.264 on the same clips."""
+"""The rate-distortion plot: a tokenizer's bits and PSNR compared with H.264's on the same clips."""
 
 import io
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -16,7 +17,7 @@ QUALITIES = (14, 20, 26, 32, 38, 44)
 
 
 def h264_points(clips: Sequence[UInt8[np.ndarray, "t h w 3"]], fps: float) -> list[dict[str, float | str]]:
-    """H.264 (x264, 4:4:4, preset "medium") at several constant qualities: packets alone, without a container's bytes.
+    """H.264 (x264, 4:4:4, preset "medium") at several constant qualities: packets only, without a container's bytes.
 
     Returns:
         {"codec", "setting", "bits_per_pixel", "psnr_db"} each, means over the clips.
@@ -57,6 +58,10 @@ def plot(points: Sequence[dict[str, float | str]]) -> Image.Image:
         mine = sorted((point["bits_per_pixel"], point["psnr_db"]) for point in points if point["codec"] == codec)
         axes.plot(*zip(*mine, strict=True), marker="o", label=codec)
     axes.set(xscale="log", xlabel="bits a pixel", ylabel="PSNR (dB)")
+    # Within few decades Matplotlib labels every minor tick, and the labels overlap.
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -41,7 +41,7 @@ def ssim(original: Clip, reconstruction: Clip) -> float:
 
 
 def in_batches(function: Callable[[np.ndarray], np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The function of each item; the last batch is filled up, so that one shape is compiled."""
+    """The function of each item; the last batch is padded, so that one shape is compiled."""
     results: list[np.ndarray] = []
     for first in range(0, len(items), BATCH):
         rows = np.minimum(np.arange(first, first + BATCH), len(items) - 1)
@@ -69,7 +69,7 @@ def measure(
     Args:
         codec, trained: the tokenizer.
         clips: the originals.
-        captions: one a clip, to be named beside its figures.
+        captions: one a clip, to be named with its figures.
         features: weights for LPIPS.
 
     Returns:

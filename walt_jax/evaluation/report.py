@@ -44,8 +44,8 @@ Stages = dict[str, dict[int, dict[str, float]]]
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
-    It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `reconstructions.png`, and of
-    `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet. A metric's `target` is a
+    It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `files.json`, `reconstructions.png`,
+    and of `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet. A metric's `target` is a
     number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
@@ -57,13 +57,21 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     media = _Media(workdir)
     evaluate, evaluate_note = _read_json(workdir / "evaluate.json", dict)
     stages, metrics_note = _read_stages(workdir / "metrics.jsonl")
+    config, _ = _read_json(workdir / "config.json", dict)
+    files, _ = _read_json(workdir / "files.json", dict)
     sections = {
         "Evaluation": evaluate_note + _evaluation(evaluate, workdir, media),
         "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
         "Reconstructions": _reconstructions(evaluate, workdir, media),
+        "Data": _data(files),
         "Training": metrics_note + _training(stages),
         "Configuration": _configuration(workdir / "config.json"),
     }
+    samples = workdir / "samples" / "samples.json"
+    if config.get("denoiser", "") is None and not samples.exists():
+        del sections["Samples"]  # a tokenizer has none
+    if not files:
+        del sections["Data"]
     page = PAGE.substitute(
         title=html.escape(workdir.resolve().name),
         links="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
@@ -112,7 +120,7 @@ class _Media:
     def account(self) -> str:
         """Whether the page can be moved."""
         if self._linked:
-            return f"{self._linked} files did not fit into this page and are linked: it needs its folder beside it."
+            return f"{self._linked} files did not fit into this page and are linked: it needs its folder next to it."
         return "This page is complete in itself: it can be moved or mailed."
 
     def _source(self, path: pathlib.Path) -> str:
@@ -254,6 +262,18 @@ def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str]) -> str:
     cards = "".join(_card(sample, folder, media, GALLERY) for sample in samples)
     sheet = media.sheet(folder / "contact_sheet.png", folded=True)
     return note + (f'<div class="clips">{cards}</div>' if cards else "") + sheet
+
+
+def _data(files: dict) -> str:
+    """How many clips were read, and which files were left out and why."""
+    skipped = files.get("clips_skipped") or []
+    rows = [[html.escape(str(row.get("file"))), html.escape(str(row.get("reason")))] for row in skipped]
+    warnings = (files.get("training") or {}).get("warnings") or []
+    parts = [f"<p>{_number(files.get('clips_kept'))} clips kept, {len(skipped):,} files skipped.</p>"]
+    parts += [f'<p class="bad">{html.escape(str(warning))}</p>' for warning in warnings]
+    if rows:
+        parts.append(f"<details><summary>Skipped files</summary>{_table(('file', 'reason'), rows)}</details>")
+    return "\n".join(parts)
 
 
 def _training(stages: Stages) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tqdm
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,6 +21,7 @@ from walt_jax.data.order import Share
 from walt_jax.data.packing import Item, fill
 from walt_jax.data.pipeline import Clips, Data, Mixture
 from walt_jax.data.stream import stream
+from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.pack_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
 
@@ -32,19 +34,21 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
 
     Args:
         config: see `RunConfig`.
-        data: the config's.
+        data: the config's; where it refuses nothing, neither does this.
         sheet: a PNG to draw clips, packs and histograms into.
 
     Returns:
-        {"clips_kept", "clips_skipped" [{"file", "reason"}], "tokens_valid_fraction", "clips_per_second",
-        "frames_per_second", "clips_read", "sources", "shapes", "packs", "protocol"}.
+        What `data_files.report_files` returns, and {"tokens_valid_fraction", "clips_per_second", "frames_per_second",
+        "clips_read", "sources", "shapes", "packs", "protocol"}; without the second part where no clip can be read.
 
     Raises:
-        UserError: if the data can't be read.
+        UserError: if there is no such folder.
     """
     name, stage = list(config.stages.items())[-1]
     source = data.source("train", config.clip_shapes(name))
     held_out = data.source("held_out", config.clip_shapes(name))
+    if not source.sources:
+        return report_files(data, (source, held_out))
     count = min(max(LEAST, len(source)), MOST)
     shown, sizes, timed = [], [], None
     began = time.perf_counter()
@@ -58,6 +62,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
             # Of the first epoch: later ones find short clips decoded.
             timed = {"clips": len(sizes), "frames": sum(size[0] for size in sizes)}
             seconds = time.perf_counter() - began
+    find_short([source])
     for index in range(min(len(held_out), MOST)):
         held_out.sample(index, np.random.default_rng(index))
     tokens = [config.tokens(size) for size in sizes]
@@ -73,17 +78,19 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     stack(pictures).save(sheet)
     kinds = {size: sizes.count(size) for size in sorted(set(sizes))}
     return {
-        "clips_kept": _kept(source) + _kept(held_out),
-        "clips_skipped": data.skipped,
+        **report_files(data, (source, held_out)),
         "tokens_valid_fraction": used / (len(packs) * stage.pack.tokens) if packs else 1.0,
         "clips_per_second": timed["clips"] / seconds,
         "frames_per_second": timed["frames"] / seconds,
         "clips_read": len(sizes),
         "sources": [
-            {"source": path, "weight": weight, "train_clips": len(train), "held_out_clips": len(unseen)}
-            for (path, _), weight, train, unseen in zip(
-                config.data.parts, source.weights, source.sources, held_out.sources, strict=True
-            )
+            {
+                "source": path,
+                "weight": _of(path, data, source)[0],
+                "train_clips": _of(path, data, source)[1],
+                "held_out_clips": _of(path, data, held_out)[1],
+            }
+            for path, _ in config.data.parts
         ],
         "shapes": [
             {"frames": size[0], "height": size[1], "width": size[2], "tokens": config.tokens(size), "clips": number}
@@ -112,8 +119,13 @@ def _packs(waiting: list[Item], tokens: int, clips: int) -> list[list[Item]]:
     return packs
 
 
-def _kept(mixture: Mixture) -> int:
-    return sum(source.kept if isinstance(source, StoredClips) else len(source) for source in mixture.sources)
+def _of(path: str, data: Data, mixture: Mixture) -> tuple[float, int]:
+    """The weight and the clips of a part of the data in a mixture; 0 where it gives none."""
+    store = data.stores.get(path)
+    for source, weight in zip(mixture.sources, mixture.weights, strict=True):
+        if getattr(source, "store", None) is store:
+            return weight, len(source)
+    return 0.0, 0
 
 
 def _plots(
@@ -121,11 +133,12 @@ def _plots(
 ) -> Image.Image:
     """Packs as rows of blocks, a clip each; histograms of the files' lengths, sizes and rates."""
     rows = min(len(packs), SHOWN_PACKS)
-    heights = [max(0.25 * rows, 0.1), 2.4]
-    figure = Figure(figsize=(12, sum(heights) + 1.6), dpi=100)
-    grid = figure.add_gridspec(2, 3, height_ratios=heights, hspace=0.5)
+    # Two figures: a gap between rows of one is a share of its rows' heights, however few packs there are.
+    figure = Figure(figsize=(12, 2.4 + 0.8), dpi=100)
+    pictures = []
     if rows:
-        axes = figure.add_subplot(grid[0, :])
+        packed = Figure(figsize=(12, 0.25 * rows + 1.0), dpi=100)
+        axes = packed.subplots()
         colours = matplotlib.colormaps["tab20"].colors
         for row, pack in enumerate(packs[:rows]):
             left = 0
@@ -135,9 +148,11 @@ def _plots(
                     label = "×".join(map(str, sizes[item.index]))
                     axes.text(left + item.tokens / 2, row, label, ha="center", va="center", fontsize=7)
                 left += item.tokens
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.set(
             xlim=(0, tokens), ylim=(rows - 0.5, -0.5), xlabel="tokens", ylabel="pack", title="Packs, a block a clip"
         )
+        pictures.append(_picture(packed))
     files = [
         info
         for mixture in mixtures
@@ -152,9 +167,14 @@ def _plots(
             "frames a second of a file": [info.fps for info in files],
         }.items()
     ):
-        axes = figure.add_subplot(grid[1, column])
+        axes = figure.add_subplot(1, 3, column + 1)
         axes.hist(values, bins=30)
         axes.set(xlabel=title, ylabel="files")
+    figure.tight_layout()
+    return stack([*pictures, _picture(figure)])
+
+
+def _picture(figure: Figure) -> Image.Image:
     content = io.BytesIO()
     figure.savefig(content, format="png", bbox_inches="tight")
     return Image.open(content).convert("RGB")

@@ -22,6 +22,7 @@ from walt_jax.data.pipeline import Clips, Data, Source
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
 from walt_jax.training.run_config import RunConfig
@@ -67,6 +68,12 @@ class RunData:
                 f"{free / 1e9:.2g} GB left: choose another --workdir, set --config.stages.{name}.cached_clips=N to "
                 "fewer, or to 0, which encodes the clips of each batch anew."
             )
+
+    def report_files(self) -> dict[str, Any]:
+        """What became of every file of the data, held-out clips that are too short among them."""
+        mixtures = [self.source(self._config.trained_stages[-1]), self.unseen()]
+        find_short(mixtures)
+        return report_files(self.files, mixtures)
 
     def unseen(self) -> Source:
         """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
