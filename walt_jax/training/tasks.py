@@ -48,9 +48,9 @@ class ConditioningConfig:
     """What a denoiser that predicts frames or upscales is trained to be given.
 
     Attributes:
-        frames: how many latent frames may be observed, each as often, at most all but one of a clip's: 1 is image to video, 2 is W.A.L.T's video
-            prediction.
-        probability: that any of a clip is observed, W.A.L.T's p_fp. An image's frame is never observed whole.
+        frames: how many latent frames may be observed, each as often: 1 is image to video, 2 is W.A.L.T's video
+            prediction. At least one frame of each clip is left to be generated.
+        probability: that any of a clip is observed, W.A.L.T's p_fp.
         kinds: which of a clip's tokens are given, each as often: so many frames at its "start", or at its "end";
             "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of a "square" of half
             the area, in all frames (VDT's unified masks, Lu et al. 2023).
@@ -143,13 +143,11 @@ class DenoiserTask:
         cfg, sizes = self.conditioning, jnp.broadcast_to(layout.clip_sizes(), (*clips, 3)).astype(jnp.float32)
         count = jnp.minimum(jax.random.choice(keys[0], jnp.array(cfg.frames), clips), sizes[..., 0] - 1)
         whether = jax.random.bernoulli(keys[1], cfg.probability, clips)
-        # A side of one position holds the square's only at 0.
-        corner = jnp.minimum(
-            jax.random.uniform(keys[2], (*clips, 2)) * (1 - SQUARE) * sizes[..., 1:], sizes[..., 1:] - 1
-        )
+        corner = jax.random.uniform(keys[2], (*clips, 2)) * (1 - SQUARE) * sizes[..., 1:]
+        corner = jnp.minimum(corner, sizes[..., 1:] - 1)  # of a side of one position, the square has that one
         one = jnp.floor(jax.random.uniform(keys[3], clips) * sizes[..., 0])
         each = jax.random.bernoulli(keys[4], RANDOM_FRAMES, (*clips, self.model.denoiser.bounds[0]))
-        numbers, own = jnp.arange(each.shape[-1]), sizes[..., :1]
+        numbers, own = jnp.arange(each.shape[-1])[None, None], sizes[..., :1]
         each &= ~((each | (numbers >= own)).all(-1, keepdims=True) & (numbers == one[..., None]))
         kind = jax.random.choice(keys[5], jnp.arange(len(cfg.kinds)), clips)
 
