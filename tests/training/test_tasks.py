@@ -216,8 +216,8 @@ def test_in_packs_each_clip_is_given_frames_for_itself(record):
         frame = pack.positions[row, own, 1]
         counts[row, clip] = len(np.unique(frame[mask[row, own, 0] == 1]))
         np.testing.assert_array_equal(mask[row, own], np.repeat((frame < counts[row, clip])[:, None], 4, axis=1))
-    for clip in counts.T:
-        np.testing.assert_allclose(np.bincount(clip, minlength=3) / 100, [0.5, 0.25, 0.25], atol=0.15)
+    for clip, shares in zip(counts.T, ([0.5, 0.25, 0.25], [0.5, 0.5, 0], [0.5, 0.25, 0.25]), strict=True):
+        np.testing.assert_allclose(np.bincount(clip, minlength=3) / 100, shares, atol=0.15)
     assert (abs(np.corrcoef(counts.T) - np.eye(3)) < 0.3).all()
     # What is learned is the rest: neither what is given nor what fills up.
     learned = (pack.positions[..., :1] >= 0) & (mask == 0)
@@ -263,7 +263,7 @@ def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
         if kind == "one":
             assert frames.sum() == 1
         elif kind != "random":
-            expected = {"start": [0, 1], "end": [t - 2, t - 1], "every": range(0, t, 4)}[kind]
+            expected = {"start": range(min(2, t - 1)), "end": range(max(t - 2, 1), t), "every": range(0, t, 4)}[kind]
             np.testing.assert_array_equal(np.flatnonzero(frames), expected)
         seen.add((clip, *np.flatnonzero(frames)))
     if kind in ("start", "end", "every"):
@@ -272,6 +272,20 @@ def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
         assert len(seen) > 4
     if kind == "one":
         assert seen == {(0, t) for t in range(3)} | {(1, t) for t in range(2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_clip_is_observed_whole(record, kind):
+    """Images and clips shorter than the number of observed frames among them."""
+    grids = [(1, 2, 2), (2, 2, 1), (1, 1, 1), (3, 1, 2)]
+    pack = pack_of([grids] * 100, 16, 4, PATCHED)
+    batch = {"tokens": normal(0, 100, 16, 8), "text": np.zeros((100, 4, 1), np.int32), "pack": pack}
+    noted, _, _ = record(PATCHED, ConditioningConfig((1, 2, 5), 1.0, (kind,)), batch)
+    mask = np.asarray(noted["condition"].observed_mask)[..., 0]
+    for row, clip in np.ndindex(100, 4):
+        assert mask[row, pack.positions[row, :, 0] == clip].min() == 0
+    if kind == "random":  # 0.8 of frames are generated
+        assert mask[pack.positions[..., 0] == 3].mean() == pytest.approx(0.2, abs=0.08)
 
 
 def test_several_kinds_come_as_often(record):

@@ -188,7 +188,9 @@ class LatentDiffusion:
             free = jax.tree.map(
                 lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, text_tokens
             )
-            models.append(self.denoise(params, self.condition(params, single_clips(free), *given), layout))
+            # Neither the caption nor observed frames: guidance is on both.
+            nothing = jnp.zeros_like(given[0]), jnp.zeros_like(given[1]), *given[2:]
+            models.append(self.denoise(params, self.condition(params, single_clips(free), *nothing), layout))
         tokens = jnp.full((1, 1), noise.shape[1])
 
         def levels(time):
@@ -196,6 +198,7 @@ class LatentDiffusion:
                 level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
             )
 
+        pinned = self.per_value(given[1])
         channel = jnp.arange(noise.shape[-1]) % self.latent_shape[3]
 
         def predict(z, time, carried):
@@ -209,6 +212,8 @@ class LatentDiffusion:
                 guided = guide(config.guidance, time, *estimates)
                 if config.guidance.channels:
                     guided = jnp.where(channel[None, None] < config.guidance.channels, guided, estimates[0])
+            # What is observed is known: its noise stays that of training at each time.
+            guided = pinned * given[0] + (1 - pinned) * guided
             return guided, (estimates, split_outputs[0][1])
 
         learns = self.denoiser.config.learned_sigma

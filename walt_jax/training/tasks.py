@@ -18,8 +18,8 @@ from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips
 
 Metrics = dict[str, Float[Array, ""]]
 
-# VDT's: every fourth frame, each frame with 0.8, half of the area
-EVERY, RANDOM_FRAMES, SQUARE = 4, 0.8, 0.5**0.5
+# VDT's: every fourth frame, each frame generated with 0.8 (so observed with 0.2), half of the area
+EVERY, RANDOM_FRAMES, SQUARE = 4, 0.2, 0.5**0.5
 
 
 class Task(Protocol):
@@ -48,9 +48,9 @@ class ConditioningConfig:
     """What a denoiser that predicts frames or upscales is trained to be given.
 
     Attributes:
-        frames: how many latent frames may be given, each as often: 1 is image to video, 2 is W.A.L.T's video
-            prediction.
-        probability: that a clip is given any, W.A.L.T's p_fp.
+        frames: how many latent frames may be observed, each as often: 1 is image to video, 2 is W.A.L.T's video
+            prediction. At least one frame of each clip is left to be generated.
+        probability: that any of a clip is observed, W.A.L.T's p_fp.
         kinds: which of a clip's tokens are given, each as often: so many frames at its "start", or at its "end";
             "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of a "square" of half
             the area, in all frames (VDT's unified masks, Lu et al. 2023).
@@ -138,14 +138,17 @@ class DenoiserTask:
     def _observed_mask(
         self, layout: Layout, tokens: Float[Array, "b n p"], clips: tuple[int, int], key: PRNGKeyArray
     ) -> Float[Array, "b n q"]:
-        """1 for the latent positions that are given of each clip."""
+        """1 for the observed latent positions. No clip is observed whole, so that each has a loss."""
         keys = jax.random.split(key, 6)
         cfg, sizes = self.conditioning, jnp.broadcast_to(layout.clip_sizes(), (*clips, 3)).astype(jnp.float32)
-        count = jax.random.choice(keys[0], jnp.array(cfg.frames), clips)
+        count = jnp.minimum(jax.random.choice(keys[0], jnp.array(cfg.frames), clips), sizes[..., 0] - 1)
         whether = jax.random.bernoulli(keys[1], cfg.probability, clips)
         corner = jax.random.uniform(keys[2], (*clips, 2)) * (1 - SQUARE) * sizes[..., 1:]
+        corner = jnp.minimum(corner, sizes[..., 1:] - 1)  # of a side of one position, the square has that one
         one = jnp.floor(jax.random.uniform(keys[3], clips) * sizes[..., 0])
         each = jax.random.bernoulli(keys[4], RANDOM_FRAMES, (*clips, self.model.denoiser.bounds[0]))
+        numbers, own = jnp.arange(each.shape[-1])[None, None], sizes[..., :1]
+        each &= ~((each | (numbers >= own)).all(-1, keepdims=True) & (numbers == one[..., None]))
         kind = jax.random.choice(keys[5], jnp.arange(len(cfg.kinds)), clips)
 
         def told(values):
@@ -154,12 +157,11 @@ class DenoiserTask:
 
         frame, place = layout.coordinates()[..., :1], layout.coordinates()[..., 1:]
         inside = (place >= told(corner)) & (place < told(corner + SQUARE * sizes[..., 1:]))
-        numbers = jnp.arange(each.shape[-1])[None, None]
         masks = {
             "start": lambda: frame < told(count),
             "end": lambda: frame >= told(sizes[..., 0] - count),
-            "every": lambda: frame % EVERY == 0,
-            "one": lambda: frame == told(one),
+            "every": lambda: (frame % EVERY == 0) & (told(sizes[..., 0]) > 1),
+            "one": lambda: (frame == told(one)) & (told(sizes[..., 0]) > 1),
             "random": lambda: (told(each) * (frame == numbers)).sum(-1, keepdims=True) > 0,
             "square": lambda: ~inside.all(-1, keepdims=True),
         }
