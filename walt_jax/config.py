@@ -3,9 +3,12 @@
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from typing import Annotated, Any, TypeVar
+
+import numpy as np
 
 from walt_jax.errors import UserError
 
@@ -55,6 +58,29 @@ def build(cls: type[T], knobs: Any, where: str) -> T:
         return cls(**values)
     except ValueError as error:
         raise UserError(f"{where}: {error}.") from error
+
+
+def plain(value: Any, where: str) -> Any:
+    """A config file's value as JSON has it: NumPy's numbers and arrays and paths are converted.
+
+    Args:
+        value: a knob, or a group of knobs.
+        where: its place, for messages, such as "config.data".
+
+    Raises:
+        UserError: if it is something that JSON has no form for, such as a function or a set.
+    """
+    if hasattr(value, "items"):
+        return {str(name): plain(entry, f"{where}.{name}") for name, entry in value.items()}
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, tuple | list):
+        return [plain(entry, f"{where}[{number}]") for number, entry in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"{where} is a {type(value).__name__}; write a number, a string, a list or a group of knobs.")
 
 
 def _names(cls: type) -> list[str]:

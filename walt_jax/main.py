@@ -19,8 +19,10 @@ from ml_collections import ConfigDict, config_flags
 from walt_jax.errors import UserError
 from walt_jax.malloc import keep_freed_memory
 from walt_jax.training.stopping import Stopped, stop_at_once
+from walt_jax.workdir import local
 
 MAX_SEED = 2**31 - 1
+LONGEST_PROMPT = 10_000  # characters; the models read some dozens of words
 KNOB = "--config."
 
 
@@ -40,6 +42,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
         name, _, text = argument.removeprefix(KNOB).partition("=")
         *groups, knob = name.split(".")
         group = values.config
+        stages = group.get("stages", {})
+        if groups[:1] == ["stages"] and stages and groups[1:] and groups[1] not in stages:
+            raise UserError(f"{argument} names no stage of the config; its stages are {', '.join(stages)}.")
         with group.unlocked():
             for name in groups:
                 if name not in group:
@@ -132,10 +137,11 @@ def knobs_of(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: if there are neither.
     """
+    from walt_jax.config import plain
     from walt_jax.workdir import read_config
 
     if values.config is not None:
-        return json.loads(json.dumps(values.config.to_dict()))
+        return plain(values.config, "config")
     knobs = read_config(workdir)
     if knobs is None:
         raise UserError(f"--config is missing, and {workdir} holds no run; name one: --config=configs/walt_demo.py.")
@@ -148,7 +154,7 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: if a knob is wrong.
     """
-    workdir = pathlib.Path(values.workdir)
+    workdir = local(values.workdir)
     knobs = knobs_of(values, workdir)
 
     import jax
@@ -267,6 +273,11 @@ def sample(values: flags.FlagValues) -> None:
             raise UserError(f"--prompts={values.prompts} can't be read ({error}); give a UTF-8 text file.") from error
         prompts += [line.strip() for line in lines if line.strip()]
     for prompt in prompts:
+        if len(prompt) > LONGEST_PROMPT:
+            raise UserError(
+                f"The prompt {prompt[:40]!r}… has {len(prompt):,} characters, and at most {LONGEST_PROMPT:,} are read; "
+                "shorten it."
+            )
         if not prompt.isprintable():
             raise UserError(f"The prompt {prompt!r} has unprintable characters; write it as UTF-8 text in one line.")
     if not prompts:
@@ -281,6 +292,8 @@ def sample(values: flags.FlagValues) -> None:
     from walt_jax.generation.sample import write_samples
 
     generator = run.generator()
+    for warning in run.text.cut_captions(prompts):
+        print(f"warning: {warning}", file=sys.stderr)
     seeds = [values.seed + index for _ in prompts for index in range(values.num_samples)]
     prompts = [prompt for prompt in prompts for _ in range(values.num_samples)]
     clips = generator.generate(prompts, seeds)
@@ -376,7 +389,7 @@ def plan(values: flags.FlagValues) -> None:
     """Prints the config, or that of the workdir's run, and counts its parameters and operations; reads no data."""
     from walt_jax.workdir import write_atomically
 
-    workdir = pathlib.Path(values.workdir)
+    workdir = local(values.workdir)
     knobs = knobs_of(values, workdir)
 
     from walt_jax.config import build
@@ -474,6 +487,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"error: out of memory ({error}); make the config's sizes smaller.", file=sys.stderr)
+        return 1
     except OSError as error:  # a full disk, a folder without rights
         print(
             f"error: {error.filename or values.workdir}: {error.strerror}; check path and free space.", file=sys.stderr
@@ -491,4 +507,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     keep_freed_memory()
     stop_at_once()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

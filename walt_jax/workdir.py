@@ -25,6 +25,17 @@ FREE_GROUPS = ("sampling", "evaluation")
 FREE_KNOBS = ("log_every", "checkpoint_every", "cache_bytes")
 
 
+def local(workdir: str) -> pathlib.Path:
+    """The folder that `--workdir` names.
+
+    Raises:
+        UserError: if it is remote.
+    """
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir} is remote, and runs are kept in local folders; name one on this machine.")
+    return pathlib.Path(workdir)
+
+
 def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
     """The file is there with all of its content, or as it was before; its folder is made where it isn't there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +79,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         knobs = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}); restore it, or start in another --workdir.") from error
     if not isinstance(knobs, dict):
         raise UserError(f"{path} holds no knobs; restore it, or start in another --workdir.")

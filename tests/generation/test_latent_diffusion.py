@@ -1,5 +1,7 @@
 """Sampling under conditions: observed positions keep the noise of training, and guidance leaves them out."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,9 @@ class Latents:
 
 
 class Recorder(LatentDiffusion):
-    """Notes (label, mask, observed, noisy, time) of each evaluation; a plain wrong answer takes the denoiser's place."""
+    """Notes (label, mask, observed, noisy, time) of each evaluation and answers with a plain wrong prediction."""
 
-    calls = []  # noqa: RUF012
+    calls: ClassVar[list] = []
 
     def denoise(self, params, condition, layout):
         def answer(noisy, time, estimate):

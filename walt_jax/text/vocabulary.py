@@ -84,6 +84,10 @@ class Vocabulary:
         """Number of ids."""
         return self._processor.vocab_size() - (self._processor.bos_id() >= 0)
 
+    def count(self, caption: str) -> int:
+        """Tokens of a caption, however many; without `EOS`."""
+        return len(self._processor.encode(caption))
+
     def encode(self, captions: Sequence[str]) -> Int[np.ndarray, "b n"]:
         """int32 ids, padded with `PAD` to `length`; a position is text where the id is not `PAD`."""
         ids, begin = np.full((len(captions), self.length), PAD, np.int32), self._processor.bos_id()

@@ -1,5 +1,6 @@
 """What reads a run's captions: a vocabulary of its own, a list of classes, or a published T5."""
 
+import hashlib
 import pathlib
 from collections.abc import Iterable
 
@@ -66,13 +67,38 @@ class RunText:
         return Labels(names).dump()
 
     def keep(self, made: bytes | None) -> None:
-        """Writes what `make` made, where there is none yet."""
+        """Writes what `make` made, where there is none yet, and its digest."""
         if made is not None and not self._path.exists():
+            write_atomically(self._digest_path, hashlib.sha256(made).hexdigest() + "\n")
             write_atomically(self._path, made)
 
     @property
     def _path(self) -> pathlib.Path:
         return self._workdir / ("labels.json" if self._config.text is None else "vocabulary.model")
+
+    @property
+    def _digest_path(self) -> pathlib.Path:
+        return self._path.with_name(f"{self._path.name}.sha256")
+
+    def _check_digest(self) -> None:
+        if not self._path.exists() or not self._digest_path.exists():
+            return
+        if hashlib.sha256(self._path.read_bytes()).hexdigest() != self._digest_path.read_text().strip():
+            raise UserError(
+                f"{self._path} is not the one that this run was trained with; restore it or use another --workdir."
+            )
+
+    def cut_captions(self, captions: Iterable[str]) -> list[str]:
+        """A sentence on each caption of which only the first tokens are read."""
+        if self._config.text is None:
+            return []
+        vocabulary, length = self.captions(), self._config.text.length
+        counts = {caption: vocabulary.count(caption) for caption in captions}
+        return [
+            f"of the prompt {caption[:60]!r} the first {length - 1} tokens of {count} are read."
+            for caption, count in counts.items()
+            if count > length - 1
+        ]
 
     def captions(self) -> Vocabulary | Labels:
         """What makes ids of captions; of published classes, which have no names, their numbers."""
@@ -81,6 +107,7 @@ class RunText:
             if text is None:
                 return Labels(tuple(map(str, range(self._config.denoiser.classes))))
             return Vocabulary.load(t5_weights.vocabulary_path(text.pretrained), text.length)
+        self._check_digest()
         return Labels.load(self._path) if text is None else Vocabulary.load(self._path, text.length)
 
     def vocab_size(self) -> int:
