@@ -13,11 +13,11 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from walt_jax.data.beam import publish
-from walt_jax.data.shards import template, write_metadata
+from walt_jax.data.shards import WORK, check_new, only_writer, serialize, template, write_metadata
 from walt_jax.errors import UserError
 
 DATASET, SPLIT = "latents", "train"
-REPORT, SIZES, EMPTY, WORK = "encode.json", "sizes.npy", "empty.npy", "work"
+REPORT, SIZES, EMPTY = "encode.json", "sizes.npy", "empty.npy"
 CLIPS_PER_SHARD = 512
 
 
@@ -54,15 +54,29 @@ def write_latents(
         What `encode.json` holds: {"identity", "clips", "latents_bytes"}.
 
     Raises:
-        UserError: if the folder holds other latents, or no clip is usable.
+        UserError: if the folder holds other latents, another process writes to it, or no clip is usable.
     """
-    out = epath.Path(out)
+    out, identity = epath.Path(out), {**identity, "count": count}
+    if (out / REPORT).exists():  # complete: it need not be writable
+        _check_same(out, identity)
+        return _read_report(out / REPORT)
+    with only_writer(out, "--out"):
+        _check_same(out, identity)
+        if (out / REPORT).exists():  # another process was quicker
+            return _read_report(out / REPORT)
+        return _write(out, identity, count, encoded, empty)
+
+
+def _write(
+    out: epath.Path,
+    identity: dict[str, Any],
+    count: int,
+    encoded: Callable[[range], Iterable[Encoded]],
+    empty: Callable[[], Float[np.ndarray, "n e"]] | None,
+) -> dict[str, Any]:
     work, shards = out / WORK, math.ceil(count / CLIPS_PER_SHARD)
-    _check_same(out, {**identity, "count": count})
-    if (out / REPORT).exists():
-        return json.loads((out / REPORT).read_text())
     work.mkdir(parents=True, exist_ok=True)
-    publish(work / REPORT, json.dumps({"identity": {**identity, "count": count}}), work)
+    publish(work / REPORT, json.dumps({"identity": identity}), work)
     without = None if empty is None else empty()
     sizes = []
     for shard in range(shards):
@@ -87,7 +101,7 @@ def write_latents(
         publish(out / EMPTY, _npy(without.astype(np.float32)), work)
     publish(out / SIZES, _npy(every[:, :3]), work)
     report = {
-        "identity": {**identity, "count": count},
+        "identity": identity,
         "clips": len(every),
         "latents_bytes": int(4 * every.prod(-1, dtype=np.int64).sum()),
     }
@@ -171,7 +185,7 @@ class LatentClips:
 def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
     for report in (out / REPORT, out / WORK / REPORT):
         if report.exists():
-            before = json.loads(report.read_text())["identity"]
+            before = _read_report(report)["identity"]
             for name in {**before, **identity}:
                 if before.get(name) != identity.get(name):
                     raise UserError(
@@ -179,8 +193,25 @@ def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
                         "another folder, or remove this one."
                     )
             return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds {next(out.iterdir()).name} and no latents; choose an empty folder.")
+    check_new(out)
+
+
+def _read_report(path: epath.Path) -> dict[str, Any]:
+    """What `encode.json` holds.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        report = json.loads(path.read_text())
+        if not isinstance(report["identity"], dict):
+            raise ValueError("identity is no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy, or remove the folder and "
+            "make it anew with --mode=encode."
+        ) from error
+    return report
 
 
 def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> dict[str, Any]:
@@ -214,7 +245,7 @@ def _write_shard(
         file = Path(folder) / "shard"
         writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # each can be read by itself
         for clip in clips:
-            writer.write(kinds.serialize_example({name: clip._asdict()[name] for name in kinds}))
+            writer.write(serialize(kinds, {name: clip._asdict()[name] for name in kinds}))
         writer.close()
         publish(path, file, work)
 
