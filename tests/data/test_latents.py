@@ -151,7 +151,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         LatentClips(tmp_path)
     (tmp_path / "mine.txt").unlink()
     (tmp_path / "encode.json").write_text(json.dumps({"identity": {}}))
-    with pytest.raises(UserError, match="holds no complete data set of latents"):
+    with pytest.raises(UserError, match=r"dataset_info\.json is not there"):
         LatentClips(tmp_path)
 
 

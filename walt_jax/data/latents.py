@@ -13,12 +13,24 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from walt_jax.data.beam import publish
-from walt_jax.data.shards import WORK, check_new, only_writer, serialize, template, write_metadata
+from walt_jax.data.listing import check_reachable
+from walt_jax.data.shards import (
+    WORK,
+    check_new,
+    only_writer,
+    open_data_set,
+    read_object,
+    serialize,
+    short_reason,
+    template,
+    write_metadata,
+)
 from walt_jax.errors import UserError
 
 DATASET, SPLIT = "latents", "train"
 REPORT, SIZES, EMPTY = "encode.json", "sizes.npy", "empty.npy"
 CLIPS_PER_SHARD = 512
+REMEDY = "restore it from a copy, or remove the folder and make it with --mode=encode"
 
 
 class Encoded(NamedTuple):
@@ -56,6 +68,7 @@ def write_latents(
     Raises:
         UserError: if the folder holds other latents, another process writes to it, or no clip is usable.
     """
+    check_reachable(out)
     out, identity = epath.Path(out), {**identity, "count": count}
     if (out / REPORT).exists():  # complete: it need not be writable
         _check_same(out, identity)
@@ -137,23 +150,23 @@ class LatentClips:
         tokenizer: str | None = None,
         text: str | None = None,
     ):
-        import tensorflow_datasets as tfds  # it takes a second or two
-
+        check_reachable(path)
         path = epath.Path(path)
+        if not (path / REPORT).exists():
+            raise UserError(f"{path} holds no complete data set of latents; make it with --mode=encode.")
+        report, builder = _read_report(path / REPORT), open_data_set(path, REMEDY)
+        self.sizes = _load(path / SIZES)
+        self.empty = None
         try:
-            report = json.loads((path / REPORT).read_text())
-            self.sizes = np.load(io.BytesIO((path / SIZES).read_bytes()))
-            builder = tfds.builder_from_directory(path)
             self._examples = builder.as_data_source(SPLIT)
-            self.empty = None
-            if (path / EMPTY).exists():
-                empty = np.load(io.BytesIO((path / EMPTY).read_bytes()))
-                self.empty = empty.astype(builder.info.features["embeddings"].np_dtype)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"{path} holds no complete data set of latents ({type(error).__name__}: {error}); make it with "
-                "--mode=encode."
-            ) from error
+            if self.sizes.shape != (len(self._examples), 3):
+                raise ValueError(f"{SIZES} has the shape {self.sizes.shape} for {len(self._examples)} clips")
+            if "embeddings" in builder.info.features:
+                self.empty = _load(path / EMPTY).astype(builder.info.features["embeddings"].np_dtype)
+        except Exception as error:  # whatever files of different data sets make TFDS stumble over
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is damaged ({short_reason(error)}): {REMEDY}.") from error
         if tokenizer is not None and report["identity"].get("tokenizer") != tokenizer:
             raise UserError(
                 f"{path} holds latents of another tokenizer than this run's; encode anew with --mode=encode, or set "
@@ -172,9 +185,14 @@ class LatentClips:
     def __getitem__(self, index: int) -> Encoded:
         if index in self._kept:
             return self._kept[index]
-        example = self._examples[index]
-        embeddings = example.get("embeddings")
-        clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode(), embeddings)
+        try:
+            example = self._examples[index]
+            embeddings = example.get("embeddings")
+            clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode(), embeddings)
+        except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
+            raise UserError(
+                f"Clip {index} of {self.path} can't be read, a shard is damaged ({short_reason(error)}): {REMEDY}."
+            ) from error
         size = clip.latents.nbytes + (0 if embeddings is None else embeddings.nbytes)
         if self._room >= size:
             self._room -= size
@@ -202,16 +220,17 @@ def _read_report(path: epath.Path) -> dict[str, Any]:
     Raises:
         UserError: if it is damaged.
     """
-    try:
-        report = json.loads(path.read_text())
-        if not isinstance(report["identity"], dict):
-            raise ValueError("identity is no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy, or remove the folder and "
-            "make it anew with --mode=encode."
-        ) from error
+    report = read_object(path, REMEDY)
+    if not isinstance(report.get("identity"), dict):
+        raise UserError(f"{path} is damaged (it has no identity): {REMEDY}.")
     return report
+
+
+def _load(path: epath.Path) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged or not there ({short_reason(error)}): {REMEDY}.") from error
 
 
 def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from etils import epath
 from walt_jax.data.beam import publish, run_each
 from walt_jax.data.captioner import open_captioner
 from walt_jax.data.cutting import RECORDS, SCENES, cut_one
+from walt_jax.data.listing import check_reachable
 from walt_jax.data.prepare_config import FREE_KNOBS, PrepareConfig
 from walt_jax.data.raw import RawVideo, list_raw
 from walt_jax.data.shards import WORK, check_new, only_writer, serialize, template, write_metadata
@@ -50,11 +51,10 @@ def prepare(config: PrepareConfig, out: epath.PathLike) -> str:
     """
     _check_installed()
     out = epath.Path(out)
-    try:
-        with only_writer(out, "--workdir"):
-            return _prepare(config, out)
-    except ImportError as error:  # of what reads the scheme of a URI
-        raise UserError(f"{config.source} or {out} can't be opened ({error}); install that package.") from error
+    for path in (config.source, out):
+        check_reachable(path)
+    with only_writer(out, "--workdir"):
+        return _prepare(config, out)
 
 
 def features() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Making a data set of ArrayRecord shards: its folder, its examples' bytes, and the names and metadata TFDS reads."""
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,70 @@ def write_metadata(
         filename_template=names,
         check_data=False,  # it would read the shards with TensorFlow
     )
+
+
+def open_data_set(path: epath.Path, remedy: str) -> Any:
+    """TFDS's builder of a data set whose metadata can be read and whose shards hold what the metadata says.
+
+    Args:
+        path: its folder.
+        remedy: what to do about a damaged one.
+
+    Raises:
+        UserError: if a file is damaged or missing.
+    """
+    import tensorflow_datasets as tfds
+
+    for name in ("dataset_info.json", "features.json"):
+        read_object(path / name, remedy)
+    try:
+        builder = tfds.builder_from_directory(path)
+        splits = {name: (split.filepaths, split.shard_lengths) for name, split in builder.info.splits.items()}
+        if not splits:
+            raise ValueError("it has no split")
+    except Exception as error:  # whatever a damaged file makes TFDS and protobuf stumble over
+        raise UserError(
+            f"{path} can't be read as an ArrayRecord data set, its dataset_info.json or features.json may be damaged "
+            f"({short_reason(error)}): {remedy}."
+        ) from error
+    for files, lengths in splits.values():
+        for file, length in zip(files, lengths, strict=True):
+            _check_shard(epath.Path(file), length, remedy)
+    return builder
+
+
+def _check_shard(file: epath.Path, length: int, remedy: str) -> None:
+    from array_record.python import array_record_module
+
+    if not file.exists():
+        raise UserError(f"{file} is not there: {remedy}.")
+    try:
+        reader = array_record_module.ArrayRecordReader(str(file))
+        found = reader.num_records()  # 0 where the file is cut or no ArrayRecord
+        reader.close()
+    except Exception:  # closing a reader tells what opening it met
+        found = 0
+    if found != length:
+        raise UserError(f"{file} is damaged, it holds {found} of {length} examples: {remedy}.")
+
+
+def read_object(file: epath.Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is not there: {remedy}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({short_reason(error)}): {remedy}.") from error
+    return found
+
+
+def short_reason(error: Exception) -> str:
+    """The first line of an error, at most 120 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__
