@@ -45,25 +45,27 @@ def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
     """Refuses a second writer. The lock goes with its process, however that ends.
 
+    Args:
+        workdir: the folder, local; it is made where it isn't there.
+        flag: what names the folder on the command line.
+
     Raises:
-        UserError: if another process trains in the workdir, or it can't be made.
+        UserError: if another process writes to the folder, or it can't be made.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} can't be written to ({error.strerror}); choose another folder."
-        ) from error
+        raise UserError(f"{flag}={workdir} can't be written to ({error.strerror}); choose another folder.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"Another process is training in {workdir}; wait for it or stop it, or choose another --workdir."
+                f"Another process is writing to {workdir}; wait for it or stop it, or choose another {flag}."
             ) from error
         yield
 

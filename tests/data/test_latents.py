@@ -84,6 +84,37 @@ def test_stopped_and_gone_on_with_it_is_the_same_to_the_byte(stop_at, tmp_path):
     assert not (tmp_path / "out" / latents.WORK).exists()
 
 
+def test_an_examples_bytes_are_those_of_any_process(tmp_path):
+    """A process has an order of its own for the features of an example unless they are sorted."""
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    embedded = [clip(number)._replace(embeddings=np.ones((2, 5), np.float32)) for number in range(3)]
+    write_latents(tmp_path, IDENTITY, 3, lambda numbers: embedded, lambda: np.ones((1, 5), np.float32))
+    (shard,) = tmp_path.glob("*.array_record-*")
+    for record in array_record_module.ArrayRecordReader(str(shard)).read_all():
+        assert record == tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
+        names = [name.encode() for name in ("caption", "embeddings", "latents")]
+        assert sorted(names, key=record.index) == names
+
+
+def test_one_killed_right_after_its_folder_was_made_is_gone_on_with(tmp_path):
+    (tmp_path / "out/work").mkdir(parents=True)
+    (tmp_path / "out/work/.0123abcd").write_text('{"ident')  # a file that was being written
+    write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
+    assert len(LatentClips(tmp_path / "out")) == len(KEPT)
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    def twice(numbers):
+        with pytest.raises(UserError, match=r"Another process is writing to .* choose another --out"):
+            write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
+        return Encoder()(numbers)
+
+    write_latents(tmp_path / "out", IDENTITY, 11, twice)
+    assert len(LatentClips(tmp_path / "out")) == len(KEPT)
+
+
 def test_a_complete_one_is_left_as_it_is(tmp_path):
     first = write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
     encoder = Encoder()
@@ -114,13 +145,13 @@ def test_other_latents_are_not_mixed_with_them(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds mine.txt and no latents; choose an empty folder"):
+    with pytest.raises(UserError, match=r"holds mine.txt and no data set that was begun; choose an empty folder"):
         write_latents(tmp_path, IDENTITY, 11, Encoder())
     with pytest.raises(UserError, match="make it with --mode=encode"):
         LatentClips(tmp_path)
     (tmp_path / "mine.txt").unlink()
     (tmp_path / "encode.json").write_text(json.dumps({"identity": {}}))
-    with pytest.raises(UserError, match="holds no complete data set of latents"):
+    with pytest.raises(UserError, match=r"dataset_info\.json is not there"):
         LatentClips(tmp_path)
 
 

@@ -28,6 +28,7 @@ from walt_jax.data.prepare_config import Knobs, PrepareConfig
 from walt_jax.data.raw import list_raw
 from walt_jax.data.video import frame_rate, read_clip, read_frames
 from walt_jax.errors import UserError
+from walt_jax.workdir import locked
 
 pytest.importorskip("apache_beam", reason='apache_beam is not installed: pip install -e ".[prepare]"')
 pytest.importorskip("scenedetect", reason='scenedetect is not installed: pip install -e ".[prepare]"')
@@ -385,6 +386,21 @@ def test_another_config_is_refused_and_another_runner_is_not(whole, raw_videos):
     with pytest.raises(UserError, match=r"config.prepare.min_seconds=1.0, not 0.5"):
         prepare(config_of(raw_videos, min_seconds=0.5), whole)
     prepare(config_of(raw_videos, runner_options=("--direct_num_workers=2",)), whole)
+
+
+def test_one_killed_right_after_its_folder_was_made_is_gone_on_with(few, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/.0123abcd").write_text('{"prep')  # a file that was being written
+    prepare(config_of(few), tmp_path)
+    assert len(examples(tmp_path)) == 3
+
+
+def test_a_second_writer_is_refused(few, tmp_path):
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(UserError, match=r"Another process is writing to .* choose another --workdir"),
+    ):
+        prepare(config_of(few), tmp_path / "out")
 
 
 def test_a_folder_of_something_else_is_refused(raw_videos, tmp_path):

@@ -36,13 +36,14 @@ class Folder(Store):
             )
         if not self.path.is_dir():
             raise UserError(f"there is no data folder {self.path}: correct its path, or create it.")
-        files, others, tables = walk(self.path, SUFFIXES)
+        files, others, misnamed, tables = walk(self.path, SUFFIXES)
         rows = self._rows(files, tables, captions)
         named = {row.file for row in rows}
         self.reasons.update((file, "not in metadata.csv") for file in files if file not in named)
         for file in others:
             if file not in named:
                 self.reasons[file] = f"no video or image by its name: {epath.Path(file).suffix or 'it has no suffix'}"
+        self.reasons.update((name, "its name is not UTF-8: rename it") for name in misnamed)
         self._warn_of_left_out(files, named, tables)
         if not rows:
             self.problems.append(

@@ -13,12 +13,24 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from walt_jax.data.beam import publish
-from walt_jax.data.shards import template, write_metadata
+from walt_jax.data.listing import check_reachable
+from walt_jax.data.shards import (
+    WORK,
+    check_new,
+    only_writer,
+    open_data_set,
+    read_object,
+    serialize,
+    short_reason,
+    template,
+    write_metadata,
+)
 from walt_jax.errors import UserError
 
 DATASET, SPLIT = "latents", "train"
-REPORT, SIZES, EMPTY, WORK = "encode.json", "sizes.npy", "empty.npy", "work"
+REPORT, SIZES, EMPTY = "encode.json", "sizes.npy", "empty.npy"
 CLIPS_PER_SHARD = 512
+REMEDY = "restore it from a copy, or remove the folder and make it with --mode=encode"
 
 
 class Encoded(NamedTuple):
@@ -54,15 +66,30 @@ def write_latents(
         What `encode.json` holds: {"identity", "clips", "latents_bytes"}.
 
     Raises:
-        UserError: if the folder holds other latents, or no clip is usable.
+        UserError: if the folder holds other latents, another process writes to it, or no clip is usable.
     """
-    out = epath.Path(out)
+    check_reachable(out)
+    out, identity = epath.Path(out), {**identity, "count": count}
+    if (out / REPORT).exists():  # complete: it need not be writable
+        _check_same(out, identity)
+        return _read_report(out / REPORT)
+    with only_writer(out, "--out"):
+        _check_same(out, identity)
+        if (out / REPORT).exists():  # another process was quicker
+            return _read_report(out / REPORT)
+        return _write(out, identity, count, encoded, empty)
+
+
+def _write(
+    out: epath.Path,
+    identity: dict[str, Any],
+    count: int,
+    encoded: Callable[[range], Iterable[Encoded]],
+    empty: Callable[[], Float[np.ndarray, "n e"]] | None,
+) -> dict[str, Any]:
     work, shards = out / WORK, math.ceil(count / CLIPS_PER_SHARD)
-    _check_same(out, {**identity, "count": count})
-    if (out / REPORT).exists():
-        return json.loads((out / REPORT).read_text())
     work.mkdir(parents=True, exist_ok=True)
-    publish(work / REPORT, json.dumps({"identity": {**identity, "count": count}}), work)
+    publish(work / REPORT, json.dumps({"identity": identity}), work)
     without = None if empty is None else empty()
     sizes = []
     for shard in range(shards):
@@ -87,7 +114,7 @@ def write_latents(
         publish(out / EMPTY, _npy(without.astype(np.float32)), work)
     publish(out / SIZES, _npy(every[:, :3]), work)
     report = {
-        "identity": {**identity, "count": count},
+        "identity": identity,
         "clips": len(every),
         "latents_bytes": int(4 * every.prod(-1, dtype=np.int64).sum()),
     }
@@ -123,23 +150,23 @@ class LatentClips:
         tokenizer: str | None = None,
         text: str | None = None,
     ):
-        import tensorflow_datasets as tfds  # it takes a second or two
-
+        check_reachable(path)
         path = epath.Path(path)
+        if not (path / REPORT).exists():
+            raise UserError(f"{path} holds no complete data set of latents; make it with --mode=encode.")
+        report, builder = _read_report(path / REPORT), open_data_set(path, REMEDY)
+        self.sizes = _load(path / SIZES)
+        self.empty = None
         try:
-            report = json.loads((path / REPORT).read_text())
-            self.sizes = np.load(io.BytesIO((path / SIZES).read_bytes()))
-            builder = tfds.builder_from_directory(path)
             self._examples = builder.as_data_source(SPLIT)
-            self.empty = None
-            if (path / EMPTY).exists():
-                empty = np.load(io.BytesIO((path / EMPTY).read_bytes()))
-                self.empty = empty.astype(builder.info.features["embeddings"].np_dtype)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"{path} holds no complete data set of latents ({type(error).__name__}: {error}); make it with "
-                "--mode=encode."
-            ) from error
+            if self.sizes.shape != (len(self._examples), 3):
+                raise ValueError(f"{SIZES} has the shape {self.sizes.shape} for {len(self._examples)} clips")
+            if "embeddings" in builder.info.features:
+                self.empty = _load(path / EMPTY).astype(builder.info.features["embeddings"].np_dtype)
+        except Exception as error:  # whatever files of different data sets make TFDS stumble over
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is damaged ({short_reason(error)}): {REMEDY}.") from error
         if tokenizer is not None and report["identity"].get("tokenizer") != tokenizer:
             raise UserError(
                 f"{path} holds latents of another tokenizer than this run's; encode anew with --mode=encode, or set "
@@ -158,9 +185,14 @@ class LatentClips:
     def __getitem__(self, index: int) -> Encoded:
         if index in self._kept:
             return self._kept[index]
-        example = self._examples[index]
-        embeddings = example.get("embeddings")
-        clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode(), embeddings)
+        try:
+            example = self._examples[index]
+            embeddings = example.get("embeddings")
+            clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode(), embeddings)
+        except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
+            raise UserError(
+                f"Clip {index} of {self.path} can't be read, a shard is damaged ({short_reason(error)}): {REMEDY}."
+            ) from error
         size = clip.latents.nbytes + (0 if embeddings is None else embeddings.nbytes)
         if self._room >= size:
             self._room -= size
@@ -171,7 +203,7 @@ class LatentClips:
 def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
     for report in (out / REPORT, out / WORK / REPORT):
         if report.exists():
-            before = json.loads(report.read_text())["identity"]
+            before = _read_report(report)["identity"]
             for name in {**before, **identity}:
                 if before.get(name) != identity.get(name):
                     raise UserError(
@@ -179,8 +211,26 @@ def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
                         "another folder, or remove this one."
                     )
             return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds {next(out.iterdir()).name} and no latents; choose an empty folder.")
+    check_new(out)
+
+
+def _read_report(path: epath.Path) -> dict[str, Any]:
+    """What `encode.json` holds.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    report = read_object(path, REMEDY)
+    if not isinstance(report.get("identity"), dict):
+        raise UserError(f"{path} is damaged (it has no identity): {REMEDY}.")
+    return report
+
+
+def _load(path: epath.Path) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged or not there ({short_reason(error)}): {REMEDY}.") from error
 
 
 def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> dict[str, Any]:
@@ -214,7 +264,7 @@ def _write_shard(
         file = Path(folder) / "shard"
         writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # each can be read by itself
         for clip in clips:
-            writer.write(kinds.serialize_example({name: clip._asdict()[name] for name in kinds}))
+            writer.write(serialize(kinds, {name: clip._asdict()[name] for name in kinds}))
         writer.close()
         publish(path, file, work)
 

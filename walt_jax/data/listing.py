@@ -14,17 +14,48 @@ from walt_jax.errors import UserError
 TABLES = ("metadata.csv", "metadata.jsonl")  # of a folder, the first that is there
 
 
+# What epath needs to read a scheme.
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+
+
+def check_reachable(path: epath.PathLike) -> None:
+    """Checks that a remote path can be asked for; local ones always can.
+
+    Raises:
+        UserError: if its scheme is not supported, a package is missing, or the remote end refuses.
+    """
+    scheme, remote, _ = str(path).partition("://")
+    if not remote:
+        return
+    if scheme not in PACKAGES:
+        raise UserError(
+            f"{path} can't be read, {scheme}:// is not supported: copy the files to a local folder, or name one of "
+            f"{', '.join(f'{name}://' for name in PACKAGES)}."
+        )
+    try:
+        epath.Path(path).exists()
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs the package {PACKAGES[scheme]}: install it with pip install {PACKAGES[scheme]}."
+        ) from error
+    except Exception as error:  # whatever a remote file system may raise
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path} can't be reached ({reason}): check its address, network and credentials.") from error
+
+
 class Listing(NamedTuple):
     """What is in a folder and its sub-folders.
 
     Attributes:
         files: those with a wanted suffix, by their names relative to the folder, sorted.
         others: those with another suffix, sorted.
+        misnamed: those whose names are not UTF-8, folders among them; their other bytes as \\xNN.
         tables: (name of the folder that it is in, with a slash at the end, or "", and the table), sorted.
     """
 
     files: list[str]
     others: list[str]
+    misnamed: list[str]
     tables: list[tuple[str, epath.Path]]
 
 
@@ -33,7 +64,7 @@ def walk(folder: epath.Path, suffixes: Sequence[str]) -> Listing:
 
     Hidden ones are systems' own. A link that leads back to a folder on the way to it is left alone.
     """
-    found = Listing([], [], [])
+    found = Listing([], [], [], [])
     _walk(folder, "", tuple(suffixes), found, frozenset())
     for names in found:
         names.sort()
@@ -50,6 +81,11 @@ def _walk(folder: epath.Path, prefix: str, suffixes: tuple[str, ...], found: Lis
             break
     for path in folder.iterdir():
         if path.name.startswith("."):
+            continue
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:  # neither JSON nor the terminal can take such a name
+            found.misnamed.append(prefix + os.fsencode(path.name).decode("utf-8", "backslashreplace"))
             continue
         # By the name first: on a remote disk, each `is_dir` is a message.
         if path.suffix.lower() in suffixes:
@@ -73,7 +109,7 @@ def read_table(table: epath.Path) -> tuple[list[str], list[dict[str, Any]]]:
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except csv.Error as error:
         raise UserError(f"{table} can't be read as CSV ({error}): write it anew.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{table} has a line that is no JSON ({error}): write one object a line.") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{table} has a line that is no JSON object: write one object a line.")

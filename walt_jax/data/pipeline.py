@@ -12,6 +12,7 @@ from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.folder import Folder, is_data_set
 from walt_jax.data.limits import DecodeLimits
+from walt_jax.data.listing import check_reachable
 from walt_jax.data.order import Order
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.store import Store
@@ -164,6 +165,7 @@ class Data:
 
     def _open(self, path: str) -> Store:
         config = self.config
+        check_reachable(path)
         kind = Folder
         if is_data_set(path):
             from walt_jax.data.records import Records  # it takes seconds to import what reads it

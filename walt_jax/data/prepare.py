@@ -7,7 +7,6 @@ data set once, and the same videos make the same shards.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import json
@@ -23,16 +22,16 @@ from etils import epath
 from walt_jax.data.beam import publish, run_each
 from walt_jax.data.captioner import open_captioner
 from walt_jax.data.cutting import RECORDS, SCENES, cut_one
+from walt_jax.data.listing import check_reachable
 from walt_jax.data.prepare_config import FREE_KNOBS, PrepareConfig
 from walt_jax.data.raw import RawVideo, list_raw
-from walt_jax.data.shards import template, write_metadata
+from walt_jax.data.shards import WORK, check_new, only_writer, serialize, template, write_metadata
 from walt_jax.errors import UserError
-from walt_jax.workdir import CONFIG, check_empty, flatten, locked, read_config
+from walt_jax.workdir import CONFIG, flatten, read_config
 
 DATASET = "scenes"
 SPLIT = "train"
 REPORT = "prepare.json"
-WORK = "work"  # in the output folder until the data set is complete
 READ_THREADS = 16  # of small files, enough to hide a remote disk's latency
 
 
@@ -52,12 +51,10 @@ def prepare(config: PrepareConfig, out: epath.PathLike) -> str:
     """
     _check_installed()
     out = epath.Path(out)
-    try:
-        # A remote folder has no lock, nor needs it: two runs write the same bytes to the same files.
-        with contextlib.nullcontext() if "://" in str(out) else locked(Path(out)):
-            return _prepare(config, out)
-    except ImportError as error:  # of what reads the scheme of a URI
-        raise UserError(f"{config.source} or {out} can't be opened ({error}); install that package.") from error
+    for path in (config.source, out):
+        check_reachable(path)
+    with only_writer(out, "--workdir"):
+        return _prepare(config, out)
 
 
 def features() -> dict[str, Any]:
@@ -104,8 +101,8 @@ def _prepare(config: PrepareConfig, out: epath.Path) -> str:
     before = read_config(out)
     if before is not None:
         _check_same(out, before, knobs)
-    elif out.exists():
-        check_empty(out)
+    else:
+        check_new(out)
     open_captioner(config)  # now rather than in every worker
     videos, again = list_raw(config.source)
     work = out / WORK
@@ -210,7 +207,6 @@ def _write_shards(config: PrepareConfig, shards: list[list[dict[str, Any]]], out
 def _write_shard(line: str, out: str) -> None:
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
-    from tensorflow_datasets.proto import tf_example_pb2
 
     out, shard = epath.Path(out), json.loads(line)
     kinds = tfds.features.FeaturesDict(features())
@@ -221,9 +217,7 @@ def _write_shard(line: str, out: str) -> None:
             example = {name: scene[name] for name in kinds if name in scene}
             video = (out / WORK / SCENES / scene["file"]).read_bytes()
             example.update(video=video, fps=scene["frames_per_second"])
-            proto = tf_example_pb2.Example.FromString(kinds.serialize_example(kinds.encode_example(example)))
-            # An example is a map, whose order is otherwise another one in each process.
-            writer.write(proto.SerializeToString(deterministic=True))
+            writer.write(serialize(kinds, example))
         writer.close()
         publish(out / shard["name"], file, out / WORK)
 

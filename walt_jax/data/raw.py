@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 
 from etils import epath
 
@@ -54,7 +55,14 @@ def list_raw(source: epath.PathLike) -> tuple[list[RawVideo], list[str]]:
 
 def _of_folder(folder: epath.Path) -> list[RawVideo]:
     captions = _captions(folder / TABLE)
-    names = sorted({*walk(folder, VIDEO_SUFFIXES).files, *captions})
+    listing = walk(folder, VIDEO_SUFFIXES)
+    if listing.misnamed:
+        print(
+            f"warning: {len(listing.misnamed)} files or folders in {folder} are left out, whose names are not UTF-8, "
+            f"the first being {listing.misnamed[0]}: rename them.",
+            file=sys.stderr,
+        )
+    names = sorted({*listing.files, *captions})
     if not names:
         raise UserError(f"{folder} holds no video; put files in it that end in {', '.join(VIDEO_SUFFIXES)}.")
     return [RawVideo(name, str(folder / name), tuple(captions.get(name, ()))) for name in names]

@@ -6,9 +6,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from walt_jax.data.folder import SPLIT_COLUMN
+from walt_jax.data.limits import ClipError
+from walt_jax.data.shards import open_data_set, short_reason
 from walt_jax.data.store import Row, Store
 from walt_jax.data.video import ClipInfo
 from walt_jax.errors import UserError
+
+REMEDY = "restore it from a copy, or prepare the data set anew"
 
 
 class Records(Store):
@@ -20,8 +24,8 @@ class Records(Store):
     """
 
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
+        builder = open_data_set(self.path, REMEDY)
         try:
-            builder = tfds.builder_from_directory(self.path)
             encoded = {name: tfds.decode.SkipDecoding() for name in ("video", "image") if name in builder.info.features}
             if not encoded:
                 raise UserError(
@@ -35,43 +39,48 @@ class Records(Store):
                 for split in builder.info.splits
             }
         except (ValueError, OSError, ImportError) as error:
-            raise UserError(
-                f"{self.path} can't be read as an ArrayRecord data set ({error}); prepare it anew."
-            ) from error
+            raise UserError(f"{self.path} can't be read as an ArrayRecord data set ({error}): {REMEDY}.") from error
         self._read(captions, max_bad_fraction)
 
     def content(self, file: str) -> bytes:
-        return self._example(file)[self._feature]
+        try:
+            return self._example(file)[self._feature]
+        except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
+            raise ClipError(f"a shard is damaged: {short_reason(error)}") from error
 
     def _example(self, file: str) -> Mapping[str, Any]:
         split, number = file.rsplit("/", 1)
         return self._examples[split][int(number)]
 
     def _read(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
-        """Fills in rows and what each example holds."""
+        """Sets rows and what each example holds."""
         files = [f"{split}/{number}" for split, examples in self._examples.items() for number in range(len(examples))]
 
         def check(file: str) -> tuple[Row, ClipInfo | str]:
-            split, example = file.rsplit("/", 1)[0], self._example(file)
-            known = SPLIT_COLUMN.get(split.lower(), "train") if len(self._examples) > 1 else None
-            row = Row(file, self._captions(example, captions), known, _text(example.get("source", b"")))
+            split = file.rsplit("/", 1)[0]
+            try:
+                example = self._example(file)
+            except Exception as error:  # as in `content`
+                return Row(file), f"a shard is damaged: {short_reason(error)}"
+            part = SPLIT_COLUMN.get(split.lower(), "train") if len(self._examples) > 1 else None
+            row = Row(file, self._captions(example, captions), part, _text(example.get("source", b"")))
             return row, self.look(example[self._feature])
 
         found = self.check_all(check, files, "clip")
-        self.keep({file: info for file, (_, info) in found.items()}, max_bad_fraction, "examples", "prepare it again")
+        self.keep({file: info for file, (_, info) in found.items()}, max_bad_fraction, "examples", REMEDY)
         self.rows = [row for file, (row, _) in found.items() if file in self.info]
 
     def _captions(self, example: Mapping[str, Any], columns: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-        given = []
+        found = []
         for name, weight in columns.items():
             if name in example:
                 label = self._labels[name]
                 value = example[name]
                 text = label.int2str(int(value)) if isinstance(label, tfds.features.ClassLabel) else _text(value)
-                given.append((text, weight))
-        if not given:
-            given = [(_text(caption), 1.0) for caption in example.get("captions", ())]
-        return tuple((text, weight) for text, weight in given if text)
+                found.append((text, weight))
+        if not found:
+            found = [(_text(caption), 1.0) for caption in example.get("captions", ())]
+        return tuple((text, weight) for text, weight in found if text)
 
 
 def _text(value: bytes | str) -> str:

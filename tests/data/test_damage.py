@@ -1,0 +1,178 @@
+"""Damaged data sets, odd names and unreachable sources end in one sentence that names the file and the remedy."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from walt_jax.data import latents as latents_lib
+from walt_jax.data.latents import Encoded, LatentClips, write_latents
+from walt_jax.data.listing import check_reachable, read_table, walk
+from walt_jax.data.media import write_video
+from walt_jax.data.pipeline import Data, DataConfig
+from walt_jax.data.records import Records
+from walt_jax.data.shards import serialize, write_metadata
+from walt_jax.errors import UserError
+
+CLIPS = [Encoded(np.full((1, 2, 3, 4), number, np.float32), f"clip {number}") for number in range(3)]
+DEEP = "[" * 100_000
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Three encoded clips in two shards."""
+    folder = tmp_path_factory.mktemp("latents")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents_lib, "CLIPS_PER_SHARD", 2)
+        write_latents(folder, {"tokenizer": "abc"}, 3, lambda numbers: [CLIPS[number] for number in numbers])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Three examples of a video in one shard."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+
+    folder = tmp_path_factory.mktemp("records")
+    write_video(folder / "clip.mp4", np.full((9, 16, 16, 3), 99, np.uint8), 8)
+    video = (folder / "clip.mp4").read_bytes()
+    (folder / "clip.mp4").unlink()
+    kinds = tfds.features.FeaturesDict({"video": tfds.features.Text(), "caption": tfds.features.Text()})
+    writer = array_record_module.ArrayRecordWriter(
+        str(folder / "scenes-train.array_record-00000-of-00001"), "group_size:1"
+    )
+    for number in range(3):
+        writer.write(serialize(kinds, {"video": video, "caption": str(number)}))
+    writer.close()
+    write_metadata(folder, "scenes", "train", kinds, [3], len(video))
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_last_byte(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def overwrite(path):
+    path.write_bytes(b"not what it was " * 9000)
+
+
+def overwrite_inside(path):
+    content = bytearray(path.read_bytes())
+    content[120:180] = bytes(60)
+    path.write_bytes(content)
+
+
+def nest(path):
+    path.write_text(DEEP)
+
+
+def make_a_list(path):
+    path.write_text("[]")
+
+
+def make_an_object(path):
+    path.write_text("{}")
+
+
+SHARD_DAMAGES = (cut, cut_last_byte, remove, empty, overwrite, overwrite_inside)
+JSON_DAMAGES = (cut, remove, empty, overwrite, nest, make_a_list, make_an_object)
+
+
+def read_all(opened):
+    return [opened[index] for index in range(len(opened))] if isinstance(opened, LatentClips) else opened
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "damage"),
+    [
+        *((kind, "*.array_record-00000*", damage) for kind in ("latents", "records") for damage in SHARD_DAMAGES),
+        *(
+            (kind, name, damage)
+            for kind in ("latents", "records")
+            for name in ("dataset_info.json", "features.json", "encode.json")
+            for damage in JSON_DAMAGES
+            # Without dataset_info.json a folder is one of files.
+            if not (kind == "records" and (name == "encode.json" or (name, damage) == ("dataset_info.json", remove)))
+        ),
+        *(("latents", "sizes.npy", damage) for damage in (cut, remove, empty, overwrite)),
+    ],
+)
+def test_damage_is_a_sentence(kind, pattern, damage, latents, records, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree({"latents": latents, "records": records}[kind], folder)
+    open_it = {"latents": LatentClips, "records": Records}[kind]
+    read_all(open_it(folder))
+    (file,) = folder.glob(pattern)
+    damage(file)
+    with pytest.raises(UserError) as error:
+        read_all(open_it(folder))
+    sentence = str(error.value)
+    assert str(folder) in sentence and "\n" not in sentence
+    assert "anew" in sentence or "--mode=encode" in sentence  # the remedy
+
+
+def test_a_shard_that_is_damaged_inside_is_skipped_within_the_limit(records, tmp_path):
+    shutil.copytree(records, tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.array_record-*")
+    overwrite_inside(file)
+    store = Records(tmp_path / "set", max_bad_fraction=0.5)
+    assert store.unreadable == 1 and len(store.rows) == 2
+    assert "a shard is damaged" in store.reasons["train/0"]
+
+
+def test_names_that_are_not_utf8_are_skipped_with_a_reason(tmp_path):
+    for name in (b"good.mp4", b"b\xffd.mp4", b"d\xe9r"):
+        (os.mkdir if name == b"d\xe9r" else lambda path: open(path, "wb").close())(
+            os.path.join(os.fsencode(tmp_path), name)
+        )
+    listing = walk(latents_lib.epath.Path(tmp_path), (".mp4",))
+    assert listing.files == ["good.mp4"]
+    assert listing.misnamed == [r"b\xffd.mp4", r"d\xe9r"]
+    data = Data(DataConfig(str(tmp_path), 1, 16, 16), refuse=False)
+    reasons = {entry["file"]: entry["reason"] for store in data.stores.values() for entry in store.skipped}
+    assert reasons[r"b\xffd.mp4"] == reasons[r"d\xe9r"] == "its name is not UTF-8: rename it"
+    json.dumps(data.skipped, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("line", [DEEP, '{"a":' * 100_000, "[1,", "9" * 5000])
+def test_json_lines_that_are_none(line, tmp_path):
+    table = latents_lib.epath.Path(tmp_path / "metadata.jsonl")
+    table.write_text(line)
+    with pytest.raises(UserError, match=r"metadata\.jsonl has a line that is no JSON"):
+        read_table(table)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("gs://bucket/clips", "pip install gcsfs"),
+        ("s3://bucket/clips", "pip install s3fs"),
+        ("http://host/clips", "http:// is not supported: copy the files"),
+        ("https://host/clips", "https:// is not supported: copy the files"),
+    ],
+)
+def test_remote_sources_without_their_package(source, words, monkeypatch):
+    from etils.epath import backend
+
+    def missing(path):
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(backend.fsspec_backend, "fs", missing)
+    for use in (check_reachable, LatentClips, lambda path: Data(DataConfig(path, 1, 16, 16)).source("train", ())):
+        with pytest.raises(UserError, match=words):
+            use(source)
