@@ -1,4 +1,4 @@
-"""The linear way beside the convolutions: a cosine transform at the start, causal, and the same in chunks."""
+"""The linear path next to the convolutions: principal components at the start, causal, and the same in chunks."""
 
 import dataclasses
 import functools
@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
-from walt_jax.tokenizer.block_transform import Analysis, Synthesis, lowest_frequencies
+from walt_jax.tokenizer.block_transform import Analysis, Synthesis, fit
+from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.quantizers import HeadConfig
+from walt_jax.training.tokenizer_task import TokenizerTask
 
-STRIDES = (2, 2, 4)
-CONFIG = TokenizerConfig(6, 4, (1, 2), ((2, 1, 2),), 1, 2, patch_size=2, block_transform=True)
+STRIDES, CHANNELS = (2, 2, 4), 6
+CONFIG = TokenizerConfig(CHANNELS, 4, (1, 2), ((2, 1, 2),), 1, 2, patch_size=2, block_transform=True)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,59 +30,84 @@ def smooth(seed, frames=5, height=4, width=8):
     return np.stack(waves, -1)[None].astype(np.float32)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)), st.integers(1, 12))
-def test_the_patterns_are_orthogonal_and_the_first_is_the_mean(sizes, count):
-    patterns, deviations = lowest_frequencies(sizes, count)
-    there = min(count, 3 * int(np.prod(sizes)))
-    products = patterns.T @ patterns / len(patterns)
-    np.testing.assert_allclose(products, np.diag([1.0] * there + [0.0] * (count - there)), atol=1e-9)
-    np.testing.assert_allclose(patterns[:, 0], np.ones(len(patterns)))
-    assert (np.diff(deviations[:there]) <= 0).all()
-
-
-def transformed(video, channels):
-    """The twin: each block's products with the patterns, and the block from these."""
+def blocks_of(video, first):
+    """Each block of the first frame, or of the later ones, as a row."""
     frames, height, width = video.shape[1:4]
-    starts = [(0, 1), *((t, STRIDES[0]) for t in range(1, frames, STRIDES[0]))]
-    latents = np.zeros((1, len(starts), height // STRIDES[1], width // STRIDES[2], channels))
-    back = np.zeros_like(video)
-    for index, (t, length) in enumerate(starts):
-        patterns, deviations = lowest_frequencies((length, *STRIDES[1:]), channels)
-        for j, k in np.ndindex(*latents.shape[2:4]):
-            block = np.s_[0, t : t + length, 2 * j : 2 * j + 2, 4 * k : 4 * k + 4]
-            products = patterns.T @ video[block].ravel() / len(patterns)
-            latents[0, index, j, k] = products / deviations
-            back[block] = (patterns @ products).reshape(length, 2, 4, 3)
-    return latents, back
+    times = [(0, 1)] if first else [(t, t + STRIDES[0]) for t in range(1, frames, STRIDES[0])]
+    corners = [(y, x) for y in range(0, height, STRIDES[1]) for x in range(0, width, STRIDES[2])]
+    return np.stack(
+        [
+            clip[start:stop, y : y + STRIDES[1], x : x + STRIDES[2]].ravel()
+            for clip in video.astype(np.float64)
+            for start, stop in times
+            for y, x in corners
+        ]
+    )
 
 
-def test_it_starts_as_a_cosine_transform():
-    video = smooth(0)
-    analysis, synthesis = Analysis(6, STRIDES), Synthesis(STRIDES)
-    latents, _ = analysis.init_with_output(jax.random.key(0), video, True)
-    back, _ = synthesis.init_with_output(jax.random.key(0), latents, True)
-    expected, expected_back = transformed(video, 6)
-    np.testing.assert_allclose(latents, expected, atol=1e-5)
-    np.testing.assert_allclose(back, expected_back, atol=1e-5)
+def projected(blocks, training, channels):
+    """The twin: unit-variance coordinates along the right singular vectors, and the blocks of these."""
+    mean = training.mean(0)
+    _, singular, vectors = np.linalg.svd(training - mean, full_matrices=False)
+    vectors = vectors[:channels] * np.where(vectors[:channels].sum(1, keepdims=True) < 0, -1, 1)
+    coordinates = (blocks - mean) @ vectors.T
+    return coordinates * np.sqrt(len(training)) / singular[:channels], mean + coordinates @ vectors
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return np.concatenate(
+        [smooth(seed) + 0.1 * np.random.default_rng(seed).normal(size=(1, 5, 4, 8, 3)) for seed in range(40)]
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(clips):
+    return fit(clips, CHANNELS, STRIDES)
+
+
+def test_latents_are_the_principal_components_of_blocks(clips, fitted):
+    unseen = smooth(99)
+    latents = Analysis(CHANNELS, STRIDES).apply({"params": fitted[0]}, unseen, True)
+    back = Synthesis(STRIDES).apply({"params": fitted[1]}, latents, True)
+    for first, part in ((True, latents[:, :1]), (False, latents[:, 1:])):
+        expected, blocks = projected(blocks_of(unseen, first), blocks_of(clips, first), CHANNELS)
+        np.testing.assert_allclose(part.reshape(-1, CHANNELS), expected, atol=1e-4)
+        np.testing.assert_allclose(blocks_of(np.asarray(back), first), blocks, atol=1e-4)
 
 
 def test_with_as_many_channels_as_values_nothing_is_lost():
-    video = np.random.default_rng(0).uniform(-1, 1, (1, 5, 4, 8, 3)).astype(np.float32)
+    video = np.random.default_rng(0).uniform(-1, 1, (40, 5, 4, 8, 3)).astype(np.float32)
     channels = 3 * int(np.prod(STRIDES))
-    latents, _ = Analysis(channels, STRIDES).init_with_output(jax.random.key(0), video, True)
-    back, _ = Synthesis(STRIDES).init_with_output(jax.random.key(0), latents, True)
-    np.testing.assert_allclose(back, video, atol=1e-4)
+    analysis, synthesis = fit(video, channels, STRIDES)
+    latents = Analysis(channels, STRIDES).apply({"params": analysis}, video[:1], True)
+    np.testing.assert_allclose(Synthesis(STRIDES).apply({"params": synthesis}, latents, True), video[:1], atol=1e-3)
 
 
-@pytest.mark.parametrize("head", [HeadConfig(), HeadConfig("kl")])
-def test_a_tokenizer_starts_there(head):
+def test_clips_without_variance_and_clips_of_one_frame_are_fitted():
+    black = np.full((2, 5, 4, 8, 3), -1.0, np.float32)
+    analysis, synthesis = fit(black, CHANNELS, STRIDES)
+    latents = Analysis(CHANNELS, STRIDES).apply({"params": analysis}, black, True)
+    np.testing.assert_allclose(latents, np.zeros_like(latents), atol=1e-4)
+    np.testing.assert_allclose(Synthesis(STRIDES).apply({"params": synthesis}, latents, True), black, atol=1e-5)
+    assert set(fit(black[:, :1], CHANNELS, STRIDES)[0]) == {"first_kernel", "first_bias"}
+
+
+@pytest.mark.parametrize("head", [HeadConfig(), HeadConfig("kl"), HeadConfig("fsq", levels=(8, 8, 8, 4, 4, 4))])
+def test_a_tokenizer_starts_as_the_least_squares_map_of_its_latents(head, clips):
     tokenizer = Tokenizer(dataclasses.replace(CONFIG, head=head))
-    video = smooth(1)
-    (reconstruction, quantized), _ = jax.jit(tokenizer.init_with_output)(jax.random.key(0), video)
-    latents, back = transformed(video, 6)
-    np.testing.assert_allclose(quantized.latents, latents, atol=1e-5)
-    np.testing.assert_allclose(reconstruction, back, atol=1e-5)
+    task = TokenizerTask(tokenizer, LossConfig())
+    video = np.round((np.clip(clips, -1, 1) + 1) * 127.5).astype(np.uint8)
+    params = task.fit(nn.meta.unbox(jax.jit(task.init)(jax.random.key(0))[0]), video)
+    exact = video / 127.5 - 1
+    apply = jax.jit(tokenizer.apply)
+    back, quantized = apply({"params": params["tokenizer"]}, jnp.asarray(exact, jnp.float32))
+    latents = np.asarray(quantized.latents)
+    for first, part in ((True, latents[:, :1]), (False, latents[:, 1:])):
+        blocks, rows = blocks_of(exact, first), part.reshape(-1, CHANNELS).astype(np.float64)
+        rows = np.concatenate([rows, np.ones((len(rows), 1))], 1)
+        expected = rows @ np.linalg.lstsq(rows, blocks, rcond=None)[0]
+        np.testing.assert_allclose(blocks_of(np.asarray(back), first), expected, atol=1e-3)
 
 
 def filled(module, *inputs):

@@ -127,6 +127,7 @@ def run_stage(
     key: jax.Array,
     *,
     initial: Any = None,
+    fit: Callable[[Any], Any] = lambda params: params,
     frozen: Any = None,
     finish: Callable[[TrainState], dict] = lambda state: {},
     later_stages: tuple[str, ...] = (),
@@ -141,6 +142,7 @@ def run_stage(
         workdir: the run's folder.
         key: of the initialisation and, folded with the step, of all of the stage's randomness.
         initial: what an earlier stage of the task has served, to start from.
+        fit: adapts fresh parameters to the data before the first step; not called where the stage has a checkpoint.
         frozen: passed to the loss.
         finish: measures something (JSON) on the last state, to be kept in its checkpoint.
         later_stages: names of those that start from this one. Once this stage has saved a step of its own, what they
@@ -154,7 +156,7 @@ def run_stage(
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True)
     try:
-        state, position, outcome = _restored_or_fresh(checkpoints, task, optimizer, key_init, initial)
+        state, position, outcome = _restored_or_fresh(checkpoints, task, optimizer, key_init, initial, fit)
         start = int(state.step)
         if start >= stage.steps:
             return Trained(state.ema, outcome)
@@ -217,19 +219,28 @@ def clips_of(batch: Any) -> int:
 
 
 def _restored_or_fresh(
-    checkpoints: Checkpoints, task: Task, optimizer: optax.GradientTransformation, key: jax.Array, initial: Any
+    checkpoints: Checkpoints,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    initial: Any,
+    fit: Callable[[Any], Any],
 ) -> tuple[TrainState, dict | None, dict]:
     """(state, the data's position, what `finish` measured): of the newest checkpoint, or those to begin with."""
 
-    def fresh(initial: Any) -> TrainState:
+    def fresh(initial: Any) -> tuple[Any, Any]:
         params, moving = map(unboxed, task.init(key))
         if initial is not None:
             params, moving = task.start(params, moving, initial)
+        return params, moving
+
+    def state(params: Any, moving: Any) -> TrainState:
         return TrainState.create(params, moving, task, optimizer)
 
     if checkpoints.steps():
-        return checkpoints.restore(jax.eval_shape(fresh, None))
-    return jax.jit(fresh)(initial), None, {}
+        return checkpoints.restore(jax.eval_shape(lambda: state(*fresh(None))))
+    params, moving = jax.jit(fresh)(initial)
+    return jax.jit(state)(fit(params), moving), None, {}
 
 
 class StageLog:

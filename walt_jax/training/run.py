@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors.numpy
 from etils import epath
 
@@ -41,6 +43,7 @@ from walt_jax.training.tasks import Task
 from walt_jax.workdir import CONFIG, read_config, write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
+BLOCK_CLIPS = 128  # more change the principal components little, and take their time
 TOKENIZER = "tokenizer"  # in the workdir, where the tokenizer is another run's: a copy of what it needs
 
 
@@ -125,6 +128,8 @@ class Run:
             if stage.task == "tokenizer":
                 if not images:
                     extras["finish"] = self._statistics
+                if self.config.tokenizer.block_transform and extras["initial"] is None:
+                    extras["fit"] = functools.partial(self._fit_blocks, name)
             else:
                 extras["frozen"] = tokenizer
                 if not stage.encodes:
@@ -241,9 +246,17 @@ class Run:
         """The latents' mean and deviation, which normalise them for the denoiser."""
         channels = self.config.tokenizer.latent_channels
         raw = TrainedTokenizer(state.ema, jnp.zeros(channels), jnp.ones(channels))
-        seed = self.config.seed + len(self.config.stages)  # different from the stages' seeds
-        some = Batches(Clips(self.data.of_nominal_size(), seed), (STATISTICS_BATCH,))
-        return latent_statistics(lambda video: self.codec.encode(raw, video)[0], some, STATISTICS_CLIPS)
+        return latent_statistics(lambda video: self.codec.encode(raw, video)[0], self._some_batches(), STATISTICS_CLIPS)
+
+    def _fit_blocks(self, stage: str, params: Any) -> Any:
+        """Fresh parameters of a tokenizer stage, whose block transform is fitted to training clips."""
+        batches = itertools.islice(self._some_batches(), BLOCK_CLIPS // STATISTICS_BATCH)
+        return self._task(stage).fit(params, np.concatenate([batch["video"] for batch in batches]))
+
+    def _some_batches(self) -> Batches:
+        """Training clips of the data's own shape, in an order different from the stages'."""
+        seed = self.config.seed + len(self.config.stages)
+        return Batches(Clips(self.data.of_nominal_size(), seed), (STATISTICS_BATCH,))
 
     def _trained_tokenizer(self, trained: Trained) -> TrainedTokenizer:
         if not self.config.normalise_latents:

@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from walt_jax.generation.codec import to_float
-from walt_jax.tokenizer import losses
+from walt_jax.tokenizer import block_transform, losses
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.discriminator import Discriminator
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import FeatureWeights, feature_distance
-from walt_jax.tokenizer.quantizers import code_statistics
+from walt_jax.tokenizer.quantizers import Head, code_statistics
 from walt_jax.training.tasks import Metrics
 
 
@@ -55,6 +56,18 @@ class TokenizerTask:
             params["discriminator"] = self.discriminator.init(jax.random.fold_in(key, 1), video)["params"]
             moving["lecam"] = losses.lecam_averages()
         return params, moving
+
+    def fit(self, params: Any, video: UInt8[np.ndarray, "b t h w 3"]) -> Any:
+        """Fresh parameters whose block transform is that of these clips' principal components."""
+        config = self.tokenizer.config
+        head = Head(config.head, config.latent_channels)
+        # "vq" has no codes yet, and "kl" decodes a draw: both are fitted as if their latents were decoded as they are.
+        quantize = {"quantize": lambda z: head.apply({}, z).latents} if config.head.name in ("lfq", "fsq") else {}
+        parts = block_transform.fit(to_float(video), config.latent_channels, config.strides, **quantize)
+        tokenizer = dict(params["tokenizer"])
+        for coder, fitted in zip(("encoder", "decoder"), parts, strict=True):
+            tokenizer[coder] = {**tokenizer[coder], "blocks": {**tokenizer[coder]["blocks"], **fitted}}
+        return {**params, "tokenizer": tokenizer}
 
     def served(self, params: Any, moving: Any) -> Any:
         codebook = {"codebook": moving["codebook"]} if "codebook" in moving else {}
