@@ -70,6 +70,12 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--config.denoiser.adaln=none"], ["condition_by", "adaln='none'"]),
         ([TINY, "--workdir=W", "--config.sampling.guidance.channels=99"], ["channels", "12"]),
         ([TINY, "--workdir=W", "--config.diffusion.multiscale=3"], ["multiscale=3", "4 × 4"]),
+        ([TINY, "--workdir=gs://bucket/run"], ["gs://bucket/run", "on this machine"]),
+        ([TINY, "--workdir=gs://bucket/run", "--mode=plan"], ["gs://bucket/run", "on this machine"]),
+        ([TINY, "--workdir=W", "--config.stages.denoisr.steps=3"], ["denoisr", "tokenizer, denoiser"]),
+        ([TINY, "--workdir=W", "--mode=sample", "--prompt=" + "a" * 10_001], ["10,001 characters", "shorten"]),
+        ([TINY, "--workdir=W", "--config.denoiser.dim=196608"], ["Stage denoiser can't fit", "parameters", "GB"]),
+        ([TINY, "--workdir=W", "--config.tokenizer.base_channels=65536"], ["Stage tokenizer can't fit", "GB"]),
     ],
 )
 def test_one_sentence(flags, words, tmp_path, monkeypatch, capsys):
@@ -155,3 +161,37 @@ def test_help_tells_of_every_mode_and_flag(capsys):
     for flag in ("config", "workdir", "mode", "prompt", "out", "seed", "clips", "gif"):
         assert f"--{flag} " in text
     assert all(len(line) <= 110 for line in text.splitlines())
+
+
+def test_a_config_of_values_that_are_no_json(tmp_path, capsys):
+    """Paths and NumPy's numbers are taken as what they say; what has no such form is a sentence."""
+    source = f"""
+import pathlib, sys
+import numpy as np
+sys.path.insert(0, {str(commands.ROOT / "configs")!r})
+from walt_tiny import get_config as tiny
+
+def get_config():
+    config = tiny()
+    with config.ignore_type():
+        KNOB
+    return config
+"""
+    for number, (knob, words) in enumerate(
+        [
+            (
+                "config.seed = np.int64(3); config.data.source = pathlib.Path('nowhere')",
+                "no data folder nowhere",
+            ),
+            ("config.seed = lambda: 3", "config.seed is a function"),
+            ("config.data.fps = {8}", "config.data.fps is a set"),
+        ]
+    ):
+        path = tmp_path / f"mine{number}.py"
+        path.write_text(source.replace("KNOB", knob))
+        assert words in sentence(capsys, f"--config={path}", f"--workdir={tmp_path / 'W'}")
+
+
+def test_a_workdir_whose_config_is_nested_too_deep(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert "config.json can't be read" in sentence(capsys, f"--workdir={tmp_path}", "--mode=plan")

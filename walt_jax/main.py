@@ -487,8 +487,11 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except MemoryError as error:
-        print(f"error: out of memory ({error}); make the config's sizes smaller.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"error: out of memory ({reason}); make batch_size or the models' sizes smaller.", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder without rights
         print(

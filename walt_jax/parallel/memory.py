@@ -1,6 +1,8 @@
 """How much memory there is, to refuse at once what can't fit."""
 
+import math
 import os
+from typing import Any
 
 import jax
 
@@ -15,3 +17,8 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -22,11 +22,13 @@ from walt_jax.errors import UserError
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.sample import Generator
+from walt_jax.parallel.memory import memory_bytes, tree_bytes
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
+from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run_config import (
     RunConfig,
     make_codec,
@@ -72,6 +74,7 @@ class Run:
         Raises:
             UserError: if it can't be.
         """
+        self._check_memory()
         self.data.check()
         self.text.check()
         if self.config.tokenizer_from and not self.config.takes_autoencoder:
@@ -81,6 +84,27 @@ class Run:
         for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
             if path:
                 load_features(path)
+
+    def _check_memory(self) -> None:
+        """Before minutes are spent on data and compilation.
+
+        Raises:
+            UserError: if what is kept of a stage while it trains is larger than the memory.
+        """
+        memory = memory_bytes()
+        for name in self.config.trained_stages:
+            stage, task = self.config.stages[name], make_task(self.config, name, self.config.most_pieces)
+            shapes = jax.eval_shape(task.init, jax.random.key(0))
+            optimizer = make_optimizer(stage.optimizer, stage.steps, shapes[0])
+            params, moving = map(unboxed, shapes)
+            create = functools.partial(TrainState.create, task=task, optimizer=optimizer)
+            needed = tree_bytes(jax.eval_shape(create, params, moving)) + tree_bytes(params)  # the gradients
+            if memory is not None and needed > memory:
+                count = sum(leaf.size for leaf in jax.tree.leaves(params))
+                raise UserError(
+                    f"Stage {name} can't fit: its {count:,} parameters, with optimizer, average and gradients, take "
+                    f"{needed / 1e9:,.1f} GB, and there are {memory / 1e9:,.1f}; make dim, layers or channels smaller."
+                )
 
     def summary(self) -> str:
         """What will be run, how large it is, on what, and where it goes."""
