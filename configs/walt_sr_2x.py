@@ -1,10 +1,12 @@
 """W.A.L.T's first super-resolution stage: 17 × 128 × 224 pixels to 17 × 256 × 448, from text, 1.3B parameters.
 
-    python -m walt_jax.main --config=configs/walt_sr_2x.py --config.data.source=FOLDER --workdir=runs/sr_2x
+    python -m walt_jax.main --config=configs/walt_sr_2x.py --config.data.source=FOLDER --workdir=runs/walt_sr_2x
 
-Low-resolution latents, with noise of a level that the model is conditioned on, are upscaled by a convolution and
-concatenated with the noisy ones along channels. 675,000 steps of 512 clips (table 8). The paper does not state how the
-two are joined and how much noise there is (up to t = 0.3 here). Not run here.
+The low-resolution clip is encoded by the tokenizer of the base run, `config.low_res_from`. Its latents, with noise of a
+level that the model is conditioned on, are upscaled by a convolution and concatenated with the noisy latents along
+channels. Both latents of each clip are encoded once, before the denoiser's first step. 675,000 steps of 512 clips
+(table 8). The paper does not state how the two are joined and how much noise there is (up to t = 0.3 here). Not run
+here.
 """
 
 from ml_collections import ConfigDict
@@ -31,8 +33,9 @@ def get_config() -> ConfigDict:
         upscale=2,
         remat="block",
     )
+    config.low_res_from = "runs/walt_l_t2v"
     config.conditioning = {"low_res_noise": 0.3}
-    config.stages.denoiser.update(steps=675_000, batch_size=512, ema_decay=0.0, cached_clips=0)
+    config.stages.denoiser.update(steps=675_000, batch_size=512, ema_decay=0.0, cached_clips=None)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
     config.sampling.guidance.scale = 7.5
     return config

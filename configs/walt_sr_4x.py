@@ -1,6 +1,6 @@
 """W.A.L.T's second super-resolution stage: 17 × 256 × 448 pixels to 17 × 512 × 896, from text, 419M parameters.
 
-    python -m walt_jax.main --config=configs/walt_sr_4x.py --config.data.source=FOLDER --workdir=runs/sr_4x
+    python -m walt_jax.main --config=configs/walt_sr_4x.py --config.data.source=FOLDER --workdir=runs/walt_sr_4x
 
 As `walt_sr_2x.py`, with 24 layers of width 1024 and 275,000 steps (table 8, whose patch of 4 keeps the other stages'
 grid of 5 × 16 × 28 tokens; the text says 2). Not run here.
@@ -30,8 +30,9 @@ def get_config() -> ConfigDict:
         upscale=2,
         remat="block",
     )
+    config.low_res_from = "runs/walt_sr_2x"
     config.conditioning = {"low_res_noise": 0.3}
-    config.stages.denoiser.update(steps=275_000, batch_size=512, ema_decay=0.0, cached_clips=0)
+    config.stages.denoiser.update(steps=275_000, batch_size=512, ema_decay=0.0, cached_clips=None)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
     config.sampling.guidance.scale = 7.5
     return config

@@ -292,6 +292,8 @@ def sample(values: flags.FlagValues) -> None:
     from walt_jax.generation.sample import write_samples
 
     generator = run.generator()
+    if generator.low_res is not None:
+        raise UserError("This run upscales clips, and a prompt has none; --mode=evaluate upscales unseen clips.")
     for warning in run.text.cut_captions(prompts):
         print(f"warning: {warning}", file=sys.stderr)
     seeds = [values.seed + index for _ in prompts for index in range(values.num_samples)]

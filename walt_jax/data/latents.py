@@ -36,12 +36,14 @@ REMEDY = "restore it from a copy, or remove the folder and make it with --mode=e
 class Encoded(NamedTuple):
     """A clip: its latents, float32, normalised, and its caption, "" where it has none.
 
-    `embeddings` are of the caption's tokens, where an encoder that is not trained has read it.
+    `embeddings` are of the caption's tokens, where an encoder that is not trained has read it. `low_res` are the
+    low-resolution latents that a super-resolution stage reads.
     """
 
     latents: Float[np.ndarray, "t h w c"]
     caption: str
     embeddings: Float[np.ndarray, "n e"] | None = None
+    low_res: Float[np.ndarray, "t h2 w2 c"] | None = None
 
 
 def write_latents(
@@ -56,7 +58,8 @@ def write_latents(
     Args:
         out: the folder, local or remote. It gets the shards, TFDS's metadata, `sizes.npy`, with embeddings
             `empty.npy`, and, last, `encode.json`.
-        identity: what the latents depend on (JSON): those of another identity are not mixed with them.
+        identity: what the latents depend on (JSON): those of another identity are not mixed with them. With "low_res"
+            in it, clips have low-resolution latents.
         count: clips that are to be tried.
         encoded: the clips of some of the numbers 0 … count - 1, in the order of numbers; those that can't be used are
             left out.
@@ -100,6 +103,7 @@ def _write(
             _write_shard(
                 out / template(out, DATASET, SPLIT).sharded_filepath(shard_index=shard, num_shards=shards).name,
                 clips,
+                "low_res" in identity,
                 without,
                 work,
             )
@@ -108,7 +112,7 @@ def _write(
     every = np.concatenate(sizes)
     if not len(every):
         raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data tells why.")
-    kinds = _features(int(every[0, 3]), without)
+    kinds = _features(int(every[0, 3]), "low_res" in identity, without)
     write_metadata(out, DATASET, SPLIT, kinds, [len(shard) for shard in sizes], num_bytes=0)
     if without is not None:
         publish(out / EMPTY, _npy(without.astype(np.float32)), work)
@@ -131,6 +135,7 @@ class LatentClips:
         cache_bytes: clips are kept in memory up to this.
         tokenizer: the digest of the one whose latents they should be; None takes those of any.
         text: the digest of the encoder whose embeddings the clips should have; None where they aren't read.
+        low_res: the digest of the tokenizer whose low-resolution latents the clips should have; None likewise.
 
     Attributes:
         sizes: (t, h, w) of each clip's latents.
@@ -149,6 +154,7 @@ class LatentClips:
         cache_bytes: int = 2**30,
         tokenizer: str | None = None,
         text: str | None = None,
+        low_res: str | None = None,
     ):
         check_reachable(path)
         path = epath.Path(path)
@@ -177,6 +183,11 @@ class LatentClips:
                 f"{path} holds no captions that this run's config.text has read; encode anew with --mode=encode and "
                 "this config."
             )
+        if low_res is not None and report["identity"].get("low_res") != low_res:
+            raise UserError(
+                f"{path} holds no low-resolution latents of the tokenizer that config.low_res_from names; encode anew "
+                "with --mode=encode and this config."
+            )
         self.path, self._room, self._kept = path, cache_bytes, {}
 
     def __len__(self) -> int:
@@ -187,13 +198,13 @@ class LatentClips:
             return self._kept[index]
         try:
             example = self._examples[index]
-            embeddings = example.get("embeddings")
-            clip = Encoded(np.asarray(example["latents"], np.float32), example["caption"].decode(), embeddings)
+            latents = np.asarray(example["latents"], np.float32)
+            clip = Encoded(latents, example["caption"].decode(), example.get("embeddings"), example.get("low_res"))
         except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
             raise UserError(
                 f"Clip {index} of {self.path} can't be read, a shard is damaged ({short_reason(error)}): {REMEDY}."
             ) from error
-        size = clip.latents.nbytes + (0 if embeddings is None else embeddings.nbytes)
+        size = sum(part.nbytes for part in (clip.latents, clip.embeddings, clip.low_res) if part is not None)
         if self._room >= size:
             self._room -= size
             self._kept[index] = clip
@@ -233,7 +244,7 @@ def _load(path: epath.Path) -> np.ndarray:
         raise UserError(f"{path} is damaged or not there ({short_reason(error)}): {REMEDY}.") from error
 
 
-def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> dict[str, Any]:
+def _features(channels: int | None, low_res: bool, empty: Float[np.ndarray, "n e"] | None) -> dict[str, Any]:
     import tensorflow_datasets as tfds
 
     kinds = {
@@ -246,6 +257,10 @@ def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> d
         ),
         "caption": tfds.features.Text(doc="Empty where there is none."),
     }
+    if low_res:
+        kinds["low_res"] = tfds.features.Tensor(
+            shape=(None, None, None, channels), dtype=np.float32, encoding="bytes", doc="As latents, of a smaller clip."
+        )
     if empty is not None:
         kinds["embeddings"] = tfds.features.Tensor(
             shape=(None, empty.shape[1]), dtype=empty.dtype, encoding="bytes", doc="Of the caption's tokens."
@@ -254,12 +269,12 @@ def _features(channels: int | None, empty: Float[np.ndarray, "n e"] | None) -> d
 
 
 def _write_shard(
-    path: epath.Path, clips: list[Encoded], empty: Float[np.ndarray, "n e"] | None, work: epath.Path
+    path: epath.Path, clips: list[Encoded], low_res: bool, empty: Float[np.ndarray, "n e"] | None, work: epath.Path
 ) -> None:
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
-    kinds = tfds.features.FeaturesDict(_features(clips[0].latents.shape[-1] if clips else None, empty))
+    kinds = tfds.features.FeaturesDict(_features(clips[0].latents.shape[-1] if clips else None, low_res, empty))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "shard"
         writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # each can be read by itself

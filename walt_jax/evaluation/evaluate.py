@@ -5,15 +5,25 @@ import json
 import pathlib
 
 import numpy as np
+from PIL import Image
 
 from walt_jax.config import Positive
 from walt_jax.data.drawn import COMBINATIONS
+from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
 from walt_jax.evaluation import drawn_score
 from walt_jax.evaluation.rate_distortion import h264_points, plot
-from walt_jax.evaluation.reconstruction import measure, rate_distortion, reconstruction_sheet
+from walt_jax.evaluation.reconstruction import (
+    Clip,
+    in_batches,
+    measure,
+    psnr_db,
+    rate_distortion,
+    reconstruction_sheet,
+)
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.low_res import shrunk
 from walt_jax.generation.sample import Generator, write_samples
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.workdir import write_atomically
@@ -29,7 +39,7 @@ class EvaluationConfig:
     Attributes:
         clips: at most this many unseen clips are reconstructed, a random window and crop of each.
         samples_per_prompt: of the drawn grammar's 72 prompts, or of a folder's held-out captions.
-        prompts: of a folder, at most this many captions are sampled.
+        prompts: of a folder, at most this many captions are sampled; of super-resolution, so many clips are upscaled.
         perceptual_weights: a safetensors file for LPIPS, see `tokenizer.perceptual`; without one it is left out.
         seed: of the unseen clips; samples have seeds 0, 1, ….
     """
@@ -50,10 +60,10 @@ def evaluate(
     data: DataConfig,
     config: EvaluationConfig,
 ) -> list[dict]:
-    """Measures reconstruction and, on drawn clips, the score of samples.
+    """Measures reconstruction and, on drawn clips, the score of samples; of super-resolution, upscaled unseen clips.
 
     Leaves `evaluate.json`, `reconstructions.png`, `rate_distortion.png` and, where there is a generator, `samples/` in
-    the workdir.
+    the workdir; for super-resolution also `super_resolution.png`.
 
     Args:
         workdir: the run's folder.
@@ -66,9 +76,14 @@ def evaluate(
     Returns:
         The metrics: {"name", "value", "unit", "protocol"} each, with "target" where there is one.
     """
-    report = _reconstruction(workdir, codec, tokenizer, unseen, data, config)
+    clips, captions = _unseen_clips(unseen, config)
+    report = _reconstruction(workdir, codec, tokenizer, clips, captions, data, config)
     metrics = report["metrics"]
-    if generator is not None:
+    if generator is not None and generator.low_res is not None:
+        clips, captions = clips[: config.prompts], captions[: config.prompts]
+        scores, report["super_resolution"] = _super_resolution(workdir, generator, clips, captions, data)
+        metrics += scores
+    elif generator is not None:
         captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(unseen, config.prompts)
         prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
         seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
@@ -88,21 +103,77 @@ def _distinct(source: Source, count: int) -> list[str]:
     return list(dict.fromkeys(source.captions))[:count]
 
 
-def _reconstruction(
-    workdir: pathlib.Path,
-    codec: Codec,
-    tokenizer: TrainedTokenizer,
-    source: Source,
-    data: DataConfig,
-    config: EvaluationConfig,
-) -> dict:
-    """{"metrics", "reconstructions", "rate_distortion"}: over all clips, of each clip, and the plot's points."""
+def _unseen_clips(source: Source, config: EvaluationConfig) -> tuple[list[Clip], list[str]]:
+    """A random window and crop of each clip, and its caption."""
     clips, captions = [], []
     for index in range(min(config.clips, len(source))):
         clip = source.sample(index, np.random.default_rng([config.seed, index]))
         if clip is not None:
             clips.append(clip["video"])
             captions.append(clip["caption"])
+    return clips, captions
+
+
+def _super_resolution(
+    workdir: pathlib.Path, generator: Generator, clips: list[Clip], captions: list[str], data: DataConfig
+) -> tuple[list[dict], list[dict]]:
+    """Shrinks clips, upscales them with their captions, and compares the results with the clips.
+
+    Returns:
+        (metrics, rows): over all clips, and for each clip {"caption", "psnr_db", "low_res_psnr_db", "bicubic_psnr_db"}.
+    """
+    scale, seeds = generator.low_res.scale, list(range(len(clips)))
+    latents = np.stack(in_batches(generator.low_res.encode, clips))
+    upscaled = generator.generate(captions, seeds, latents)
+    write_samples(workdir / "samples", upscaled, captions, seeds, data.fps)
+    rows, shown = [], []
+    for clip, sample, caption in zip(clips, upscaled, captions, strict=True):
+        small = shrunk(clip, scale)
+        row = {
+            "caption": caption,
+            "psnr_db": psnr_db(clip, sample),
+            "low_res_psnr_db": psnr_db(small, shrunk(sample, scale)),
+            "bicubic_psnr_db": psnr_db(clip, enlarged(small, scale)),
+        }
+        rows.append(row)
+        title = f"{caption} ({row['psnr_db']:.1f} dB)".strip()
+        large = small.repeat(scale, axis=1).repeat(scale, axis=2)
+        shown.append((title, [("low resolution", large), ("upscaled", sample), ("original", clip)]))
+    compare_sheet(shown[:SHEET_CLIPS]).save(workdir / "super_resolution.png")
+    explained = {
+        "psnr_db": "upscaled clips against the originals",
+        "low_res_psnr_db": "upscaled clips, shrunk again, against the shrunk originals",
+        "bicubic_psnr_db": "for comparison: the shrunk originals, enlarged by bicubic interpolation",
+    }
+    where = f"PSNR (8-bit RGB, peak 255), mean over {len(clips)} unseen clips, seeds 0 to {len(clips) - 1}"
+    metrics = [
+        {
+            "name": f"super_resolution_{key}",
+            "value": float(np.mean([row[key] for row in rows])),
+            "unit": "dB",
+            "protocol": f"{what}, {scale}× along height and width; {where}",
+        }
+        for key, what in explained.items()
+    ]
+    return metrics, rows
+
+
+def enlarged(clip: Clip, scale: int) -> Clip:
+    """Each frame by bicubic interpolation."""
+    size = (clip.shape[2] * scale, clip.shape[1] * scale)
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in clip])
+
+
+def _reconstruction(
+    workdir: pathlib.Path,
+    codec: Codec,
+    tokenizer: TrainedTokenizer,
+    clips: list[Clip],
+    captions: list[str],
+    data: DataConfig,
+    config: EvaluationConfig,
+) -> dict:
+    """{"metrics", "reconstructions", "rate_distortion"}: over all clips, of each clip, and the plot's points."""
     features = load_features(config.perceptual_weights) if config.perceptual_weights else None
     reconstructions, rows, codes = measure(codec, tokenizer, clips, captions, features)
     shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)

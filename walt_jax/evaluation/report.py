@@ -45,8 +45,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
     It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `files.json`, `reconstructions.png`,
-    and of `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet. A metric's `target` is a
-    number, which is the least that will do, or a text such as "<= 12.5".
+    `super_resolution.png`, and of `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet.
+    A metric's `target` is a number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
         workdir: the run's folder.
@@ -61,6 +61,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     files, _ = _read_json(workdir / "files.json", dict)
     sections = {
         "Evaluation": evaluate_note + _evaluation(evaluate, workdir, media),
+        "Super-resolution": _super_resolution(evaluate, workdir, media),
         "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
         "Reconstructions": _reconstructions(evaluate, workdir, media),
         "Data": _data(files),
@@ -72,6 +73,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         del sections["Samples"]  # a tokenizer has none
     if not files:
         del sections["Data"]
+    if not evaluate.get("super_resolution"):
+        del sections["Super-resolution"]
     page = PAGE.substitute(
         title=html.escape(workdir.resolve().name),
         links="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
@@ -176,15 +179,23 @@ def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
     return "\n".join(parts)
 
 
+def _super_resolution(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
+    """Low resolution, upscaled and original one under another; a row for each clip."""
+    return media.sheet(workdir / "super_resolution.png") + _clip_rows(evaluate.get("super_resolution") or [])
+
+
 def _reconstructions(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
     """The sheet; the rate-distortion plot; a row for each clip."""
-    rows = evaluate.get("reconstructions") or []
+    plot = media.sheet(workdir / "rate_distortion.png") if evaluate.get("rate_distortion") else ""
+    return media.sheet(workdir / "reconstructions.png") + plot + _clip_rows(evaluate.get("reconstructions") or [])
+
+
+def _clip_rows(rows: list[dict]) -> str:
+    """A table of clips' metrics, folded."""
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "caption"]
     head = ("clip", *(f"#{html.escape(key.replace('_', ' '))}" for key in keys))
     cells = [[html.escape(str(row.get("caption") or "–")), *(_number(row.get(key)) for key in keys)] for row in rows]
-    table = f"<details><summary>Each clip</summary>{_table(head, cells)}</details>" if rows else ""
-    plot = media.sheet(workdir / "rate_distortion.png") if evaluate.get("rate_distortion") else ""
-    return media.sheet(workdir / "reconstructions.png") + plot + table
+    return f"<details><summary>Each clip</summary>{_table(head, cells)}</details>" if rows else ""
 
 
 def _judged(evaluate: dict) -> set[str]:

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from walt_jax.data.media import contact_sheet, write_video
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.generation.low_res import LowRes
 from walt_jax.text.frozen import FrozenText
 from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
@@ -23,16 +24,30 @@ from walt_jax.workdir import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A trained model, ready to sample."""
+    """A trained model, ready to sample.
+
+    `low_res` encodes low-resolution clips where the model upscales them; such a model can't sample without.
+    """
 
     model: LatentDiffusion
     params: Any
     tokenizer: TrainedTokenizer
     captions: Vocabulary | Labels | FrozenText
     config: SamplingConfig
+    low_res: LowRes | None = None
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n t h w 3"]:
-        """One video for each prompt and seed. The same pair gives the same video, whatever stands beside it."""
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        low_res: Float[np.ndarray, "n t h2 w2 c"] | None = None,
+    ) -> UInt8[np.ndarray, "n t h w 3"]:
+        """One video for each prompt and seed. A pair gives the same video, whatever other pairs there are.
+
+        Args:
+            prompts, seeds: one of each a video.
+            low_res: latents of the low-resolution videos, where the model upscales them.
+        """
         text_tokens, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
         empty = jax.tree.map(lambda array: array[0], self.captions.encode([""]))
         # One shape, so that one program is compiled, and a clip does not depend on how many there are.
@@ -42,7 +57,10 @@ class Generator:
             for first in range(0, len(prompts), size):
                 rows = np.minimum(np.arange(first, first + size), len(prompts) - 1)
                 some = jax.tree.map(lambda array, rows=rows: array[rows], text_tokens)
-                batch = self.model.sample(self.params, self.tokenizer, some, empty, seeds[rows], self.config)
+                small = None if low_res is None else low_res[rows]
+                batch = self.model.sample(
+                    self.params, self.tokenizer, some, empty, seeds[rows], self.config, low_res=small
+                )
                 clips.append(np.asarray(batch)[: len(prompts) - first])
                 progress.update(len(clips[-1]))
         return np.concatenate(clips)

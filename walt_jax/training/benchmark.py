@@ -176,7 +176,7 @@ def _denoiser(config: RunConfig) -> list[Part]:
     frozen = _frozen(model)
     batch = {"latents": latents, "text": text_tokens}
     if config.denoiser.upscale > 1:
-        batch = {"video": np.zeros((count, *config.clip_shape().nominal, 3), np.uint8), "text": text_tokens}
+        batch["low_res"] = rng.normal(size=(count, *model.low_res_shape)).astype(np.float32)
     dense = _Training(task, stage, frozen, batch)
     parts = [Part("denoiser_train_step", dense, dense.flops, count * tokens, 1.0, dense.optimizer_flops)]
     full = dataclasses.replace(config.denoiser, windows=((None, None, None),) * len(config.denoiser.windows))

@@ -35,6 +35,7 @@ def encoded_clips(
     clips: Iterable[dict[str, Any]],
     report: Callable[[int], Any],
     embed: Embed | None = None,
+    low_res: Encode | None = None,
     smallest: int = ENCODED_AT_ONCE,
 ) -> Iterator[Encoded]:
     """Encodes clips in the order of their numbers.
@@ -44,6 +45,7 @@ def encoded_clips(
         clips: {"number", "video", "text": the caption} each, of any sizes; those of one size are encoded together.
         report: called with the number of clips after each batch.
         embed: captions to embeddings of their tokens, where these are stored as well.
+        low_res: uint8 video to the latents of the same clips at low resolution, where these are stored as well.
         smallest: the last batch of a size is padded to a power of two of at least this, so that few programs are
             compiled.
     """
@@ -55,8 +57,9 @@ def encoded_clips(
         video = np.stack([clip["video"] for clip in alike + alike[-1:] * (padded - len(alike))])
         captions = [clip["text"] for clip in alike]
         embeddings = [None] * len(alike) if embed is None else embed(captions)
-        for clip, latents, caption, each in zip(alike, np.asarray(encode(video)), captions, embeddings, strict=False):
-            done[clip["number"]] = Encoded(latents, caption, each)
+        small = [None] * len(alike) if low_res is None else low_res(video)
+        for clip, *parts in zip(alike, np.asarray(encode(video)), captions, embeddings, small, strict=False):
+            done[clip["number"]] = Encoded(*parts)
         report(len(alike))
 
     for clip in clips:
@@ -78,7 +81,9 @@ def dense_batches(
     seed: int,
     share: Share = Share(),  # noqa: B008 (it is frozen)
 ) -> grain.IterDataset:
-    """Endless batches of clips of one size each: {"latents": [b, t, h, w, c], "text": [b, m]}, each clip once an epoch.
+    """Endless batches of clips of one size each, with each clip once an epoch.
+
+    A batch is {"latents": [b, t, h, w, c], "text": [b, m]}; with "low_res" where the clips have low-resolution latents.
 
     Args:
         clips: see `LatentClips`.
@@ -127,7 +132,8 @@ class _Latents:
         clip = self.clips[index]
         dropped = np.random.default_rng([self.seed, number]).random() < self.caption_dropout
         text = self.read_caption(clip, bool(dropped))
-        return {"number": number, "shape": int(self.owners[index]), "latents": clip.latents, "text": text}
+        small = {} if clip.low_res is None else {"low_res": clip.low_res}
+        return {"number": number, "shape": int(self.owners[index]), "latents": clip.latents, "text": text, **small}
 
 
 def _size(size: Size) -> str:

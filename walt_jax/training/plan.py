@@ -140,10 +140,11 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
 
 
 def _encoding(config: RunConfig, clip: tuple[int, int, int]) -> int:
-    """Operations of encoding one clip."""
+    """Operations of encoding one clip; for super-resolution also at low resolution, with a tokenizer of equal shape."""
     codec, frozen = Codec(Tokenizer(config.tokenizer)), _tokenizer_shapes(config)
-    video = jax.ShapeDtypeStruct((1, *clip, 3), jnp.uint8)
-    return flops(lambda frozen, video: codec.encode(frozen, video)[0], frozen, video)
+    scales = {1, config.denoiser.upscale}
+    videos = [jax.ShapeDtypeStruct((1, clip[0], clip[1] // s, clip[2] // s, 3), jnp.uint8) for s in scales]
+    return sum(flops(lambda frozen, video: codec.encode(frozen, video)[0], frozen, video) for video in videos)
 
 
 def _tokenizer_shapes(config: RunConfig) -> TrainedTokenizer:
@@ -184,6 +185,9 @@ def _gradients(
         batch["text"] = jax.eval_shape(lambda: task.model.text_tokens(batch_size, config.text_length))
         batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
         frozen = _tokenizer_shapes(config)
+        if (scale := config.denoiser.upscale) > 1:
+            t, h, w, c = shape
+            batch["low_res"] = jax.ShapeDtypeStruct((batch_size, t, h // scale, w // scale, c), jnp.float32)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return flops(task.gradients, params, moving, frozen, batch, jax.eval_shape(jax.random.key, 0), step)
 

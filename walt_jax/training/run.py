@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -21,6 +22,7 @@ from walt_jax.denoiser import published_weights
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.generation.low_res import LowRes
 from walt_jax.generation.sample import Generator
 from walt_jax.parallel.memory import memory_bytes, tree_bytes
 from walt_jax.tokenizer.inflation import inflate
@@ -46,7 +48,8 @@ from walt_jax.workdir import CONFIG, read_config, write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
 BLOCK_CLIPS = 128  # more change the principal components little, and take their time
-TOKENIZER = "tokenizer"  # in the workdir, where the tokenizer is another run's: a copy of what it needs
+# Folders of the workdir: copies of what is needed of other runs' tokenizers.
+TOKENIZER, LOW_RES = "tokenizer", "low_res"
 
 
 class Run:
@@ -66,7 +69,7 @@ class Run:
         self.config, self.workdir = config, workdir
         self.codec = make_codec(config)
         self.text = RunText(config, workdir)
-        self.data = RunData(config, workdir, self.codec, self.text)
+        self.data = RunData(config, workdir, self.codec, self.text, self.low_res)
 
     def check(self) -> None:
         """Opens all that will be read.
@@ -79,6 +82,7 @@ class Run:
         self.text.check()
         if self.config.tokenizer_from and not self.config.takes_autoencoder:
             self._other_run()
+        self.low_res()
         if self.config.init_from:
             self._published()
         for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
@@ -118,6 +122,8 @@ class Run:
         ]
         if config.tokenizer_from:
             lines.append(f"tokenizer of {config.tokenizer_from}")
+        if config.low_res_from:
+            lines.append(f"low-resolution latents of the tokenizer of {config.low_res_from}")
         for name in config.trained_stages:
             stage = config.stages[name]
             params, _ = jax.eval_shape(self._task(name).init, jax.random.key(0))
@@ -143,6 +149,8 @@ class Run:
         if self.config.init_from:
             initial["denoiser"] = self._published()
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
+        if self.config.low_res_from:
+            self._keep_tokenizer(self._base_run(), self.workdir / LOW_RES)
         for name in self.config.trained_stages:
             index, stage = names.index(name), self.config.stages[name]
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
@@ -184,8 +192,6 @@ class Run:
         """
         if self.config.denoiser is None:
             raise UserError("This config trains only a tokenizer, which can't sample; use --mode=reconstruct.")
-        if self.config.denoiser.upscale > 1:
-            raise UserError("This config upscales latents; it can be sampled from only as a stage of a cascade.")
         stage = None
         if only_published(self.config, self.workdir):
             params = self._published()
@@ -198,6 +204,7 @@ class Run:
             self.tokenizer(),
             self.text.frozen() or self.text.captions(),
             self.config.sampling,
+            self.low_res(),
         )
 
     def _published(self) -> dict[str, Any]:
@@ -337,20 +344,68 @@ class Run:
         return Run(dataclasses.replace(config, normalise_latents=self.config.normalise_latents), workdir)
 
     def _taken_tokenizer(self) -> TrainedTokenizer:
-        """The other run's tokenizer; the workdir gets a copy, so that it is whole by itself."""
+        """The other run's tokenizer; the workdir gets a copy, so that it is complete without that run."""
         if self.config.takes_autoencoder:
             _, params = read_autoencoder(self.config.tokenizer_from)
             channels = self.config.tokenizer.latent_channels
             return TrainedTokenizer({"params": params}, jnp.zeros(channels), jnp.ones(channels))
-        other, copy = self._other_run(), self.workdir / TOKENIZER
-        stage, trained = other.trained_tokenizer()
+        other = self._other_run()
+        self._keep_tokenizer(other, self.workdir / TOKENIZER)
+        return other.trained_tokenizer()[1]
+
+    def low_res(self) -> LowRes | None:
+        """The tokenizer of the base run, where this run's denoiser upscales.
+
+        Raises:
+            UserError: if the base run has none yet, or its latents have another shape than the denoiser reads.
+        """
+        if not self.config.low_res_from:
+            return None
+        base, scale = self._base_run(), self.config.denoiser.upscale
+        for name in self.config.denoiser_stages:
+            for shape in (*self.config.clip_shapes(name), self.config.nominal(name)):
+                for height, width in shape.sizes():
+                    self._check_low_res(base, (shape.frames, height, width), scale)
+        return LowRes(base.codec, base.tokenizer(), scale)
+
+    def _check_low_res(self, base: "Run", clip: tuple[int, int, int], scale: int) -> None:
+        t, h, w, c = self.config.tokenizer.latent_shape(*clip)
+        wanted, small = (t, h // scale, w // scale, c), (clip[0], clip[1] // scale, clip[2] // scale)
+        try:
+            found = base.config.tokenizer.latent_shape(*small)
+        except ValueError as error:
+            found = str(error)
+        if found != wanted:
+            raise UserError(
+                f"config.low_res_from: the tokenizer of {base.workdir} makes latents of {found} of {small} pixels; the "
+                f"denoiser reads {wanted}: name a run whose tokenizer has the strides and latent_channels of this one."
+            )
+
+    def _base_run(self) -> "Run":
+        """The base run of super-resolution, or the workdir's copy of what its tokenizer needs.
+
+        Raises:
+            UserError: if there is none.
+        """
+        copy = self.workdir / LOW_RES
+        workdir = copy if copy.exists() else pathlib.Path(self.config.low_res_from)
+        knobs = read_config(workdir)
+        if knobs is None:
+            raise UserError(f"config.low_res_from: {workdir} holds no run; name the --workdir of the base run.")
+        base = Run(build(RunConfig, knobs, f"{workdir / CONFIG}: config"), workdir)
+        takes_another = base.config.tokenizer_from and not base.config.takes_autoencoder
+        return base._other_run() if takes_another else base
+
+    def _keep_tokenizer(self, other: "Run", copy: pathlib.Path) -> None:
+        """Copies another run's tokenizer into the workdir: its average and statistics, no optimizer state."""
         if other.workdir == copy or not self.workdir.exists():
-            return trained
-        temporary = copy.with_name(f"{TOKENIZER}.tmp")
+            return
+        temporary = copy.with_name(f"{copy.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        # Only the average and the statistics, not the optimizer's state.
-        source = other.workdir / "checkpoints" / stage
-        shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
-        shutil.copyfile(other.workdir / CONFIG, temporary / CONFIG)
+        temporary.mkdir()
+        if not other.config.takes_autoencoder:
+            stage, _ = other.trained_tokenizer()
+            source = other.workdir / "checkpoints" / stage
+            shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
+        write_atomically(temporary / CONFIG, json.dumps(dataclasses.asdict(other.config), indent=1) + "\n")
         temporary.rename(copy)
-        return trained

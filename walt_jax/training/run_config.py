@@ -64,6 +64,8 @@ class RunConfig:
     `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
     `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents` says whether the denoiser
     gets each channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer outputs them.
+    `low_res_from` is for super-resolution, where `denoiser.upscale` is above 1: the workdir of the base run, whose
+    tokenizer makes the low-resolution latents that the denoiser is conditioned on.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -76,6 +78,7 @@ class RunConfig:
     tokenizer_from: str = ""
     init_from: str = ""
     tubelets: Tubelets = "central"
+    low_res_from: str = ""
     normalise_latents: bool = True
     text: TextConfig | None = None
     denoiser: DenoiserConfig | None = None
@@ -169,8 +172,11 @@ class RunConfig:
         scale = denoiser.upscale
         if conditioning.low_res_noise and scale == 1:
             raise ValueError("conditioning.low_res_noise is for what upscales: set denoiser.upscale, or leave it out")
-        if scale > 1 and (self.data.height % (scale * self.tokenizer.strides[1]) or shape[2] % scale):
-            raise ValueError(f"denoiser.upscale={scale} does not divide latents of {shape[:3]}")
+        if (scale > 1) != bool(self.low_res_from):
+            raise ValueError(
+                f"denoiser.upscale is {scale} and low_res_from {self.low_res_from!r}; super-resolution needs both, and "
+                "other runs neither: set low_res_from to the workdir of the base run, or upscale to 1"
+            )
         for name, stage in self.stages.items():
             if stage.task == "denoiser":
                 self._check_denoiser_stage(name, stage)
@@ -181,8 +187,6 @@ class RunConfig:
             raise ValueError(
                 f"stages.{name}.windows should be as many as denoiser.windows, and of one frame where those are"
             )
-        if self.denoiser.upscale > 1 and not stage.encodes:
-            raise ValueError(f"stages.{name}: upscaling reads the clips; set cached_clips=0 and no latents")
         self._check_equal_clips(name, "", self.nominal(name))
         if stage.pack is None:
             if name == self.denoiser_stages[-1] and self.clip_shape().nominal not in [
@@ -199,6 +203,7 @@ class RunConfig:
         equal_clips_only = {
             "diffusion.adaptive": self.diffusion.adaptive,
             "diffusion.multiscale": self.diffusion.multiscale,
+            "denoiser.upscale": self.denoiser.upscale > 1,
             "denoiser.output_conv": self.denoiser.output_conv,
             "denoiser.observed_as='cross'": self.denoiser.observed_as == "cross",
         }
@@ -217,6 +222,11 @@ class RunConfig:
         """Checks that batches of equal clips of a shape suit the windows of a stage, and the loss."""
         denoiser, halvings = self.denoiser_of(name), self.diffusion.multiscale
         for latents in self.latent_shapes(shape):
+            if any(axis % denoiser.upscale for axis in latents[1:3]):
+                raise ValueError(
+                    f"denoiser.upscale={denoiser.upscale} does not divide {latents[1]} × {latents[2]} latents, in "
+                    f"stages.{name}{kind}"
+                )
             if any(axis % 2**halvings for axis in latents[1:3]):
                 raise ValueError(
                     f"diffusion.multiscale={halvings} halves {latents[1]} × {latents[2]} latents more often than they "
@@ -287,9 +297,10 @@ class RunConfig:
         return math.prod(latents if self.denoiser is None else self.denoiser.grid(latents))
 
     def latents_bytes(self, stage: str) -> float:
-        """Of a clip's latents on disk, in float32: the mean over a stage's shapes."""
+        """Of a clip's latents on disk, in float32, those at low resolution included: the mean over a stage's shapes."""
         shapes = self.clip_shapes(stage)
-        sizes = [4 * statistics.mean(map(math.prod, self.latent_shapes(shape))) for shape in shapes]
+        both = 4 + (4 / self.denoiser.upscale**2 if self.low_res_from else 0)
+        sizes = [both * statistics.mean(map(math.prod, self.latent_shapes(shape))) for shape in shapes]
         weights = [shape.weight for shape in shapes]
         return sum(size * weight for size, weight in zip(sizes, weights, strict=True)) / sum(weights)
 

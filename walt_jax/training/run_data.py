@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grain
@@ -22,6 +22,7 @@ from walt_jax.data.pipeline import Clips, Data, Source
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.low_res import LowRes
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
@@ -37,10 +38,18 @@ class RunData:
         workdir: where encoded clips are kept.
         codec: encodes them.
         text: reads their captions.
+        low_res: reads the base stage's tokenizer, where the denoiser upscales; None where it doesn't.
     """
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path, codec: Codec, text: RunText):
-        self._config, self._workdir, self._codec, self._text = config, workdir, codec, text
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        codec: Codec,
+        text: RunText,
+        low_res: Callable[[], LowRes | None],
+    ):
+        self._config, self._workdir, self._codec, self._text, self._low_res = config, workdir, codec, text, low_res
         self.files = Data(config.data)
 
     def check(self) -> None:
@@ -91,10 +100,14 @@ class RunData:
     def batches(self, name: str) -> grain.IterDataset:
         """A stage's batches of clips, of one shape each."""
         batches = Batches(self.clips(name), self._config.batch_sizes(name))
-        text = self._text.frozen() if self._config.stages[name].task == "denoiser" else None
-        if text is None:
+        if self._config.stages[name].task == "tokenizer":
             return batches
-        return batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
+        text, low_res = self._text.frozen(), self._low_res()
+        if text is not None:
+            batches = batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
+        if low_res is not None:
+            batches = batches.map(lambda batch: {**batch, "low_res": low_res.encode(batch["video"])})
+        return batches
 
     def clips(self, name: str) -> Clips:
         """A stage's clips, in its shapes."""
@@ -135,11 +148,16 @@ class RunData:
             identity["text"] = text
             read = functools.cache(self._text.frozen)  # it is large, and need not be read where all is done
             embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
+        small = self._low_res()
+        if small is not None:
+            identity["low_res"] = digest(small.tokenizer)
+        low_res = None if small is None else small.encode
         with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress:
 
             def encoded(numbers: range) -> Iterable[Encoded]:
                 progress.update(numbers.start - progress.n)  # done before, or not usable
-                return encoded_clips(self._encode(tokenizer), numbered(clips, numbers), progress.update, embed)
+                some = numbered(clips, numbers)
+                return encoded_clips(self._encode(tokenizer), some, progress.update, embed, low_res)
 
             return write_latents(out, identity, count, encoded, empty)
 
@@ -156,7 +174,14 @@ class RunData:
         path = stage.latents or latents_path(self._workdir, name)
         if stage.caches:
             self.encode(path, name, stage.cached_clips or 0, tokenizer)
-        clips = LatentClips(path, config.data.cache_bytes, digest(tokenizer), self._text.digest())
+        low_res = self._low_res()
+        clips = LatentClips(
+            path,
+            config.data.cache_bytes,
+            digest(tokenizer),
+            self._text.digest(),
+            None if low_res is None else digest(low_res.tokenizer),
+        )
         read_caption = self._text.reader(clips.empty)
         if stage.pack is None:
             return dense_batches(clips, read_caption, config.data.caption_dropout, self._sizes(name), self._seed(name))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from einops import reduce
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from walt_jax.config import Fraction, Positive, Range
 from walt_jax.denoiser.layout import Layout, from_tokens
@@ -67,8 +67,9 @@ class ConditioningConfig:
 class DenoiserTask:
     """W.A.L.T on the frozen tokenizer's latents.
 
-    A batch has clips to be encoded, `video`; or latents, `latents`; or packs, `tokens` and `pack`. Beside it the
-    clips' captions or labels, `text`, a row each, ids or `text.frozen.Embedded`: `[b, m]`, of packs `[b, s, m]`.
+    A batch has one of: clips to encode, `video`; latents, `latents`; packs, `tokens` and `pack`. It also has the clips'
+    captions or labels, `text`, one row each, as ids or `text.frozen.Embedded`: `[b, m]`, of packs `[b, s, m]`. For
+    super-resolution it has `low_res`, the low-resolution latents of each clip, normalised.
 
     Attributes:
         model: see `LatentDiffusion`.
@@ -110,7 +111,7 @@ class DenoiserTask:
             given = {"observed": tokens, "mask": mask}
             counted = counted * (1 - model.per_value(mask))
         if model.denoiser.config.upscale > 1:
-            given["low_res"], given["low_res_time"] = self._low_res(frozen, batch["video"], key_low_res)
+            given["low_res"], given["low_res_time"] = self._noised(batch["low_res"], key_low_res)
 
         def loss(params):
             denoise = model.denoise(params, model.condition(params, text_tokens, **given), layout)
@@ -170,15 +171,11 @@ class DenoiserTask:
         positions = tokens.shape[-1] // self.model.latent_shape[3]
         return jnp.broadcast_to(mask.astype(jnp.float32), (*tokens.shape[:2], positions))
 
-    def _low_res(
-        self, frozen: TrainedTokenizer, video: UInt8[Array, "b t h w 3"], key: PRNGKeyArray
+    def _noised(
+        self, low_res: Float[Array, "b t2 h2 w2 c"], key: PRNGKeyArray
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Float[Array, "b 1"]]:
-        """The clip at low resolution, encoded and noised, and how much noise that was."""
-        scale = self.model.denoiser.config.upscale
-        batch, frames, height, width, _ = video.shape
-        small = video.astype(jnp.float32).reshape(batch, frames, height // scale, scale, width // scale, scale, 3)
-        latents, _ = self.model.codec.encode(frozen, jnp.round(small.mean(axis=(3, 5))).astype(jnp.uint8))
+        """Low-resolution latents with noise of a random time for each clip, and these times (noise augmentation)."""
         key_time, key_noise = jax.random.split(key)
-        time = jax.random.uniform(key_time, (batch, 1), maxval=self.conditioning.low_res_noise)
+        time = jax.random.uniform(key_time, (len(low_res), 1), maxval=self.conditioning.low_res_noise)
         alpha, sigma = (level[..., None, None, None] for level in self.model.diffusion.schedule(time))
-        return alpha * latents + sigma * jax.random.normal(key_noise, latents.shape), time
+        return alpha * low_res + sigma * jax.random.normal(key_noise, low_res.shape), time
