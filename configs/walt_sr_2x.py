@@ -4,9 +4,11 @@
 
 The low-resolution clip is encoded by the tokenizer of the base run, `config.low_res_from`. Its latents, with noise of a
 level that the model is conditioned on, are upscaled by a convolution and concatenated with the noisy latents along
-channels. Both latents of each clip are encoded once, before the denoiser's first step. 675,000 steps of 512 clips
-(table 8). The paper does not state how the two are joined and how much noise there is (up to t = 0.3 here). Not run
-here.
+channels. 675,000 steps of 512 clips (table 8). The paper does not state how the two are joined and how much noise there
+is (up to t = 0.3 here). Not run here.
+
+Each clip is encoded once, before the denoiser's first step, at both resolutions: 358 GB of latents per million clips,
+and 4 kB a text token for the captions' embeddings, at most 262 GB per million (`walt_l.py` says more).
 """
 
 from ml_collections import ConfigDict

@@ -192,7 +192,9 @@ def test_the_config_is_printed_and_kept_whole(planned, counts):
     assert printed["stages.denoiser.windows"] == "None"
 
 
-@pytest.mark.parametrize("name", ["walt_l", "walt_xl", "walt_l_imagenet", "walt_l_k600", "walt_l_t2v", "walt_3b"])
+@pytest.mark.parametrize(
+    "name", ["walt_l", "walt_xl", "walt_l_imagenet", "walt_l_k600", "walt_l_t2v", "walt_3b", "walt_sr_2x", "walt_sr_4x"]
+)
 def test_large_configs_encode_clips_once_and_their_heads_say_what_that_takes(name):
     config, head = config_of(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     for stage in config.denoiser_stages:
