@@ -84,7 +84,9 @@ def compiled(config: RunConfig, batch: dict, mesh: Mesh) -> dict:
     everywhere, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     boxed, moving = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
-    state = jax.eval_shape(lambda params: TrainState.create(params, moving, task, optimizer), unboxed(boxed))
+    state = jax.eval_shape(
+        lambda params: TrainState.create(params, moving, task, optimizer, stage.ema_decay), unboxed(boxed)
+    )
 
     def placed(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -109,7 +109,7 @@ def train_step(config: RunConfig) -> tuple[Callable[[], Any], int, int]:
     shape = config.tokenizer.latent_shape(*config.clip_shape().nominal)
     latents = rng.normal(size=(stage.batch_size, *shape)).astype(np.float32)
     batch = {"latents": latents, "text": np.ones((stage.batch_size, config.text_length), np.int32)}
-    state = [jax.jit(lambda params: TrainState.create(params, moving, task, optimizer))(params)]
+    state = [jax.jit(lambda params: TrainState.create(params, moving, task, optimizer, stage.ema_decay))(params)]
     update = make_train_step(task, optimizer, stage.ema_decay)
     size = sum(leaf.size for leaf in jax.tree.leaves(params["denoiser"]))
     cost = flops(task.gradients, params, moving, None, batch, key, np.int32(0))

@@ -27,7 +27,7 @@ def test_one_real_clip_is_learned_to_35_db():
     key = jax.random.key(0)
     recipe = OptimizerConfig("muon", 2e-3, 0.02, warmup_steps=50, final_fraction=0.02)
     optimizer = make_optimizer(recipe, STEPS, jax.eval_shape(task.init, key)[0])
-    state = TrainState.create(*map(unboxed, task.init(key)), task, optimizer)
+    state = TrainState.create(*map(unboxed, task.init(key)), task, optimizer, 0.98)
     step = make_train_step(task, optimizer, 0.98)
     reached = []
     for _ in range(STEPS):

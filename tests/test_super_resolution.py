@@ -48,7 +48,7 @@ def get_config():
     config.denoiser.update(cross_attention=False, classes=72, upscale=2, layers=1, windows=((1, None, None),))
     config.conditioning = ConfigDict({"low_res_noise": 0.3})
     config.stages.tokenizer.update(steps=2)
-    config.stages.denoiser.update(steps=3, batch_size=2, cached_clips=CLIPS)
+    config.stages.denoiser.update(steps=3, batch_size=2, cached_clips=CLIPS, ema_decay=0.0)
     config.sampling.update(batch_size=2)
     config.evaluation.update(clips=2, prompts=2)
     return config

@@ -42,8 +42,25 @@ def test_the_newest_comes_back_and_one_before_is_kept(saved):
     checkpoints = Checkpoints(saved, writer=False)
     restored, position, outcome = checkpoints.restore(state(0))
     assert equal(restored, state(3)) and (position, outcome) == (POSITION, OUTCOME)
-    assert equal(checkpoints.restore_ema(state(0).ema)[0], state(3).ema)
+    assert equal(checkpoints.restore_part("ema", state(0).ema)[0], state(3).ema)
     assert {path.name for path in saved.iterdir() if path.is_dir()} == {"2", "3"}
+
+
+def test_without_an_average_the_weights_are_kept_once(tmp_path):
+    like, plain = state(0).replace(ema=None), state(5).replace(ema=None)
+    checkpoints = Checkpoints(tmp_path, writer=True)
+    checkpoints.save(plain, POSITION, OUTCOME)
+    checkpoints.wait()
+    assert {path.name for path in (tmp_path / "5").iterdir() if path.is_dir()} == {
+        "weights",
+        "state",
+        "data",
+        "outcome",
+    }
+    assert equal(checkpoints.restore(like)[0], plain)
+    weights, outcome = checkpoints.restore_part("weights", {"params": like.params, "moving": like.moving})
+    checkpoints.close()
+    assert equal(weights, {"params": plain.params, "moving": {}}) and outcome == OUTCOME
 
 
 def test_another_shape_is_told(saved):
@@ -72,7 +89,7 @@ def test_readers_change_nothing(saved, tmp_path):
     before = contents(copy)
     checkpoints = Checkpoints(copy, writer=False)
     assert checkpoints.steps() == [2, 3]
-    assert equal(checkpoints.restore_ema(state(0).ema)[0], state(3).ema)
+    assert equal(checkpoints.restore_part("ema", state(0).ema)[0], state(3).ema)
     checkpoints.close()
     assert contents(copy) == before
     nowhere = Checkpoints(tmp_path / "nowhere", writer=False)

@@ -27,7 +27,7 @@ def learn(dtype: str) -> tuple[TrainState, list[dict[str, float]]]:
     task, key = TokenizerTask(Tokenizer(config), losses), jax.random.key(0)
     recipe = OptimizerConfig("adamw", 2e-3, warmup_steps=5, b1=0.0, b2=0.99)
     optimizer = make_optimizer(recipe, STEPS, jax.eval_shape(task.init, key)[0])
-    state = TrainState.create(*map(unboxed, task.init(key)), task, optimizer)
+    state = TrainState.create(*map(unboxed, task.init(key)), task, optimizer, 0.9)
     step = make_train_step(task, optimizer, 0.9)
     rng, rows = np.random.default_rng(0), []
     for _ in range(STEPS):

@@ -42,7 +42,7 @@ FROZEN = jnp.float32(0.5)
 
 def fresh():
     params = {"w": jnp.array([1.0, -1, 2]), "b": jnp.array(0.3)}
-    return TrainState.create(params, {"seen": jnp.zeros(())}, TASK, OPTIMIZER)
+    return TrainState.create(params, {"seen": jnp.zeros(())}, TASK, OPTIMIZER, DECAY)
 
 
 def run(steps, key, state=None):
@@ -109,3 +109,17 @@ def test_the_state_is_donated_and_the_rest_is_not():
     new, _ = STEP(state, frozen, batch, key)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, frozen, batch, key)))
+
+
+def test_without_a_decay_no_average_is_kept_and_the_parameters_are_served():
+    step = make_train_step(TASK, OPTIMIZER, 0.0)
+    params = {"w": jnp.array([1.0, -1, 2]), "b": jnp.array(0.3)}
+    state, other = TrainState.create(params, {"seen": jnp.zeros(())}, TASK, OPTIMIZER, 0.0), fresh()
+    for _ in range(3):
+        state, _ = step(state, FROZEN, BATCH, jax.random.key(7))
+        other, _ = STEP(other, FROZEN, BATCH, jax.random.key(7))
+    assert state.ema is None
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(other)) - 3
+    for name, leaf in state.served(TASK).items():
+        np.testing.assert_array_equal(leaf, {**other.params, **other.moving}[name])
+    assert other.served(TASK) is other.ema

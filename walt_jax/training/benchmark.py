@@ -141,7 +141,7 @@ class _Training:
         optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, self.key)[0])
         # Copied: what is donated must be this part's own.
         params, moving = jax.tree.map(jnp.copy, unboxed(jax.jit(task.init)(self.key)))
-        self.state = TrainState.create(params, moving, task, optimizer)
+        self.state = TrainState.create(params, moving, task, optimizer, stage.ema_decay)
         self.step = make_train_step(task, optimizer, stage.ema_decay)
         self.flops = flops(task.gradients, params, moving, frozen, batch, self.key, self.state.step)
         self.optimizer_flops = flops(optimizer.update, params, self.state.opt_state, params)

@@ -59,17 +59,10 @@ class Checkpoints:
             self._manager.reload()
         # A copy: the next step donates the state's buffers, and Orbax may still be writing from them.
         state = jax.tree.map(jnp.copy, state)
+        items = {name: ocp.args.StandardSave(part) for name, part in _parts(state).items()}
+        items |= {"data": ocp.args.JsonSave(position), "outcome": ocp.args.JsonSave(outcome)}
         with self._writing():
-            self._manager.save(
-                int(state.step),
-                args=ocp.args.Composite(
-                    # Apart from the rest, so that sampling reads a quarter of the bytes.
-                    ema=ocp.args.StandardSave(state.ema),
-                    state=ocp.args.StandardSave(state.replace(ema=None)),
-                    data=ocp.args.JsonSave(position),
-                    outcome=ocp.args.JsonSave(outcome),
-                ),
-            )
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -102,22 +95,24 @@ class Checkpoints:
         Raises:
             UserError: if there is none, or none fits.
         """
-        restored = self._restore(
-            ema=ocp.args.StandardRestore(on_this_device(like.ema)),
-            state=ocp.args.StandardRestore(on_this_device(like.replace(ema=None))),
-            data=ocp.args.JsonRestore(),
-            outcome=ocp.args.JsonRestore(),
-        )
-        return restored["state"].replace(ema=restored["ema"]), restored["data"], restored["outcome"]
+        items = {name: ocp.args.StandardRestore(on_this_device(part)) for name, part in _parts(like).items()}
+        restored = self._restore(**items, data=ocp.args.JsonRestore(), outcome=ocp.args.JsonRestore())
+        state = restored["state"].replace(**restored["weights"], ema=restored.get("ema"))
+        return state, restored["data"], restored["outcome"]
 
-    def restore_ema(self, like: Any) -> tuple[Any, dict]:
-        """The newest (average of what the task serves, outcome) that can be read.
+    def restore_part(self, name: str, like: Any) -> tuple[Any, dict]:
+        """The newest (part of the state, outcome) that can be read.
+
+        Args:
+            name: "ema", the average of what the task serves; or "weights", {"params", "moving"}.
+            like: the part, or its shapes and types.
 
         Raises:
             UserError: as `restore`.
         """
-        restored = self._restore(ema=ocp.args.StandardRestore(on_this_device(like)), outcome=ocp.args.JsonRestore())
-        return restored["ema"], restored["outcome"]
+        items = {name: ocp.args.StandardRestore(on_this_device(like))}
+        restored = self._restore(**items, outcome=ocp.args.JsonRestore())
+        return restored[name], restored["outcome"]
 
     def _restore(self, **items: Any) -> Any:
         damaged: dict[int, str] = {}
@@ -149,6 +144,15 @@ class Checkpoints:
         if self._manager is not None:
             self.wait()
             self._manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The state in parts, so that sampling reads the average alone, or the weights where there is no average."""
+    parts = {
+        "weights": {"params": state.params, "moving": state.moving},
+        "state": state.replace(params=None, moving=None, ema=None),
+    }
+    return parts if state.ema is None else {"ema": state.ema, **parts}
 
 
 def set_aside(path: pathlib.Path, why: str) -> pathlib.Path | None:

@@ -64,7 +64,7 @@ class StageConfig:
         windows: of a denoiser stage, instead of `denoiser.windows`. Where these or the largest clip differ from the
             stage before, tables of positions are interpolated, see `denoiser.resize`.
         pack: of a denoiser stage: clips of all shapes share sequences; `batch_size` then counts packs.
-        ema_decay: of the parameters' moving average.
+        ema_decay: of the parameters' moving average; 0 keeps none, and the parameters themselves are served.
         cached_clips: of a denoiser stage: how many clips are encoded into the workdir before its first step. None is
             each clip of the data once; with more than there are, windows and crops are drawn anew each epoch; 0
             encodes the clips of each batch in its step, every epoch again.
@@ -129,7 +129,7 @@ def run_stage(
     initial: Any = None,
     fit: Callable[[Any], Any] = lambda params: params,
     frozen: Any = None,
-    finish: Callable[[TrainState], dict] = lambda state: {},
+    finish: Callable[[Any], dict] = lambda served: {},
     later_stages: tuple[str, ...] = (),
 ) -> Trained:
     """Trains a stage to its end, from where it was stopped if it was.
@@ -144,7 +144,7 @@ def run_stage(
         initial: what an earlier stage of the task has served, to start from.
         fit: adapts fresh parameters to the data before the first step; not called where the stage has a checkpoint.
         frozen: passed to the loss.
-        finish: measures something (JSON) on the last state, to be kept in its checkpoint.
+        finish: measures something (JSON) on what the last state serves, to be kept in its checkpoint.
         later_stages: names of those that start from this one. Once this stage has saved a step of its own, what they
             left is set aside: renamed, for it will be made again from this stage's new end.
 
@@ -156,10 +156,12 @@ def run_stage(
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True)
     try:
-        state, position, outcome = _restored_or_fresh(checkpoints, task, optimizer, key_init, initial, fit)
+        state, position, outcome = _restored_or_fresh(
+            checkpoints, task, optimizer, stage.ema_decay, key_init, initial, fit
+        )
         start = int(state.step)
         if start >= stage.steps:
-            return Trained(state.ema, outcome)
+            return Trained(state.served(task), outcome)
         train_step = make_train_step(task, optimizer, stage.ema_decay)
         with (
             stop_signals() as stop,
@@ -179,7 +181,7 @@ def run_stage(
                 if last or stop.signal or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
-                    outcome = finish(state) if last else {}
+                    outcome = finish(state.served(task)) if last else {}
                     checkpoints.save(state, iterator.get_state(), outcome)
                     if later_stages:
                         checkpoints.wait()
@@ -189,7 +191,7 @@ def run_stage(
                     if stop.signal and not last:
                         checkpoints.wait()
                         raise Stopped(stop.signal, name, step)
-        return Trained(state.ema, outcome)
+        return Trained(state.served(task), outcome)
     finally:
         checkpoints.close()
 
@@ -222,6 +224,7 @@ def _restored_or_fresh(
     checkpoints: Checkpoints,
     task: Task,
     optimizer: optax.GradientTransformation,
+    ema_decay: float,
     key: jax.Array,
     initial: Any,
     fit: Callable[[Any], Any],
@@ -235,7 +238,7 @@ def _restored_or_fresh(
         return params, moving
 
     def state(params: Any, moving: Any) -> TrainState:
-        return TrainState.create(params, moving, task, optimizer)
+        return TrainState.create(params, moving, task, optimizer, ema_decay)
 
     if checkpoints.steps():
         return checkpoints.restore(jax.eval_shape(lambda: state(*fresh(None))))

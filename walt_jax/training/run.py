@@ -41,7 +41,6 @@ from walt_jax.training.run_config import (
 )
 from walt_jax.training.run_data import RunData
 from walt_jax.training.run_text import RunText
-from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
 from walt_jax.workdir import CONFIG, read_config, write_atomically
@@ -260,12 +259,19 @@ class Run:
                 continue
             checkpoints = Checkpoints(directory, writer=False)
             if checkpoints.steps():
-                task = self._task(name)
-                like = jax.eval_shape(lambda key, task=task: task.served(*unboxed(task.init(key))), jax.random.key(0))
-                trained = Trained(*checkpoints.restore_ema(like))
+                trained = self._served(name, checkpoints)
                 if task_name == "denoiser" or trained.outcome:
                     return name, trained
         raise UserError(f"{self.workdir} has no trained {task_name} yet; train first, with --mode=train.")
+
+    def _served(self, stage: str, checkpoints: Checkpoints) -> Trained:
+        """What the newest checkpoint of a stage serves: its average, or its parameters where none is kept."""
+        task = self._task(stage)
+        params, moving = jax.eval_shape(lambda key: tuple(map(unboxed, task.init(key))), jax.random.key(0))
+        if self.config.stages[stage].ema_decay:
+            return Trained(*checkpoints.restore_part("ema", jax.eval_shape(task.served, params, moving)))
+        weights, outcome = checkpoints.restore_part("weights", {"params": params, "moving": moving})
+        return Trained(task.served(**weights), outcome)
 
     def make_vocabulary(self) -> bytes | None:
         """What `text.keep` writes, see `RunText.make`; nothing where there is no denoiser to read it."""
@@ -273,10 +279,10 @@ class Run:
             return None
         return self.text.make(self.data.of_nominal_size().captions, self.data.unseen().captions)
 
-    def _statistics(self, state: TrainState) -> dict:
+    def _statistics(self, served: Any) -> dict:
         """The latents' mean and deviation, which normalise them for the denoiser."""
         channels = self.config.tokenizer.latent_channels
-        raw = TrainedTokenizer(state.ema, jnp.zeros(channels), jnp.ones(channels))
+        raw = TrainedTokenizer(served, jnp.zeros(channels), jnp.ones(channels))
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], self._some_batches(), STATISTICS_CLIPS)
 
     def _fit_blocks(self, stage: str, params: Any) -> Any:
@@ -406,6 +412,12 @@ class Run:
         if not other.config.takes_autoencoder:
             stage, _ = other.trained_tokenizer()
             source = other.workdir / "checkpoints" / stage
-            shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
+            shutil.copytree(source, temporary / "checkpoints" / stage, ignore=_not_served)
         write_atomically(temporary / CONFIG, json.dumps(dataclasses.asdict(other.config), indent=1) + "\n")
         temporary.rename(copy)
+
+
+def _not_served(folder: str, names: list[str]) -> list[str]:
+    """What of a checkpoint's folder the trained model does not need."""
+    unneeded = {"state", "weights"} if "ema" in names else {"state"}
+    return [name for name in names if name in unneeded or name.endswith(".tmp")]

@@ -22,7 +22,8 @@ class TrainState(flax.struct.PyTreeNode):
         step: steps done.
         params: as the optimizer left them.
         moving: what changes without a gradient: a codebook, averages of the discriminator's logits.
-        ema: the exponential moving average of what the task serves, which is what is sampled from and evaluated.
+        ema: the exponential moving average of what the task serves, which is what is sampled from and evaluated. None
+            where `ema_decay` is 0: the parameters themselves are served then, and no copy of them is kept.
         opt_state: the optimizer's.
     """
 
@@ -33,10 +34,16 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
 
     @classmethod
-    def create(cls, params: Any, moving: Any, task: Task, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(
+        cls, params: Any, moving: Any, task: Task, optimizer: optax.GradientTransformation, ema_decay: float
+    ) -> "TrainState":
         # A copy: the step donates its state, and a buffer can be donated once only.
-        ema = jax.tree.map(jnp.copy, task.served(params, moving))
+        ema = jax.tree.map(jnp.copy, task.served(params, moving)) if ema_decay else None
         return cls(jnp.zeros((), jnp.int32), params, moving, ema, optimizer.init(params))
+
+    def served(self, task: Task) -> Any:
+        """What the trained model needs: the average, or the current parameters where none is kept."""
+        return task.served(self.params, self.moving) if self.ema is None else self.ema
 
 
 def make_train_step(
@@ -46,7 +53,7 @@ def make_train_step(
 
     The step's randomness is `fold_in(key, step)`: a resumed run draws what an uninterrupted one would have. `metrics`
     has `gradient_norm`, `parameter_norm` (after the update) and what the task adds, `loss` among it. The state's
-    buffers are donated. `platform` is what it is compiled for, where that isn't what is here.
+    buffers are donated. `platform` is what the step is compiled for, where that isn't this machine's.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray):
@@ -54,10 +61,12 @@ def make_train_step(
         gradients, moving, metrics = task.gradients(state.params, state.moving, frozen, batch, key, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Early on the average follows closely, or it would remember the initialisation for as long as it lasts.
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        served = task.served(params, moving)
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, served)
+        ema = None
+        if ema_decay:
+            # Early on the average follows closely, or it would remember the initialisation for as long as it lasts.
+            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            served = task.served(params, moving)
+            ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, served)
         # The loss is that of the parameters before the update; the norm is of those that a checkpoint would keep.
         norms = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, moving, ema, opt_state), {**metrics, **norms}
