@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from walt_jax.layers import Initializer
+from walt_jax.layers import Initializer, on_cpu
 
 # What a layer remembers of the frames before a chunk: None at the start of a clip, then a tree of arrays (none for a
 # layer that looks at one frame alone). It goes in as an argument and comes out as a result; nothing else is kept.
@@ -44,7 +44,7 @@ def convolve(
             "folded" on CPU and "direct" elsewhere. Results are equal but for rounding.
     """
     if route == "auto":
-        route = "folded" if jax.default_backend() == "cpu" else "direct"
+        route = "folded" if on_cpu() else "direct"
     if route == "direct":
         padding = ((0, 0), *jax.lax.padtype_to_pads(x.shape[2:4], kernel.shape[1:3], strides[1:], "SAME"))
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
