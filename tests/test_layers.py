@@ -22,6 +22,11 @@ def layer(params, x):
     return y, gradients
 
 
+def trace():
+    """The program of `layer`, traced anew: JAX keeps what it has traced of a function."""
+    return str(jax.make_jaxpr(lambda params, x: layer(params, x))(PARAMS, X))
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -33,12 +38,12 @@ def test_a_linear_layer_is_a_product_over_the_last_axis():
 
 
 def test_cpus_have_flattened_tokens_and_barriers():
-    text = str(jax.make_jaxpr(layer)(PARAMS, X))
+    text = trace()
     assert "optimization_barrier" in text and "f32[24,6]" in text
 
 
 def test_other_devices_have_neither(elsewhere):
-    text = str(jax.make_jaxpr(layer)(PARAMS, X))
+    text = trace()
     assert "optimization_barrier" not in text and "f32[24,6]" not in text
 
 

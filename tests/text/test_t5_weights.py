@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from walt_jax.errors import UserError
 from walt_jax.text import t5_weights
-from walt_jax.text.frozen import FrozenText, filled_up
+from walt_jax.text.frozen import FrozenText, padded
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.text.vocabulary import Vocabulary, train
 
@@ -83,11 +83,32 @@ def test_captions_are_read_alike_however_many_are_read_at_once(folder):
             row = getattr(alone, field)[0]
             np.testing.assert_array_equal(row, getattr(many, field)[number])
             np.testing.assert_array_equal(row, getattr(many, field)[number + 9])
-            np.testing.assert_array_equal(row, getattr(filled_up(embeddings, 12), field))
+            np.testing.assert_array_equal(row, getattr(padded(embeddings, 12), field))
         there = ids[number] != 0
         np.testing.assert_array_equal(alone.mask[0], there)
         np.testing.assert_allclose(alone.embeddings[0][there], plain[number][there], atol=1e-5)
         assert not alone.embeddings[0][~there].any()
+
+
+def test_a_batch_is_read_at_once_and_lists_in_one_shape(folder):
+    shapes = []
+
+    class Encoder(T5Encoder):
+        def __call__(self, ids, mask):
+            jax.debug.callback(lambda ids: shapes.append(ids.shape), ids)
+            return super().__call__(ids, mask)
+
+    params = t5_weights.load(folder, CONFIG, VOCAB_SIZE)
+    vocabulary = Vocabulary.load(t5_weights.vocabulary_path(folder), 12)
+    text = FrozenText(Encoder(CONFIG, VOCAB_SIZE), params, vocabulary)
+    batch = text.read(vocabulary.encode(CAPTIONS * 7))
+    jax.effects_barrier()
+    assert shapes == [(21, 12)]
+    rows = text.encode(CAPTIONS * 7)
+    jax.effects_barrier()
+    assert set(shapes[1:]) == {(8, 12)}
+    np.testing.assert_allclose(batch.embeddings, rows.embeddings, atol=1e-5)
+    np.testing.assert_array_equal(batch.mask, rows.mask)
 
 
 @pytest.mark.parametrize(

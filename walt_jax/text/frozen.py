@@ -10,15 +10,15 @@ from jaxtyping import Array, Bool, Float, Int
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD, Vocabulary
 
-READ_AT_ONCE = 8  # one shape: what is read does not depend on what is read beside it
+CAPTIONS_AT_ONCE = 8  # of lists of any length: one shape, so that a caption's embeddings don't depend on the others'
 
 
 class Embedded(NamedTuple):
     """Captions as an encoder has read them.
 
     Attributes:
-        embeddings: of m tokens a caption, zeros where there is none.
-        mask: which there are.
+        embeddings: of the m tokens of a caption, zeros at padding.
+        mask: False at padding.
     """
 
     embeddings: Float[Array, "*b m e"]
@@ -45,23 +45,23 @@ class FrozenText:
         self._read = read
 
     def read(self, ids: Int[np.ndarray, "b m"]) -> Embedded:
-        """Embeds ids."""
-        parts = []
-        for first in range(0, len(ids), READ_AT_ONCE):
-            rows = np.minimum(np.arange(first, first + READ_AT_ONCE), len(ids) - 1)
-            parts.append(jax.device_get(self._read(self._params, ids[rows])))
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(ids)], *parts)
+        """Embeds the ids of a batch at once; a program is compiled for each batch size."""
+        return jax.device_get(self._read(self._params, ids))
 
     def encode(self, captions: Sequence[str]) -> Embedded:
-        """Embeds captions."""
-        return self.read(self._vocabulary.encode(captions))
+        """Embeds captions, any number of them."""
+        ids, parts = self._vocabulary.encode(captions), []
+        for first in range(0, len(ids), CAPTIONS_AT_ONCE):
+            rows = np.minimum(np.arange(first, first + CAPTIONS_AT_ONCE), len(ids) - 1)
+            parts.append(self.read(ids[rows]))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(ids)], *parts)
 
     def each(self, captions: Sequence[str]) -> list[Float[np.ndarray, "n e"]]:
-        """Embeds captions; of each the tokens that it has."""
+        """Embeds captions; the embeddings of each without padding."""
         return [embeddings[mask] for embeddings, mask in zip(*self.encode(captions), strict=True)]
 
 
-def filled_up(embeddings: Float[np.ndarray, "n e"], length: int) -> Embedded:
-    """One of `each`'s as a row of `encode`'s."""
+def padded(embeddings: Float[np.ndarray, "n e"], length: int) -> Embedded:
+    """What `each` returns for a caption, as a row of what `encode` returns."""
     count = len(embeddings)
     return Embedded(np.pad(embeddings, ((0, length - count), (0, 0))), np.arange(length) < count)

@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from walt_jax.errors import UserError
 from walt_jax.text import t5_weights, vocabulary
-from walt_jax.text.frozen import FrozenText, filled_up
+from walt_jax.text.frozen import FrozenText, padded
 from walt_jax.text.labels import Labels
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import Vocabulary
@@ -135,6 +135,6 @@ class RunText:
         """Of clips that were encoded beforehand; `empty` is the empty caption as a frozen encoder has read it."""
         text = self._config.pretrained_text
         if text is not None:
-            return lambda clip, dropped: filled_up(empty if dropped else clip.embeddings, text.length)
+            return lambda clip, dropped: padded(empty if dropped else clip.embeddings, text.length)
         captions = self.captions()
         return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]
