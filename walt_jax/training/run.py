@@ -37,7 +37,7 @@ from walt_jax.training.run_config import (
     only_published,
     read_autoencoder,
 )
-from walt_jax.training.run_data import RunData
+from walt_jax.training.run_data import RECORDED, RunData
 from walt_jax.training.run_text import RunText
 from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
@@ -148,6 +148,7 @@ class Run:
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self.data.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
+            extras["gone"] = self.data.gone
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
                 if not images:
@@ -350,7 +351,8 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         # Only the average and the statistics, not the optimizer's state.
         source = other.workdir / "checkpoints" / stage
-        shutil.copytree(source, temporary / "checkpoints" / stage, ignore=shutil.ignore_patterns("state", "*.tmp"))
+        left_out = shutil.ignore_patterns("state", RECORDED, "*.tmp")
+        shutil.copytree(source, temporary / "checkpoints" / stage, ignore=left_out)
         shutil.copyfile(other.workdir / CONFIG, temporary / CONFIG)
         temporary.rename(copy)
         return trained
