@@ -39,8 +39,9 @@ from walt_jax.training.run_config import (
     only_published,
     read_autoencoder,
 )
-from walt_jax.training.run_data import RunData
+from walt_jax.training.run_data import RECORDED, RunData
 from walt_jax.training.run_text import RunText
+from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
 from walt_jax.workdir import CONFIG, read_config, write_atomically
@@ -100,7 +101,7 @@ class Run:
             shapes = jax.eval_shape(task.init, jax.random.key(0))
             optimizer = make_optimizer(stage.optimizer, stage.steps, shapes[0])
             params, moving = map(unboxed, shapes)
-            create = functools.partial(TrainState.create, task=task, optimizer=optimizer)
+            create = functools.partial(TrainState.create, task=task, optimizer=optimizer, ema_decay=stage.ema_decay)
             needed = tree_bytes(jax.eval_shape(create, params, moving)) + tree_bytes(params)  # the gradients
             if memory is not None and needed > memory:
                 count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -155,6 +156,7 @@ class Run:
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self.data.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
+            extras["gone"] = self.data.gone
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
                 if not images:
@@ -419,5 +421,5 @@ class Run:
 
 def _not_served(folder: str, names: list[str]) -> list[str]:
     """What of a checkpoint's folder the trained model does not need."""
-    unneeded = {"state", "weights"} if "ema" in names else {"state"}
+    unneeded = {RECORDED, "state"} | ({"weights"} if "ema" in names else set())
     return [name for name in names if name in unneeded or name.endswith(".tmp")]
