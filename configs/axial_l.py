@@ -1,17 +1,16 @@
-"""Axial attention: along time, height and width in turn (VideoGPT, Yan et al. 2021), in W.A.L.T-L's place and size.
+"""Axial attention, along time, height and width one after the other, with W.A.L.T-L's block and size.
 
     python -m walt_jax.main --config=configs/axial_l.py --config.data.source=FOLDER --workdir=runs/axial
 
-Not run here.
+VideoGPT (Yan et al. 2021) attends along the three axes too, but adds them up in one layer. Not run here.
 """
-
-import pathlib
-import runpy
 
 from ml_collections import ConfigDict
 
+from walt_jax.config_file import parent
+
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
+    config = parent(__file__, "walt_l")
     config.denoiser.windows = ((None, 1, 1), (1, None, 1), (1, 1, None))
     return config

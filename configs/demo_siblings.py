@@ -6,42 +6,33 @@
 All read captions with the demo's small text encoder; widths are chosen for equal parameters.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
 
-FRAME, TIME, ALL = (1, None, None), (None, 1, 1), (None, None, None)
-DIT = {"adaln": "separate", "cross_keys": "text", "positions": "sincos", "relative": "none", "qk_norm": False}
-PLAIN = {**DIT, "attention_bias": "all", "self_conditioning": False}
+from walt_jax.config_file import parent
 
-# What each changes of the denoiser of `walt_trends.py`'s base, which is W.A.L.T.
+FRAME, TIME, ALL = (1, None, None), (None, 1, 1), (None, None, None)
+SIZES = {"heads": 2, "layers": 4, "patch_size": (1, 2, 2)}
+
 DENOISERS = {
-    "walt": {},
-    "joint": {**PLAIN, "windows": (ALL,), "dim": 116, "positions": "fractional", "relative": "rotary"},
-    "dit": {**PLAIN, "windows": (ALL,), "dim": 116},
-    "uvit": {
+    "walt": {"dim": 128, "windows": (FRAME, (None, 2, 2))},
+    "joint": {
+        "block": "dit",
+        "dim": 116,
         "windows": (ALL,),
-        "dim": 136,
-        "layers": 5,
-        "adaln": "none",
-        "condition_by": "tokens",
-        "cross_attention": False,
-        "cross_keys": "joint",
-        "relative": "none",
-        "qk_norm": False,
-        "attention_bias": "out",
-        "self_conditioning": False,
-        "skips": True,
+        "positions": "fractional",
+        "relative": "rotary",
+        "learned_sigma": False,
     },
-    "latte_1": {**PLAIN, "dim": 116, "windows": (FRAME, TIME)},
-    "latte_2": {**PLAIN, "dim": 116, "windows": (FRAME, FRAME, TIME, TIME)},
-    "latte_3": {**PLAIN, "dim": 104, "windows": (FRAME, TIME), "split": "attentions"},
-    "latte_4": {**PLAIN, "dim": 116, "windows": (FRAME, TIME), "split": "heads"},
-    "vdt": {**PLAIN, "dim": 104, "windows": (TIME, FRAME), "split": "attentions", "modulated": "last"},
-    "stdit": {**PLAIN, "dim": 116, "windows": (FRAME, TIME), "split": "attentions", "adaln": "single"},
-    "axial": {"windows": (TIME, (1, None, 1), (1, 1, None)), "layers": 6, "dim": 108},
-    "hierarchical": {"windows": (ALL, (None, 2, 2))},
+    "dit": {"block": "dit", "dim": 116, "windows": (ALL,), "learned_sigma": False},
+    "uvit": {"block": "uvit", "dim": 136, "layers": 5, "windows": (ALL,)},
+    "latte_1": {"block": "latte", "dim": 116, "windows": (FRAME, TIME), "learned_sigma": False},
+    "latte_2": {"block": "latte", "dim": 116, "windows": (FRAME, FRAME, TIME, TIME), "learned_sigma": False},
+    "latte_3": {"block": "latte", "dim": 104, "windows": (FRAME, TIME), "split": "attentions", "learned_sigma": False},
+    "latte_4": {"block": "latte", "dim": 116, "windows": (FRAME, TIME), "split": "heads", "learned_sigma": False},
+    "vdt": {"block": "vdt", "dim": 104, "learned_sigma": False},
+    "stdit": {"block": "stdit", "dim": 116, "learned_sigma": False},
+    "axial": {"dim": 108, "layers": 6, "windows": (TIME, (1, None, 1), (1, 1, None))},
+    "hierarchical": {"dim": 128, "windows": (ALL, (None, 2, 2))},
 }
 VARIANTS = tuple(DENOISERS)
 EQUAL_TIME = frozenset(VARIANTS) - {"walt"}
@@ -49,8 +40,10 @@ EQUAL_TIME = frozenset(VARIANTS) - {"walt"}
 
 def get_config(variant: str = "walt") -> ConfigDict:
     """`--config=configs/demo_siblings.py:VARIANT`, one of `VARIANTS`."""
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_trends.py")))["get_config"]()
-    config.denoiser.update(DENOISERS[variant])
-    if not config.denoiser.get("self_conditioning", True):
-        config.diffusion.self_conditioning = 0.0
+    config = parent(__file__, "walt_demo")
+    config.denoiser = {**SIZES, **DENOISERS[variant]}
+    config.diffusion.self_conditioning = 0.0 if "block" in DENOISERS[variant] else 0.9
+    config.normalise_latents = True
+    config.diffusion.schedule.zero_terminal_snr = True
+    config.stages.denoiser.update(steps=800, batch_size=16, checkpoint_every=400, cached_clips=4096)
     return config

@@ -6,13 +6,12 @@
 400,000 steps of 256 images, without guidance. See `dit_xl_2.py`. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("dit_xl_2.py")))["get_config"]()
+    config = parent(__file__, "dit_xl_2")
     config.denoiser.update(dim=1024, heads=16, layers=24)
     return config

@@ -1,17 +1,16 @@
-"""Windows from coarse to fine: whole clips by halves, quarters and eighths of a frame, in W.A.L.T-L's place and size.
+"""Windows from coarse to fine: whole clips by halves, quarters and eighths of a frame, with W.A.L.T-L's block and size.
 
     python -m walt_jax.main --config=configs/hierarchical_l.py --config.data.source=FOLDER --workdir=runs/hierarchical
 
 Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("walt_l.py")))["get_config"]()
+    config = parent(__file__, "walt_l")
     config.denoiser.windows = ((None, 8, 8), (None, 4, 4), (None, 2, 2))
     return config

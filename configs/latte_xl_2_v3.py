@@ -5,13 +5,12 @@
 See `latte_xl_2_v1.py`. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("latte_xl_2_v1.py")))["get_config"]()
+    config = parent(__file__, "latte_xl_2_v1")
     config.denoiser.split = "attentions"
     return config

@@ -6,15 +6,14 @@ Large images lose more of their tokens than small ones. `pack.drop.kind` is "con
 here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("dit_l_2.py")))["get_config"]()
-    config.denoiser.update(positions="fractional", qk_norm=True, learned_sigma=False)
+    config = parent(__file__, "dit_xl_2")
+    config.denoiser.update(dim=1024, heads=16, layers=24, positions="fractional", qk_norm=True, learned_sigma=False)
     config.diffusion.update(parameterization="v", schedule={"name": "linear"})
     sides = (64, 128, 192, 256, 320, 384)
     config.stages.denoiser.update(
@@ -23,5 +22,5 @@ def get_config() -> ConfigDict:
         batch_size=64,
         cached_clips=100_000,
     )
-    config.sampling = ConfigDict({"sampler": "ddim", "steps": 50, "guidance": {"scale": 1.5}, "batch_size": 16})
+    config.sampling = {"sampler": "ddim", "steps": 50, "guidance": {"scale": 1.5}, "batch_size": 16}
     return config

@@ -5,13 +5,12 @@
 501M parameters. See `uvit_l_2.py`. Not run here.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("uvit_l_2.py")))["get_config"]()
+    config = parent(__file__, "uvit_l_2")
     config.denoiser.update(dim=1152, heads=16, layers=29, output_conv=False)
     return config

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config = parent(__file__, "walt_l")
     config.data.update(frames=1, height=256, width=256)
     config.tokenizer.update(channel_multipliers=(1, 1, 2, 4), downsample=((1, 2, 2),) * 3, taps=1)
-    config.denoiser.update(windows=((1, None, None), (1, 16, 16)), adaln="separate", classes=1000, isolate_images=False)
+    config.denoiser.update(windows=((1, None, None), (1, 16, 16)), adaln_rank=None, classes=1000, isolate_images=False)
     images = {**config.stages.images.to_dict(), "steps": 1_351_000, "shapes": {}}
     config.stages = ConfigDict({"images": images, "denoiser": config.stages.denoiser}, sort_keys=False)
     config.stages.denoiser.update(steps=437_000, batch_size=1024, cached_clips=None)

@@ -67,7 +67,7 @@ def sentence(capsys, *flags) -> str:
         ),
         ([TINY, "--workdir=W", "--config.stages.denoiser.latents=nowhere"], ["nowhere", "--mode=encode"]),
         ([TINY, "--workdir=W", "--config.stages.tokenizer.latents=x"], ["latents", "denoiser stages"]),
-        ([TINY, "--workdir=W", "--config.denoiser.adaln=none"], ["condition_by", "adaln='none'"]),
+        ([TINY, "--workdir=W", "--config.denoiser.block=gpt"], ["config.denoiser.block", "'gpt'", "walt or dit"]),
         ([TINY, "--workdir=W", "--config.sampling.guidance.channels=99"], ["channels", "12"]),
         ([TINY, "--workdir=W", "--config.diffusion.multiscale=3"], ["multiscale=3", "4 × 4"]),
         ([TINY, "--workdir=gs://bucket/run"], ["gs://bucket/run", "on this machine"]),

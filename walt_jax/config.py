@@ -87,6 +87,15 @@ def _names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
+def _named(options: list[type], value: Any, where: str) -> type:
+    """Of dataclasses that differ in `block`, the one that a group of knobs names; the first where it names none."""
+    names = {typing.get_args(typing.get_type_hints(option)["block"])[0]: option for option in options}
+    name = value.get("block", next(iter(names))) if hasattr(value, "get") else next(iter(names))
+    if name not in names:
+        raise UserError(f"{where}.block is {name!r}; choose {' or '.join(names)}.")
+    return names[name]
+
+
 def _convert(hint: Any, value: Any, where: str, bounds: Range = NUMBER) -> Any:
     origin = typing.get_origin(hint)
     if origin is Annotated:
@@ -115,7 +124,8 @@ def _convert(hint: Any, value: Any, where: str, bounds: Range = NUMBER) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _convert(next(option for option in options if option is not type(None)), value, where)
+        options = [option for option in options if option is not type(None)]
+        return _convert(_named(options, value, where) if len(options) > 1 else options[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

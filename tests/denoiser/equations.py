@@ -22,12 +22,20 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def plain_norm(x):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+def exact_gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def own_norm(params, x):
-    return plain_norm(x) * params["scale"] + params["bias"]
+def plain_norm(x, epsilon=1e-6):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+
+
+def own_norm(params, x, epsilon=1e-6):
+    return plain_norm(x, epsilon) * params["scale"] + params["bias"]
+
+
+def modulated(x, scale, shift):
+    return plain_norm(x) * (1 + scale) + shift
 
 
 def linear(params, x):
@@ -69,24 +77,24 @@ def cycles(params, config):
     return [params[f"cycle{cycle}"] for cycle in range(count)]
 
 
-class Told(NamedTuple):
-    """What a clip's tokens are told of its condition.
+class Conditioned(NamedTuple):
+    """What a clip's tokens are conditioned on.
 
     Attributes:
-        shared: by norms, c + t.
-        text: to be looked at, as `dense_attention` takes it; nothing where it is empty.
-        words: tokens beside the clip's own, if any.
+        c: the sum of what norms are modulated by, c + t.
+        text: keys, as `dense_attention` takes them; nothing where there are none.
+        tokens: extra ones, if any.
         there: which of those there are.
     """
 
-    shared: np.ndarray
+    c: np.ndarray
     text: dict[str, np.ndarray]
-    words: np.ndarray | None = None
+    tokens: np.ndarray | None = None
     there: np.ndarray | None = None
 
 
-def looked_at(words, there):
-    return {"text": words[None, None], "text_mask": there[None, None]}
+def keys(tokens, there):
+    return {"text": tokens[None, None], "text_mask": there[None, None]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +130,25 @@ class Twin:
         return len(self.places)
 
     def output(self):
-        config, told = self.config, self.told
+        config, extra = self.config, self.conditioned.tokens
         x = self.inputs() + self.positions
-        if told.words is not None:
-            x = np.concatenate([x, told.words])
-        late, skips, count = config.positions == "sincos", [], config.layers // len(config.block_windows)
+        if extra is not None:
+            x = np.concatenate([x, extra])
+        skips, count, late = [], config.layers // len(config.block_windows), config.positions == "sincos"
         for cycle, blocks in enumerate(cycles(self.params, config)):
-            if config.skips and cycle > count // 2:
-                x = linear(self.params[f"skip{cycle}"], np.concatenate([x, skips.pop()], -1))
             for index, windows in enumerate(config.block_windows):
+                time, params = None, blocks[f"block{index}"]
                 if late and any(window.time != 1 for window in windows):
-                    x[: self.tokens] += fixed(self.places[:, 0], config.dim)
-                    late = False
-                x = self.block(blocks[f"block{index}"], windows, x, first=cycle == index == 0)
-            if config.skips and cycle < count // 2:
+                    time, late = fixed(self.places[:, 0], config.dim), False
+                    if config.block != "stdit":
+                        x[: self.tokens] += time
+                if "skip" in params:
+                    x = linear(params["skip"], np.concatenate([x, skips.pop()], -1))
+                first = cycle == index == 0
+                x = getattr(self, config.block)(params, windows, x, first=first, time=time)
+            if config.block == "uvit" and cycle < count // 2:
                 skips.append(x)
+        assert not skips
         x = linear(self.params["patch_out"], self.last_norm(x[: self.tokens]))
         return upscaled(self.params["conv_out"], x.reshape(*self.grid, -1), 1) if config.output_conv else x
 
@@ -144,10 +156,10 @@ class Twin:
         config, condition, parts = self.config, self.condition, [self.noisy]
         if config.self_conditioning:
             parts.append(self.estimate)
-        if config.frame_prediction and config.observed_as == "channels":
-            parts += [condition.observed, condition.observed_mask]
-        elif config.observed_as == "place":
+        if config.frame_prediction and config.block == "vdt":
             parts[0] = np.where(condition.observed_mask > 0, condition.observed, self.noisy)
+        elif config.frame_prediction:
+            parts += [condition.observed, condition.observed_mask]
         if config.upscale > 1:
             parts.append(upscaled(self.params["upscale"], condition.low_res, config.upscale))
         return linear(self.params["patch_in"], np.concatenate(parts, -1))
@@ -173,85 +185,125 @@ class Twin:
         return linear(params[f"{name}_out"], swish(linear(params[f"{name}_in"], waves(1000 * time.item(), 256, last))))
 
     @functools.cached_property
-    def told(self):
+    def conditioned(self):
         config, params, condition = self.config, self.params, self.condition
-        given = [self.clock(params, "time", self.time)]
-        if config.classes:
-            given.append(params["label_embedding"][condition.label.item()])
-        words, there = np.empty((0, config.dim)), np.empty(0, bool)
-        if condition.text is not None:
-            words, there = linear(params["text_in"], condition.text), condition.text_mask
-            if config.adaln == "single":
-                words = linear(params["text_out"], gelu(words))
-        if config.condition_by != "norm":
-            words = np.concatenate([np.stack(given) + params["word_embedding"], words])
-            there = np.concatenate([np.ones(len(given), bool), there])
-            if config.condition_by == "cross":
-                return Told(sum(given), looked_at(words, there))
-            return Told(sum(given), {}, words, there)
-
-        shared, text = sum(given), {} if condition.text is None else looked_at(words, there)
-        if text and config.adaln != "single":
-            shared = shared + linear(params["text_pooled"], words[there].sum(0) / max(1, there.sum()))
-        if config.upscale > 1:
-            shared = shared + self.clock(params, "low_res_time", condition.low_res_time)
-        if config.observed_as in ("norm", "cross"):
-            observed, are = linear(params["observed_in"], condition.observed), condition.observed_mask[:, 0] > 0
-            if config.observed_as == "cross":
-                text = looked_at(observed + self.positions, are)
-            else:
-                shared = shared + observed[are].sum(0) / max(1, are.sum())
-        return Told(shared, text)
-
-    def modulation(self, block, first):
-        """What a block's norms are told, one after the other."""
-        config, shared = self.config, swish(self.told.shared)
-        if config.adaln == "none":
-            return []
-        if config.adaln == "lora":
-            # A_i = A_1 + W_b W_a (c + t)
-            values = linear(self.params["adaln"], shared) + linear(block["adaln_b"], linear(block["adaln_a"], shared))
-        elif config.adaln == "single":
-            values = linear(self.params["adaln"], shared) + block["adaln_table"]
+        single = config.block == "stdit" or (config.block == "latte" and config.cross_attention)
+        if config.block == "uvit":
+            embedded = [waves(1000 * self.time.item(), config.dim)]
         else:
-            if config.told_by == "each" and not first:
-                label = block["label_embedding"][self.condition.label.item()]
-                shared = swish(self.clock(block, "time", self.time) + label)
-            values = linear(block["adaln"], shared)
-        return list(values.reshape(-1, config.dim))
+            embedded = [self.clock(params, "time", self.time)]
+        if config.classes:
+            embedded.append(params["label_embedding"][condition.label.item()])
+        tokens, there = np.empty((0, config.dim)), np.empty(0, bool)
+        if condition.text is not None:
+            tokens, there = linear(params["text_in"], condition.text), condition.text_mask
+            if single:
+                tokens = linear(params["text_out"], gelu(tokens))
+        if config.condition_by != "norm":
+            tokens = np.concatenate([np.stack(embedded) + params["token_embedding"], tokens])
+            there = np.concatenate([np.ones(len(embedded), bool), there])
+            if config.condition_by == "cross":
+                return Conditioned(sum(embedded), keys(tokens, there))
+            return Conditioned(sum(embedded), {}, tokens, there)
 
-    def block(self, params, windows, x, first):
-        config, values = self.config, self.modulation(params, first)
+        c, text = sum(embedded), {} if condition.text is None else keys(tokens, there)
+        if text and not single:
+            c = c + linear(params["text_pooled"], tokens[there].sum(0) / max(1, there.sum()))
+        if config.upscale > 1:
+            c = c + self.clock(params, "low_res_time", condition.low_res_time)
+        return Conditioned(c, text)
 
-        def normed(x, name):
-            """x, normalised and modulated, and its gate."""
-            if config.adaln == "none":
-                return own_norm(params[f"{name}_norm"], x), 1
-            scale, shift = values.pop(0), values.pop(0)
-            return plain_norm(x) * (1 + scale) + shift, values.pop(0) if config.gates else 1
+    def vectors(self, values):
+        return list(values.reshape(-1, self.config.dim))
 
-        turns = [(window,) for window in windows] if config.split == "attentions" else [windows]
-        for number, each in enumerate(turns):
-            name = f"self_attention_{number}" if number else "self_attention"
-            if config.modulated == "last" and number < len(turns) - 1:
-                y = self.attention(params[name], own_norm(params[f"{name}_norm"], x), each)
-                x = x + linear(params[f"{name}_out"], y)
-                continue
-            h, gate = normed(x, name)
-            x = x + gate * self.attention(params[name], h, each)
-        if config.cross and (config.cross_in == "all" or windows[0].time == 1):
+    def mlp(self, params, x, activation=gelu):
+        return linear(params["mlp_out"], activation(linear(params["mlp_in"], x)))
+
+    # The papers' blocks
+
+    def walt(self, params, windows, x, **_):
+        c = self.conditioned.c
+        if self.config.adaln_rank:
+            # A_i = A_1 + W_b W_a (c + t)
+            a = linear(self.params["adaln"], swish(c)) + linear(params["adaln_b"], linear(params["adaln_a"], c))
+        else:
+            a = linear(params["adaln"], swish(c))
+        gamma_1, beta_1, alpha_1, gamma_2, beta_2, alpha_2 = self.vectors(a)
+        x = x + alpha_1 * self.attention(params["self_attention"], modulated(x, gamma_1, beta_1), windows)
+        if self.config.cross_attention:
+            x = x + self.cross_attention(params, plain_norm(x), Window(1, None, None))
+        return x + alpha_2 * self.mlp(params, modulated(x, gamma_2, beta_2))
+
+    def dit(self, params, windows, x, first, **_):
+        config, c = self.config, self.conditioned.c
+        if config.conditioning in ("in_context", "cross_attention"):
+            x = x + self.attention(params["self_attention"], own_norm(params["self_attention_norm"], x), windows)
+            if config.conditioning == "cross_attention":
+                x = x + self.cross_attention(params, own_norm(params["cross_norm"], x))
+            return x + self.mlp(params, own_norm(params["mlp_norm"], x))
+        if config.embedders_per_block and not first:
+            c = self.clock(params, "time", self.time) + params["label_embedding"][self.condition.label.item()]
+        values = self.vectors(linear(params["adaln"], swish(c)))
+        if config.conditioning == "adaln":
+            values = [*values[:2], 1, *values[2:], 1]
+        gamma_1, beta_1, alpha_1, gamma_2, beta_2, alpha_2 = values
+        x = x + alpha_1 * self.attention(params["self_attention"], modulated(x, gamma_1, beta_1), windows)
+        if config.cross_attention:
+            x = x + self.cross_attention(params, plain_norm(x))
+        return x + alpha_2 * self.mlp(params, modulated(x, gamma_2, beta_2))
+
+    def uvit(self, params, windows, x, **_):
+        x = x + self.attention(params["self_attention"], own_norm(params["self_attention_norm"], x, 1e-5), windows)
+        return x + self.mlp(params, own_norm(params["mlp_norm"], x, 1e-5), exact_gelu)
+
+    def latte(self, params, windows, x, **_):
+        config, c = self.config, self.conditioned.c
+        if config.cross_attention:
+            values = self.vectors(linear(self.params["adaln"], swish(c)) + params["adaln_table"])
+        else:
+            values = self.vectors(linear(params["adaln"], swish(c)))
+        if config.split == "attentions":
+            for name, window in zip(("self_attention", "self_attention_1"), windows, strict=True):
+                gamma, beta, alpha, *values = values
+                x = x + alpha * self.attention(params[name], modulated(x, gamma, beta), (window,))
+        else:
+            gamma, beta, alpha, *values = values
+            x = x + alpha * self.attention(params["self_attention"], modulated(x, gamma, beta), windows)
+        if config.cross_attention and (config.split != "blocks" or windows[0].time == 1):
             x = x + self.cross_attention(params, x)
-        h, gate = normed(x, "mlp")
-        x = x + gate * linear(params["mlp_out"], gelu(linear(params["mlp_in"], h)))
-        assert not values
-        return x
+        gamma, beta, alpha = values
+        return x + alpha * self.mlp(params, modulated(x, gamma, beta))
+
+    def vdt(self, params, windows, x, **_):
+        gamma_1, beta_1, alpha_1, gamma_2, beta_2, alpha_2 = self.vectors(
+            linear(params["adaln"], swish(self.conditioned.c))
+        )
+        time, frame = windows
+        h = self.attention(params["temporal_attention"], own_norm(params["temporal_norm"], x, 1e-5), (time,))
+        x = x + linear(params["temporal_out"], h)
+        x = x + alpha_1 * self.attention(params["self_attention"], modulated(x, gamma_1, beta_1), (frame,))
+        if self.config.cross_attention:
+            x = x + self.cross_attention(params, plain_norm(x))
+        return x + alpha_2 * self.mlp(params, modulated(x, gamma_2, beta_2))
+
+    def stdit(self, params, windows, x, time, **_):
+        gamma_1, beta_1, alpha_1, gamma_2, beta_2, alpha_2 = self.vectors(
+            linear(self.params["adaln"], swish(self.conditioned.c)) + params["adaln_table"]
+        )
+        frame, column = windows
+        x = x + alpha_1 * self.attention(params["self_attention"], modulated(x, gamma_1, beta_1), (frame,))
+        h = x if time is None else x + time
+        x = x + alpha_1 * self.attention(params["temporal_attention"], h, (column,))
+        if self.config.cross_attention:
+            x = x + self.cross_attention(params, x)
+        return x + alpha_2 * self.mlp(params, modulated(x, gamma_2, beta_2))
 
     def attention(self, params, x, windows):
         """Self-attention; with heads divided among the windows, what each part of them makes, added."""
-        config, told, tokens, out = self.config, self.told, self.tokens, 0
+        config, conditioned, tokens, out = self.config, self.conditioned, self.tokens, 0
         heads, width = config.heads // len(windows), config.dim // len(windows)
         where = places_of([[self.grid]], tokens)
-        beside = {} if told.words is None else looked_at(x[tokens:], told.there)
+        extra = {} if conditioned.tokens is None else keys(x[tokens:], conditioned.there)
         for number, window in enumerate(windows):
             part = slice(number * width, (number + 1) * width)
             own = {name: leaf for name, leaf in params.items() if name.endswith("_norm")}
@@ -262,38 +314,34 @@ class Twin:
                 own["relative_bias"] = params[f"relative_bias_{number}" if number else "relative_bias"]
             sees = seen([[self.grid]], window, tokens, config.isolate_images)
             bounds = window.bounds(self.bounds)
-            y = dense_attention(own, x[None, :tokens], where, sees, bounds, heads, config.relative, **beside)[0]
-            if beside:
-                all_see = np.concatenate([np.ones(tokens, bool), told.there])[None, None].repeat(len(x), 1)
+            y = dense_attention(own, x[None, :tokens], where, sees, bounds, heads, config.relative, **extra)[0]
+            if extra:
+                all_see = np.concatenate([np.ones(tokens, bool), conditioned.there])[None, None].repeat(len(x), 1)
                 y = np.concatenate([y, dense_attention(own, x[None], None, all_see, None, heads, "none")[0][tokens:]])
             out = out + y
         return out + params["out"].get("bias", 0)
 
-    def cross_attention(self, params, x):
-        """To text and, as W.A.L.T has it, to the token's frame."""
-        config, text, attention = self.config, self.told.text, params["cross_attention"]
-        h = x if config.adaln == "single" else plain_norm(x)
-        if config.adaln == "none":
-            h = own_norm(params["cross_norm"], x)
+    def cross_attention(self, params, x, window=None):
+        """To text, and to the tokens of a window."""
+        config, text, attention = self.config, self.conditioned.text, params["cross_attention"]
         where, bounds, relative = places_of([[self.grid]], self.tokens), None, "none"
         sees = np.zeros((1, self.tokens, self.tokens), bool)
-        if config.cross_keys == "joint":
-            frame = Window(1, None, None)
-            sees, bounds = seen([[self.grid]], frame, self.tokens), frame.bounds(self.bounds)
+        if window is not None:
+            sees, bounds = seen([[self.grid]], window, self.tokens), window.bounds(self.bounds)
             relative = config.relative
         elif not text["text_mask"].any():
             return attention["out"].get("bias", 0)
-        return dense_attention(attention, h[None], where, sees, bounds, config.heads, relative, **text)[0]
+        return dense_attention(attention, x[None], where, sees, bounds, config.heads, relative, **text)[0]
 
     def last_norm(self, x):
-        params, config, shared = self.params, self.config, self.told.shared
-        if config.adaln == "none":
-            return own_norm(params["norm_out"], x)
-        if config.adaln == "single":
-            scale, shift = shared + params["adaln_out_table"].reshape(2, -1)
+        params, config, c = self.params, self.config, self.conditioned.c
+        if config.condition_by != "norm":
+            return own_norm(params["norm_out"], x, 1e-5 if config.block == "uvit" else 1e-6)
+        if "adaln_out_table" in params:
+            scale, shift = c + params["adaln_out_table"].reshape(2, -1)
         else:
-            scale, shift = np.split(linear(params["adaln_out"], swish(shared)), 2)
-        return plain_norm(x) * (1 + scale) + shift
+            scale, shift = np.split(linear(params["adaln_out"], swish(c)), 2)
+        return modulated(x, scale, shift)
 
 
 def twin(params, config, bounds, grid, noisy, time, condition, estimate):

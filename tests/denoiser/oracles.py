@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
+from walt_jax.denoiser.attention import attend
 from walt_jax.denoiser.windows import Window
 
 # All packs have one shape, whatever is in them, so that one compiled program is tried on many.
@@ -77,6 +78,13 @@ def turned(x, places):
     turn = np.exp(1j * np.stack(angles, -1))[:, :, None]
     z = (x[..., :pairs] + 1j * x[..., pairs:]) * turn
     return np.concatenate([z.real, z.imag], -1)
+
+
+def masked(query, key, value, numbers, bias):
+    """`attention.grouped`'s answer from all pairs of tokens under a mask; those with number -1 see themselves only."""
+    mask = (numbers[:, :, None] == numbers[:, None]) & (numbers >= 0)[:, :, None]
+    mask = mask | np.eye(numbers.shape[1], dtype=bool)[None]
+    return attend(query, key, value, bias, mask[:, None])
 
 
 def dense_attention(params, x, places, sees, bounds, heads, relative="bias", text=None, text_mask=None, xp=np):

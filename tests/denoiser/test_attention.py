@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import BATCHES, CLIPS, LARGEST, PACKS, TOKENS, WINDOWS, dense_attention, filled, normal, places_of, seen
+from oracles import (
+    BATCHES,
+    CLIPS,
+    LARGEST,
+    PACKS,
+    TOKENS,
+    WINDOWS,
+    dense_attention,
+    filled,
+    masked,
+    normal,
+    places_of,
+    seen,
+)
 
 from walt_jax.denoiser import attention
 from walt_jax.denoiser.attention import WindowAttention, rotate
@@ -154,7 +167,7 @@ def masked_route(q, k, v, table, numbers, places):
     )
     table = table.reshape(*(2 * size - 1 for size in LARGEST), HEADS)
     bias = table[offsets[..., 0], offsets[..., 1], offsets[..., 2]]
-    return attention.masked(q, k, v, numbers, jnp.moveaxis(bias, -1, 1))
+    return masked(q, k, v, numbers, jnp.moveaxis(bias, -1, 1))
 
 
 @jax.jit

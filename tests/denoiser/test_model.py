@@ -13,14 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import filled, normal, places_of
 
-from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.dit_block import DiTConfig
+from walt_jax.denoiser.latte_block import LatteConfig
 from walt_jax.denoiser.layout import Layout, make_pack, place_clips, row_lengths
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.sinusoids import timestep_embedding
+from walt_jax.denoiser.stdit_block import STDiTConfig
+from walt_jax.denoiser.uvit_block import UViTConfig
+from walt_jax.denoiser.vdt_block import VDTConfig
+from walt_jax.denoiser.walt_block import WaltConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = DenoiserConfig(dim=16, heads=2, layers=2, windows=((1, None, None), (None, 2, 2)))
+CONFIG = WaltConfig(dim=16, heads=2, layers=2, windows=((1, None, None), (None, 2, 2)))
 BOUNDS = (3, 3, 4)
 VIDEO, IMAGE = (2, 2, 4), (1, 2, 4)
 PACKS = [[VIDEO, IMAGE, VIDEO], [(3, 3, 3), (1, 3, 3)]]  # the second's clips are no multiples of the windows
@@ -42,7 +47,7 @@ def layout(config, most=2):
 def inputs(config):
     """(noisy, time, condition, estimate) of all packs."""
     condition = Condition()
-    if config.cross_attention or (config.condition_by != "norm" and not config.classes):
+    if config.reads_text:
         condition = condition.replace(text=normal(1, 2, 3, 4, 5), text_mask=MASK)
     if config.classes:
         condition = condition.replace(label=np.arange(6).reshape(2, 3))
@@ -75,7 +80,7 @@ def parameters(config):
     """Those of a scan are the unrolled model's, stacked."""
     plain = dataclasses.replace(config, scan=False, remat="none")
     values = inputs(plain)
-    if plain.upscale > 1:
+    if plain.upscale > 1 or plain.output_conv:
         values = videos(plain)
         params = filled(Denoiser(plain, BOUNDS), *arguments(values, Layout(grid=VIDEO)))["params"]
     else:
@@ -109,134 +114,77 @@ def twins(config, grid, values):
     return np.stack([twin(params, config, BOUNDS, grid, *clip(number)) for number in range(len(values[0]))])
 
 
-# Each value of each knob with most values of the others.
+SIZES = {"dim": 16, "heads": 2, "layers": 2}
+FRAME, TIME, PATCH = (1, None, None), (None, 1, 1), (None, 2, 2)
+# Each family, and each value of each knob with most values of the others.
 COVERING = [
-    {},
-    {
-        "positions": "fractional",
-        "relative": "rotary",
-        "adaln": "separate",
-        "cross_attention": False,
-        "classes": CLASSES,
-    },
-    {
-        "positions": "none",
-        "relative": "none",
-        "cross_attention": False,
-        "isolate_images": True,
-        "frame_prediction": True,
-    },
-    {"relative": "rotary", "isolate_images": True},
-    {
-        "positions": "fractional",
-        "cross_attention": False,
-        "classes": CLASSES,
-        "isolate_images": True,
-        "windows": ((None, 2, 2),),
-        "scan": True,
-    },
-    {"positions": "none", "adaln": "separate", "relative": "bias", "qk_norm": False, "self_conditioning": False},
-    {
-        "positions": "fractional",
-        "relative": "none",
-        "adaln_rank": 3,
-        "mlp_ratio": 2,
-        "classes": CLASSES,
-        "frame_prediction": True,
-    },
-    # DiT, but with a time; its in-context, cross-attention and adaLN variants
-    {
-        "positions": "sincos",
-        "relative": "none",
-        "adaln": "separate",
-        "attention_bias": "all",
-        "cross_attention": False,
-        "qk_norm": False,
-        "learned_sigma": True,
-    },
-    {
-        "positions": "sincos",
-        "relative": "rotary",
-        "adaln": "none",
-        "condition_by": "tokens",
-        "cross_attention": False,
-        "classes": CLASSES,
-        "isolate_images": True,
-        "windows": ((None, 2, 2),),
-        "scan": True,
-    },
-    {
-        "adaln": "none",
-        "condition_by": "cross",
-        "cross_attention": False,
-        "cross_keys": "text",
-        "classes": CLASSES,
-        "attention_bias": "out",
-    },
-    {
-        "adaln": "separate",
-        "gates": False,
-        "cross_attention": False,
-        "classes": CLASSES,
-        "told_by": "each",
-        "relative": "none",
-        "positions": "none",
-    },
-    # U-ViT with text
-    {
-        "adaln": "none",
-        "condition_by": "tokens",
-        "cross_attention": False,
-        "relative": "none",
-        "qk_norm": False,
-        "attention_bias": "out",
-        "windows": ((None, None, None),),
-        "layers": 3,
-        "skips": True,
-    },
-    # two attentions a block, as in STDiT, Latte 3 and VDT; heads divided, as in Latte 4
-    {"split": "attentions", "adaln": "single", "cross_keys": "text", "relative": "none"},
-    {"cross_attention": False, "frame_prediction": True, "observed_as": "norm", "relative": "none"},
-    {
-        "adaln": "single",
-        "cross_keys": "text",
-        "cross_in": "frames",
-        "relative": "none",
-        "time_frequencies": "diffusers",
-        "windows": ((1, None, None), (None, 1, 1)),
-        "positions": "sincos",
-    },
-    {
-        "split": "attentions",
-        "modulated": "last",
-        "windows": ((None, 1, 1), (1, None, None)),
-        "positions": "sincos",
-        "adaln": "separate",
-        "cross_attention": False,
-        "relative": "none",
-        "scan": True,
-    },
-    {
-        "split": "heads",
-        "cross_attention": False,
-        "classes": CLASSES,
-        "frame_prediction": True,
-        "observed_as": "place",
-    },
-    {
-        "split": "heads",
-        "adaln": "none",
-        "condition_by": "tokens",
-        "cross_attention": False,
-        "relative": "bias",
-        "isolate_images": True,
-    },
+    CONFIG,
+    dataclasses.replace(
+        CONFIG, positions="fractional", relative="rotary", adaln_rank=None, cross_attention=False, classes=CLASSES
+    ),
+    dataclasses.replace(
+        CONFIG, positions="none", relative="none", cross_attention=False, isolate_images=True, frame_prediction=True
+    ),
+    dataclasses.replace(CONFIG, relative="rotary", isolate_images=True),
+    dataclasses.replace(
+        CONFIG,
+        positions="fractional",
+        cross_attention=False,
+        classes=CLASSES,
+        isolate_images=True,
+        windows=(PATCH,),
+        scan=True,
+    ),
+    dataclasses.replace(
+        CONFIG, positions="none", adaln_rank=None, relative="bias", qk_norm=False, self_conditioning=False
+    ),
+    dataclasses.replace(
+        CONFIG,
+        positions="fractional",
+        relative="none",
+        adaln_rank=3,
+        mlp_ratio=2,
+        classes=CLASSES,
+        frame_prediction=True,
+    ),
+    DiTConfig(**SIZES, windows=(FRAME, PATCH), cross_attention=False, classes=CLASSES),
+    DiTConfig(**SIZES, windows=(PATCH,), conditioning="adaln", qk_norm=True, self_conditioning=True),
+    DiTConfig(
+        **SIZES,
+        windows=(FRAME, PATCH),
+        embedders_per_block=True,
+        time_frequencies="diffusers",
+        classes=CLASSES,
+        cross_attention=False,
+        positions="none",
+    ),
+    DiTConfig(
+        **SIZES,
+        windows=(PATCH,),
+        conditioning="in_context",
+        cross_attention=False,
+        classes=CLASSES,
+        relative="rotary",
+        isolate_images=True,
+        scan=True,
+    ),
+    DiTConfig(**SIZES, windows=(FRAME, PATCH), conditioning="cross_attention", classes=CLASSES),
+    UViTConfig(dim=16, heads=2, layers=3, windows=((None, None, None),)),
+    UViTConfig(dim=16, heads=2, layers=3, windows=(PATCH,), classes=CLASSES, isolate_images=True),
+    LatteConfig(**SIZES, windows=(FRAME, TIME), cross_attention=False, classes=CLASSES),
+    LatteConfig(**SIZES, windows=(FRAME, TIME)),  # from text
+    LatteConfig(**SIZES, windows=(FRAME, TIME), split="attentions", cross_attention=False, scan=True),
+    LatteConfig(**SIZES, windows=(FRAME, TIME), split="attentions"),
+    LatteConfig(**SIZES, windows=(FRAME, TIME), split="heads", cross_attention=False, frame_prediction=True),
+    VDTConfig(**SIZES, cross_attention=False, classes=CLASSES, frame_prediction=True, scan=True),
+    VDTConfig(**SIZES),
+    STDiTConfig(**SIZES, scan=True),
+    STDiTConfig(**SIZES, classes=CLASSES, cross_attention=False),
 ]
 
 
-@pytest.mark.parametrize("changed", COVERING)
-def test_in_packs_as_clip_by_clip_the_denoiser_equals_the_papers_equations(changed):
-    config = dataclasses.replace(CONFIG, **changed)
+@pytest.mark.parametrize("config", COVERING, ids=lambda config: config.block)
+def test_in_packs_as_clip_by_clip_the_denoiser_equals_the_papers_equations(config):
     params, values = parameters(config), inputs(config)
     packed = np.asarray(compiled(config)(params, *arguments(values, layout(config))))
     for clip in CLIPS:
@@ -254,23 +202,10 @@ def test_in_packs_as_clip_by_clip_the_denoiser_equals_the_papers_equations(chang
 
 def test_the_last_convolution_equals_its_equations():
     """Of equal clips alone: in packs it has no neighbours."""
-    config = dataclasses.replace(CONFIG, output_conv=True, cross_attention=False, relative="none")
+    config = UViTConfig(dim=16, heads=2, layers=1, windows=((None, None, None),), output_conv=True)
     plain, values = dataclasses.replace(config, output_conv=False), videos(config)
     conv = {"kernel": normal(8, 1, 3, 3, CHANNELS, CHANNELS), "bias": normal(9, CHANNELS)}
     params = parameters(plain) | {"conv_out": conv}
-    ours = compiled(config)(params, *arguments(values, Layout(grid=VIDEO)))
-    clips = [jax.tree.map(lambda leaf, n=n: leaf[n, 0] if leaf.shape[1] == 1 else leaf[n], values) for n in range(2)]
-    expected = [twin(params, config, BOUNDS, VIDEO, *clip) for clip in clips]
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_given_frames_that_are_looked_at_equal_their_equations():
-    """Of equal clips alone."""
-    config = dataclasses.replace(
-        CONFIG, frame_prediction=True, observed_as="cross", cross_attention=False, cross_keys="text", relative="none"
-    )
-    values = videos(config)
-    params = filled(Denoiser(config, BOUNDS), *arguments(values, Layout(grid=VIDEO)))["params"]
     ours = compiled(config)(params, *arguments(values, Layout(grid=VIDEO)))
     clips = [jax.tree.map(lambda leaf, n=n: leaf[n, 0] if leaf.shape[1] == 1 else leaf[n], values) for n in range(2)]
     expected = [twin(params, config, BOUNDS, VIDEO, *clip) for clip in clips]
@@ -347,7 +282,7 @@ def test_a_clip_depends_on_all_of_its_own_inputs_and_on_no_other_clips():
 
 
 def test_a_clip_depends_on_its_own_label_alone():
-    config = dataclasses.replace(CONFIG, **COVERING[1])
+    config = COVERING[1]
     noisy, time, condition, estimate = inputs(config)
     label = condition.label.copy()
     label[0, 1] = 4
@@ -414,7 +349,7 @@ def test_the_output_has_32_bits_whatever_the_computation(packed, scan):
     [
         {},
         {"scan": True, "positions": "fractional", "classes": CLASSES},
-        {"adaln": "separate", "relative": "rotary", "frame_prediction": True, "cross_attention": False},
+        {"adaln_rank": None, "relative": "rotary", "frame_prediction": True, "cross_attention": False},
         {"upscale": 2},
     ],
 )

@@ -11,41 +11,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.dit_block import DiTConfig
+from walt_jax.denoiser.latte_block import LatteConfig
 from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.published_weights import export, load
 from walt_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-DIT = DenoiserConfig(
-    dim=24,
-    heads=2,
-    layers=2,
-    windows=((None, None, None),),
-    patch_size=(1, 2, 2),
-    adaln="separate",
-    positions="sincos",
-    relative="none",
-    qk_norm=False,
-    attention_bias="all",
-    cross_attention=False,
-    classes=5,
-    self_conditioning=False,
-    learned_sigma=True,
-)
+SIZES = {"dim": 24, "heads": 2, "patch_size": (1, 2, 2)}
+DIT = DiTConfig(**SIZES, layers=2, windows=((None, None, None),), cross_attention=False, classes=5)
 CLOSED = dataclasses.replace(DIT, time_frequencies="diffusers")
-LATTE = dataclasses.replace(
-    DIT,
-    layers=4,
-    windows=((1, None, None), (None, 1, 1)),
-    adaln="single",
-    cross_attention=True,
-    cross_keys="text",
-    cross_in="frames",
-    classes=0,
-)
-CASES = {"dit": CLOSED, "dit_each": dataclasses.replace(CLOSED, told_by="each"), "dit_original": DIT, "latte": LATTE}
+LATTE = LatteConfig(**SIZES, layers=4, windows=((1, None, None), (None, 1, 1)))
+CASES = {
+    "dit": CLOSED,
+    "dit_each": dataclasses.replace(CLOSED, embedders_per_block=True),
+    "dit_original": DIT,
+    "latte": LATTE,
+}
 
 
 def golden(name, folder):

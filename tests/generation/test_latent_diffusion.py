@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.model import Denoiser
+from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.diffusion.guidance import GuidanceConfig
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
 
 SHAPE = (3, 2, 2, 2)
-CONFIG = DenoiserConfig(
+CONFIG = WaltConfig(
     dim=16, heads=2, layers=1, windows=((1, None, None),), positions="fractional", relative="rotary",
     cross_attention=False, classes=4, frame_prediction=True, self_conditioning=False,
 )  # fmt: skip

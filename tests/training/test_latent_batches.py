@@ -11,14 +11,14 @@ import pytest
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.latents import Encoded
 from walt_jax.data.order import Order
-from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import from_tokens, to_tokens
+from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.errors import UserError
 from walt_jax.training import latent_batches, pack_batches
 from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
 
-CONFIG = DenoiserConfig(
+CONFIG = WaltConfig(
     dim=16, heads=2, layers=2, windows=((1, None, None), (None, 2, 2)), patch_size=(1, 2, 2), cross_attention=False
 )
 SHAPES = [(2, 4, 4), (1, 4, 6), (3, 2, 4)]  # of latents; in tokens 2 × 2 × 2, 1 × 2 × 3 and 3 × 1 × 2

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout
 from walt_jax.denoiser.model import Condition, Denoiser
+from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer, muon_dimensions
@@ -29,7 +29,7 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 def denoiser(heads, scan):
-    config = DenoiserConfig(16 * heads, heads, 4, ((1, None, None), (None, 4, 4)), adaln_rank=16, scan=scan)
+    config = WaltConfig(16 * heads, heads, 4, ((1, None, None), (None, 4, 4)), adaln_rank=16, scan=scan)
     condition = Condition(text=shape(1, 1, 3, 32), text_mask=shape(1, 1, 3, dtype=bool))
     inputs = shape(1, 1280, 8), shape(1, 1), condition, Layout(grid=(5, 16, 16))
     return jax.eval_shape(Denoiser(config, (5, 16, 16)).init, jax.random.key(0), *inputs)["params"]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import make_pack, place_clips
 from walt_jax.denoiser.model import Denoiser
+from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.diffusion import objective
 from walt_jax.diffusion.adaptive import adapted_time, complexity
 from walt_jax.diffusion.objective import DiffusionConfig
@@ -19,10 +19,10 @@ from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.training import tasks
-from walt_jax.training.tasks import ConditioningConfig, DenoiserTask
+from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, rectangles
 
 CODEC = Codec(Tokenizer(TokenizerConfig(2, 4, (1,), (), 1, 4, patch_size=2, taps=1)))
-CONFIG = DenoiserConfig(
+CONFIG = WaltConfig(
     dim=16, heads=2, layers=1, windows=((1, None, None),), positions="fractional", relative="rotary",
     cross_attention=False, classes=4,
 )  # fmt: skip
@@ -224,11 +224,11 @@ def test_in_packs_each_clip_is_given_frames_for_itself(record):
     np.testing.assert_array_equal(grads != 0, np.repeat(learned, CHANNELS, axis=-1))
 
 
-KINDS = ("start", "end", "every", "one", "random", "square")
+KINDS = ("start", "end", "every", "one", "random", "rectangles")
 
 
 def given_frames(mask, grid):
-    """Which frames are given whole; None where squares are left out of them."""
+    """Which frames are given whole; None where rectangles are left out of them."""
     frames = mask.reshape(grid[0], -1)
     return None if ((frames > 0).any(1) != (frames > 0).all(1)).any() else frames.all(1)
 
@@ -245,18 +245,14 @@ def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
     mask = np.asarray(noted["condition"].observed_mask)[..., 0]
     seen = set()
     for row, clip in np.ndindex(60, 2):
-        (t, h, w), own = grids[clip], mask[row, packed["pack"].positions[row, :, 0] == clip]
+        t, own = grids[clip][0], mask[row, packed["pack"].positions[row, :, 0] == clip]
         assert set(np.unique(own)) <= {0, 1}
-        if kind == "square":
-            # The same in all frames: what is not given is a rectangle, about half of each side's 0.71.
-            frames = own.reshape(t, h, w)
-            assert (frames == frames[0]).all()
-            rows, columns = (np.flatnonzero((frames[0] == 0).any(axis)) for axis in (1, 0))
-            expected = np.ones((h, w))
-            expected[np.ix_(rows, columns)] = 0
-            np.testing.assert_array_equal(frames[0], expected)
-            assert (np.diff(rows) == 1).all() and (np.diff(columns) == 1).all()
-            seen.add((clip, *rows, -1, *columns))
+        if kind == "rectangles":
+            # The same in a range of frames, and nothing in those before and after.
+            frames = own.reshape(t, -1)
+            some = np.flatnonzero(frames.min(1) == 0)
+            assert len(some) and (np.diff(some) == 1).all() and (frames[some] == frames[some[0]]).all()
+            seen.add((clip, *some, -1, *np.flatnonzero(frames[some[0]] == 0)))
             continue
         frames = given_frames(own, grids[clip])
         assert frames is not None
@@ -288,12 +284,28 @@ def test_no_clip_is_observed_whole(record, kind):
         assert mask[pack.positions[..., 0] == 3].mean() == pytest.approx(0.2, abs=0.08)
 
 
+def test_rectangles_have_at_most_half_of_the_area_and_all_positions_and_aspects():
+    height, width = 40, 60
+    corner, opposite = (np.asarray(x) for x in rectangles(jnp.full((500, 2), [height, width]), jax.random.key(0)))
+    assert (corner >= 0).all() and (opposite <= [height, width]).all() and (corner < opposite).all()
+    extent = opposite - corner
+    assert (extent.prod(-1).sum(0) < 0.55 * height * width).all()  # sides are rounded
+    assert extent.prod(-1).sum(0).mean() > 0.4 * height * width
+    large = extent[0][extent[0].prod(-1) > 200]
+    aspects = large[:, 0] / large[:, 1]
+    assert 0.27 < aspects.min() < 0.4 and 2.5 < aspects.max() < 3.7 and 0.8 < np.median(aspects) < 1.25
+    centre = ((corner + opposite) / 2 / [height, width]).mean((0, 1))
+    np.testing.assert_allclose(centre, 0.5, atol=0.03)
+
+
 def test_several_kinds_come_as_often(record):
     conditioning = ConditioningConfig((1,), 0.8, ("start", "end"))
     noted, _, _ = record(PATCHED, conditioning, batch_of(400))
     mask = np.asarray(noted["condition"].observed_mask)[..., 0]
     shares = [(mask == pattern).all(1).mean() for pattern in ([0, 0, 0], [1, 0, 0], [0, 0, 1])]
     np.testing.assert_allclose(shares, [0.2, 0.4, 0.4], atol=0.08)
+    noted, _, _ = record(PATCHED, ConditioningConfig((1,), 1.0, ("start", "end", "end", "end")), batch_of(400))
+    assert noted["condition"].observed_mask[:, 0, 0].mean() == pytest.approx(0.25, abs=0.08)
 
 
 def test_the_loss_is_told_how_many_tokens_each_clip_has(record, monkeypatch):

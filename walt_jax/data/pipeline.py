@@ -72,6 +72,7 @@ class DataConfig:
         fps: frames per second.
         captions: columns of the folder's table that hold captions, with the weights by which one is drawn for each
             sample, as in "long*0.95, short*0.05"; empty captions are not drawn. One column may hold each clip's class.
+        flips: probability that a clip is mirrored, left to right.
         caption_dropout: probability that a clip is trained without its caption, for classifier-free guidance.
         cache_bytes: memory for decoded clips of a source.
         max_bad_fraction: maximum share of a source's files that may be unreadable or vanish; more stop the run.
@@ -84,6 +85,7 @@ class DataConfig:
     width: Positive
     fps: Annotated[float, Range(0.001, 1000)] = 8.0
     captions: str = "caption"
+    flips: Fraction = 0.0
     caption_dropout: Fraction = 0.1
     cache_bytes: int = 2**30
     max_bad_fraction: Fraction = 0.0
@@ -222,6 +224,7 @@ class Clips:
         seed: of the order, the clips' generators and the caption dropout.
         encode: captions to ids, see `text.Vocabulary.encode`; None leaves captions out.
         caption_dropout: probability of an empty caption.
+        flips: probability that a clip is mirrored, left to right.
     """
 
     def __init__(
@@ -230,8 +233,10 @@ class Clips:
         seed: int,
         encode: Callable[[list[str]], np.ndarray] | None = None,
         caption_dropout: float = 0.0,
+        flips: float = 0.0,
     ):
         self._mixture, self._seed, self._encode, self._dropout = mixture, seed, encode, caption_dropout
+        self._flips = flips
         self._order = Order([len(source) for source in mixture.sources], mixture.weights, seed)
 
     def __getitem__(self, number: int) -> Clip | None:
@@ -241,7 +246,10 @@ class Clips:
         clip = self._mixture.sources[draw.source].sample(draw.index, rng)
         if clip is None:
             return None
-        sample = {"number": number, "shape": clip["shape"], "video": clip["video"]}
+        video = clip["video"]
+        if self._flips and rng.random() < self._flips:
+            video = np.ascontiguousarray(video[:, :, ::-1])
+        sample = {"number": number, "shape": clip["shape"], "video": video}
         if self._encode is None:
             return sample
         caption = "" if rng.random() < self._dropout else clip["caption"]

@@ -1,4 +1,4 @@
-"""Multi-head attention within windows: a masked, a reshaped and a grouped route with equal results."""
+"""Multi-head attention within windows: a reshaped and a grouped route with equal results."""
 
 import functools
 from typing import Literal
@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from walt_jax.denoiser.grouping import Groups, TextRows
 from walt_jax.denoiser.layout import Grid, Layout
 from walt_jax.denoiser.windows import Window, merge, partition
-from walt_jax.layers import Linear
+from walt_jax.layers import Initializer, Linear
 
 Relative = Literal["bias", "rotary", "none"]
-NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that is not seen; not infinite, for a row may have no other
+NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # mask value; finite, so that fully masked rows do not give NaN
 
 
 def relative_index(
@@ -120,19 +120,6 @@ def joined(one: Attended, other: Attended) -> Float[Array, "b n heads d"]:
     return y + share * (x - y)
 
 
-def masked(
-    query: Float[Array, "b n heads d"],
-    key: Float[Array, "b n heads d"],
-    value: Float[Array, "b n heads d"],
-    numbers: Int[Array, "b n"],
-    bias: Float[Array, "b heads n n"] | None,
-) -> Attended:
-    """The slow route: all pairs of tokens under a mask. Tokens with number -1 see themselves alone."""
-    tokens = numbers.shape[1]
-    mask = (numbers[:, :, None] == numbers[:, None]) & (numbers >= 0)[:, :, None] | jnp.eye(tokens, dtype=bool)[None]
-    return attend(query, key, value, bias, mask[:, None])
-
-
 def reshaped(
     query: Float[Array, "b n heads d"],
     key: Float[Array, "b n heads d"],
@@ -192,12 +179,12 @@ def grouped(
 ) -> Attended:
     """The route for packs: windows in chunks, see `grouping`.
 
-    Tokens in no window see themselves alone; their sums are 0, for there is no text beside them to be joined with.
+    Tokens in no window see only themselves; their sums are 0, because there is no text to join them with.
     """
     batch, tokens, heads, features = query.shape
     chunks, slots = groups.slots.shape
     there, back = groups.slots.reshape(-1), groups.place
-    # Moved each by itself: to take them together and part them again costs more than to look indices up three times.
+    # Moved one after the other: to move them together and split them again costs more than to read indices three times.
     packed = tuple(_moved(x, there, back).reshape(chunks, slots, heads, features) for x in (query, key, value))
     places = jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0).reshape(chunks, slots, 3)
 
@@ -209,7 +196,7 @@ def grouped(
             x = x[:, : rows * length]
             return x.reshape(len(x) * rows, length, *x.shape[2:])
 
-        def filled(x):
+        def padded(x):
             x = x.reshape(len(x) // rows, rows * length, *x.shape[2:])
             return jnp.pad(x, [(0, 0), (0, slots - rows * length)] + [(0, 0)] * (x.ndim - 2))
 
@@ -223,7 +210,7 @@ def grouped(
                 bias = rearrange(table[index], "r q k heads -> r heads q k").astype(q.dtype)
             mask = row_window[:, :, None] == row_window[:, None]
             out, logsum = attend(q, k, v, bias, mask[:, None])
-            return filled(out), filled(logsum)
+            return padded(out), padded(logsum)
 
         return attention
 
@@ -244,8 +231,8 @@ def grouped(
         _, (out, logsum) = jax.lax.scan(chunk, table, (groups.kind, packed, groups.row_window, places))
     out = rearranged(out.reshape(chunks * slots, heads * features), back, there).reshape(query.shape)
     logsum = rearranged(logsum.reshape(chunks * slots, heads), back, there).reshape(batch, tokens, heads)
-    alone = (back == chunks * slots).reshape(batch, tokens, 1)
-    return jnp.where(alone[..., None], value, out), logsum
+    apart = (back == chunks * slots).reshape(batch, tokens, 1)
+    return jnp.where(apart[..., None], value, out), logsum
 
 
 def attend_to_text(
@@ -268,13 +255,13 @@ def attend_to_text(
     return out, rearranged(logsum.reshape(count * slots, -1), back, there).reshape(batch, tokens, heads)
 
 
-def alone(
+def isolated(
     query: Float[Array, "b n heads d"],
     key: Float[Array, "b n heads d"],
     value: Float[Array, "b n heads d"],
     table: Float[Array, "offsets heads"] | None,
 ) -> Attended:
-    """Each token over itself."""
+    """Each token over itself: identity attention."""
     logsum = jnp.einsum("bnhd,bnhd->bnh", query, key, preferred_element_type=jnp.float32) / query.shape[-1] ** 0.5
     if table is not None:
         logsum = logsum + table[len(table) // 2][None, None].astype(jnp.float32)  # of no offset
@@ -283,28 +270,28 @@ def alone(
 
 def attend_to_clips(
     query: Float[Array, "b sm heads d"],
-    told_key: Float[Array, "b sm heads d"],
-    told_value: Float[Array, "b sm heads d"],
+    extra_key: Float[Array, "b sm heads d"],
+    extra_value: Float[Array, "b sm heads d"],
     key: Float[Array, "b n heads d"],
     value: Float[Array, "b n heads d"],
     mask: Bool[Array, "b s m"],
     layout: Layout,
 ) -> Float[Array, "b sm heads d"]:
-    """Condition tokens, see `Beside`, over all tokens of their clips, and each other."""
-    batch, clips, words = mask.shape
+    """Extra tokens, see `ExtraTokens`, over all tokens of their clips and each other."""
+    batch, clips, length = mask.shape
     own = jnp.broadcast_to(layout.belongs(clips).swapaxes(1, 2), (batch, clips, key.shape[1]))
     together = jnp.eye(clips, dtype=bool)[None, :, :, None] & mask[:, None]  # [b, s, s, m]
     seen = jnp.concatenate([own, rearrange(together, "b s o m -> b s (o m)")], axis=-1)
-    seen = jnp.repeat(seen, words, axis=1)[:, None]
-    keys, values = (jnp.concatenate(pair, axis=1) for pair in ((key, told_key), (value, told_value)))
+    seen = jnp.repeat(seen, length, axis=1)[:, None]
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in ((key, extra_key), (value, extra_value)))
     return attend(query, keys, values, mask=seen)[0]
 
 
 @flax.struct.dataclass
-class Beside:
-    """Tokens that tell clips' conditions: m of each clip, after all of the sequence's own, clip by clip.
+class ExtraTokens:
+    """Tokens that embed clips' conditions: m of each clip, after all of the sequence's own, clip by clip.
 
-    All tokens of a clip see them, and they see all of it.
+    All tokens of a clip see them, and they see all of the clip.
 
     Attributes:
         mask: which of them are there.
@@ -320,12 +307,13 @@ class WindowAttention(nn.Module):
 
     Attributes:
         heads: attention heads.
-        windows: which tokens see each other; heads are divided among several; none is for text alone.
-        bounds: the largest of each window, of which `relative` has a bias for each offset.
+        windows: which tokens see each other; heads are divided among several; none is for text only.
+        bounds: the largest size of each window; `relative` has a bias for each offset in it.
         relative: "bias" for Swin's learned bias an offset, "rotary", or "none".
         qk_norm: whether queries and keys are normalised (ViT-22B): logits stay bounded whatever the weights do.
         bias: which layers have one: "none", "out", or "all".
         dtype: of the computation.
+        qkv_init, out_init: how kernels are drawn.
     """
 
     heads: int
@@ -335,6 +323,8 @@ class WindowAttention(nn.Module):
     qk_norm: bool
     bias: Literal["none", "out", "all"]
     dtype: jnp.dtype
+    qkv_init: Initializer = nn.initializers.lecun_normal()
+    out_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(
@@ -344,14 +334,14 @@ class WindowAttention(nn.Module):
         text: Float[Array, "b s m d"] | None = None,
         text_mask: Bool[Array, "b s m"] | None = None,
         isolate_images: bool = False,
-        beside: Beside | None = None,
+        extra: ExtraTokens | None = None,
     ) -> Float[Array, "b n d"]:
-        """With `isolate_images`, tokens of clips of one frame see themselves alone in windows that span time."""
+        """With `isolate_images`, tokens of clips of one frame see only themselves in windows that span time."""
         dim = x.shape[-1]
 
         def project(name):
             use_bias = self.bias == "all"
-            return Linear(dim, ("embed", "heads"), use_bias=use_bias, dtype=self.dtype, name=name)
+            return Linear(dim, ("embed", "heads"), use_bias, self.qkv_init, self.dtype, name=name)
 
         def norm(name):
             if not self.qk_norm:
@@ -365,7 +355,7 @@ class WindowAttention(nn.Module):
         def out(y):
             y = rearrange(y, "b n heads d -> b n (heads d)")
             use_bias = self.bias != "none"
-            return Linear(dim, ("heads", "embed"), use_bias=use_bias, dtype=self.dtype, name="out")(y)
+            return Linear(dim, ("heads", "embed"), use_bias, self.out_init, self.dtype, name="out")(y)
 
         to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
         query = norm("query_norm")(heads(project("query")(x)))
@@ -373,26 +363,26 @@ class WindowAttention(nn.Module):
         if text is not None:
             others = key_norm(heads(to_key(text))), heads(to_value(text)), text_mask
         if not self.windows:
-            # Without any text there is nothing to look at, and not the mean of what fills it up.
+            # A clip without any text adds nothing, rather than the mean of its padding.
             any_text = layout.spread(text_mask.any(-1)[..., None].astype(self.dtype))[..., None]
             return out(any_text * attend_to_text(query, *others, rows)[0])
         key, value = key_norm(heads(to_key(x))), heads(to_value(x))
-        told = None
-        if beside is not None:
-            own = x.shape[1] - beside.mask.shape[1] * beside.mask.shape[2]
-            told = tuple(y[:, own:] for y in (query, key, value))
+        extra_parts = None
+        if extra is not None:
+            own = x.shape[1] - extra.mask.shape[1] * extra.mask.shape[2]
+            extra_parts = tuple(y[:, own:] for y in (query, key, value))
             query, key, value = (y[:, :own] for y in (query, key, value))
-            each = (rearrange(y, "b (s m) ... -> b s m ...", s=beside.mask.shape[1]) for y in told[1:])
-            others = *each, beside.mask
+            each = (rearrange(y, "b (s m) ... -> b s m ...", s=extra.mask.shape[1]) for y in extra_parts[1:])
+            others = *each, extra.mask
         turned = query, key
         if self.relative == "rotary":
             turned = tuple(rotate(y, layout.coordinates()) for y in turned)
         attended = self._in_windows(*turned, value, layout, isolate_images)
-        if text is None and beside is None:
+        if text is None and extra is None:
             return out(attended[0])
         y = joined(attended, attend_to_text(query, *others, rows))
-        if told is not None:
-            y = jnp.concatenate([y, attend_to_clips(*told, key, value, beside.mask, layout)], axis=1)
+        if extra is not None:
+            y = jnp.concatenate([y, attend_to_clips(*extra_parts, key, value, extra.mask, layout)], axis=1)
         return out(y)
 
     def _in_windows(self, query: Array, key: Array, value: Array, layout: Layout, isolate_images: bool) -> Attended:
@@ -410,12 +400,12 @@ class WindowAttention(nn.Module):
             if layout.pack is not None:
                 groups, coordinates = layout.pack.groups[window.name], layout.coordinates()
                 own, logsum = grouped(*part, groups, coordinates, table, bounds)
-                if isolate_images and window.time != 1:  # which may have condition tokens beside them
-                    by_itself = (groups.place == groups.slots.size).reshape(*logsum.shape[:2], 1)
-                    logsum = jnp.where(by_itself, alone(*part, table)[1], logsum)
+                if isolate_images and window.time != 1:  # there may be extra tokens to join them with
+                    apart = (groups.place == groups.slots.size).reshape(*logsum.shape[:2], 1)
+                    logsum = jnp.where(apart, isolated(*part, table)[1], logsum)
                 found.append((own, logsum))
             elif isolate_images and window.time != 1 and layout.grid[0] == 1:
-                found.append(alone(*part, table))
+                found.append(isolated(*part, table))
             else:
                 found.append(reshaped(*part, window, layout.grid, table, bounds))
         if count == 1:

@@ -1,4 +1,4 @@
-"""The denoiser: W.A.L.T and its siblings, as their configs say."""
+"""The denoiser: tokens, positions, conditions and the stack of blocks. Blocks are in a file for each family."""
 
 import flax.linen as nn
 import flax.struct
@@ -8,22 +8,38 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from walt_jax.denoiser.attention import Beside
-from walt_jax.denoiser.block import (
+from walt_jax.denoiser.attention import ExtraTokens
+from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.dit_block import DiTBlock, DiTConfig
+from walt_jax.denoiser.latte_block import LatteBlock, LatteConfig
+from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
+from walt_jax.denoiser.parts import (
     AffineNorm,
     Context,
-    Cycle,
-    embedded_label,
-    embedded_time,
+    embed_label,
+    embed_time,
     layer_norm,
+    linear,
     modulate,
-    modulation_width,
+    single_table,
 )
-from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
-from walt_jax.denoiser.sinusoids import sinusoids
+from walt_jax.denoiser.sinusoids import sinusoids, timestep_embedding
+from walt_jax.denoiser.stdit_block import STDiTBlock, STDiTConfig
+from walt_jax.denoiser.uvit_block import UViTBlock, UViTConfig
+from walt_jax.denoiser.vdt_block import VDTBlock, VDTConfig
+from walt_jax.denoiser.walt_block import WaltBlock, WaltConfig
 from walt_jax.layers import Linear
 
+# A new block is one file, a line in each of these, and a config.
+AnyDenoiserConfig = WaltConfig | DiTConfig | UViTConfig | LatteConfig | VDTConfig | STDiTConfig
+BLOCKS = {
+    "walt": WaltBlock,
+    "dit": DiTBlock,
+    "uvit": UViTBlock,
+    "latte": LatteBlock,
+    "vdt": VDTBlock,
+    "stdit": STDiTBlock,
+}
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -38,9 +54,9 @@ class Condition:
         text: embeddings of m tokens a clip.
         text_mask: which of them are there.
         label: of each clip, 0 … classes - 1; `classes` where it is dropped.
-        observed: clean latents where they are given, zeros elsewhere.
-        observed_mask: 1 where they are given, a value a latent position.
-        low_res: clean low-resolution latents, with noise; of equal clips alone.
+        observed: clean latents where they are observed, zeros elsewhere.
+        observed_mask: 1 where they are observed, a value a latent position.
+        low_res: low-resolution latents, with noise; only of equal clips.
         low_res_time: how much noise, as a time.
     """
 
@@ -58,6 +74,36 @@ def fixed_positions(place: Int[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
     frequencies = 10_000.0 ** -(jnp.arange(dim // 2) / (dim // 2))
     angles = place[..., None] * jnp.expand_dims(frequencies, tuple(range(place.ndim)))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Cycle(nn.Module):
+    """One block for each of the config's windows: the body of the scan."""
+
+    config: DenoiserConfig
+    bounds: Grid
+    number: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        first: Float[Array, ""] | None,
+        context: Context,
+        skip: Float[Array, "b n d"] | None = None,
+    ) -> tuple[Float[Array, "b n d"], None]:
+        """`first` is 1 in the first cycle and 0 in later ones; read where embeddings of time are added in blocks."""
+        cfg, time = self.config, context.time
+        for index, windows in enumerate(cfg.block_windows):
+            own = None
+            if time is not None and any(window.time != 1 for window in windows):
+                own, time = (time * first).astype(x.dtype), None
+                if not cfg.time_in_attention:
+                    x, own = x.at[:, : own.shape[1]].add(own), None
+            lowest = self.number == 0 and index == 0
+            block = BLOCKS[cfg.block](cfg, windows, self.bounds, lowest, name=f"block{index}")
+            skipped = () if skip is None or index else (skip,)
+            x = block(x, context.replace(time=own), *skipped)
+        return x, None
 
 
 class Denoiser(nn.Module):
@@ -84,140 +130,101 @@ class Denoiser(nn.Module):
 
         With `learned_sigma` there are twice as many values a token, see `diffusion.learned_sigma`.
         """
-        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        patch = noisy.shape[-1]
+        cfg = self.config
         inputs = jnp.concatenate(self._inputs(noisy, condition, estimate), axis=-1)
-        # Whatever a pack is filled up with: no gradient may become NaN by it.
+        # Zero the padding, so that NaNs there cannot reach gradients.
         inputs = jnp.where(layout.valid()[..., None], inputs, 0)
-        x = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="patch_in")(inputs)
-        places = self._positions(layout).astype(dtype)
-        x = x + places
+        x = linear(cfg, "patch_in", cfg.dim, "latent", "embed")(inputs)
+        x = x + self._positions(layout).astype(x.dtype)
 
-        given, (time, label, text) = (time, condition.label), self._told(time, condition)
-        context = Context(None, given, None, None, None, self._late_positions(layout), layout, None)
-        if cfg.condition_by == "norm":
-            # c + t of the paper: what the whole clip shares, its time and its caption's mean or its label.
-            shared = time
-            if text is not None:
-                mask = condition.text_mask
-                weights = mask[..., None] / jnp.maximum(mask.sum(-1), 1)[..., None, None]
-                if cfg.adaln != "single":
-                    shared = shared + Linear(cfg.dim, dtype=dtype, name="text_pooled")((text * weights).sum(-2))
-                context = context.replace(text=text, text_mask=mask)
-            if label is not None:
-                shared = shared + label
-            if cfg.upscale > 1:
-                shared = shared + embedded_time(cfg, condition.low_res_time, "low_res_time")
-            if cfg.observed_as in ("norm", "cross"):
-                observed = Linear(cfg.dim, ("latent", "embed"), dtype=dtype, name="observed_in")(condition.observed)
-                there = condition.observed_mask.mean(-1, keepdims=True).astype(dtype)
-                if cfg.observed_as == "norm":
-                    both = layout.gathered(jnp.concatenate([observed * there, there], axis=-1), time.shape[1])
-                    shared = shared + both[..., :-1] / jnp.maximum(both[..., -1:], 1)
-                else:
-                    observed = observed + places
-                    context = context.replace(text=observed[:, None], text_mask=there[:, None, :, 0] > 0)
-            told, context = shared, context.replace(shared=nn.swish(shared))
-        else:
-            words, mask = self._words(time, label, text, condition.text_mask)
-            if cfg.condition_by == "cross":
-                context = context.replace(text=words, text_mask=mask)
-            else:
-                context = context.replace(beside=Beside(mask))
-                if context.time is not None:
-                    behind = (0, words.shape[1] * words.shape[2])
-                    context = context.replace(time=jnp.pad(context.time, ((0, 0), behind, (0, 0))))
-                x = jnp.concatenate([x, rearrange(words, "b s m d -> b (s m) d")], axis=1)
-        zeros, shared = nn.initializers.zeros, context.shared
-        if cfg.adaln in ("lora", "single"):
-            adaln = Linear(modulation_width(cfg), ("embed", "mlp"), kernel_init=zeros, dtype=dtype, name="adaln")
-            context = context.replace(modulation=adaln(shared))
+        context = self._context(time, condition, layout)
+        if cfg.condition_by == "tokens":
+            x = jnp.concatenate([x, rearrange(context.text, "b s m d -> b (s m) d")], axis=1)
+            context = context.replace(text=None, extra=ExtraTokens(context.text_mask))
         x = self._blocks(x, context)[:, : noisy.shape[1]]
 
-        if cfg.adaln == "none":
-            x = AffineNorm(dtype, name="norm_out")(x)
-        else:
-            if cfg.adaln == "single":
-                init = nn.with_logical_partitioning(nn.initializers.normal(cfg.dim**-0.5), ("mlp",))
-                table = self.param("adaln_out_table", init, (2 * cfg.dim,)).astype(dtype)
-                last = jnp.concatenate([told, told], axis=-1) + table[None, None]
-            else:
-                last = Linear(2 * cfg.dim, ("embed", "mlp"), kernel_init=zeros, dtype=dtype, name="adaln_out")(shared)
-            scale, shift = jnp.split(layout.spread(last), 2, axis=-1)
-            x = modulate(layer_norm(x, dtype), scale, shift)
-        width = 2 * patch if cfg.learned_sigma else patch
-        x = Linear(width, ("embed", "latent"), kernel_init=zeros, dtype=dtype, name="patch_out")(x)
-        x = x.astype(jnp.float32)
-        return self._convolved(x, layout) if cfg.output_conv else x
-
-    def _told(
-        self, time: Float[Array, "b s"], condition: Condition
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"] | None, Float[Array, "b s m d"] | None]:
-        """The embeddings of time, label and text, where there are any."""
-        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        label = text = None
-        if cfg.classes:
-            label = embedded_label(self, cfg, condition.label)
-        if condition.text is not None:
-            text = Linear(cfg.dim, ("text", "embed"), dtype=dtype, name="text_in")(condition.text)
-            if cfg.adaln == "single":
-                text = nn.gelu(text, approximate=True)
-                text = Linear(cfg.dim, ("embed", "embed_out"), dtype=dtype, name="text_out")(text)
-        return embedded_time(cfg, time), label, text
-
-    def _words(
-        self, time: Array, label: Array | None, text: Array | None, text_mask: Array | None
-    ) -> tuple[Float[Array, "b s m d"], Bool[Array, "b s m"]]:
-        """Time, label and text as tokens, and which of them are there."""
-        given = [each[..., None, :] for each in (time, label) if each is not None]
-        places = self.param(
-            "word_embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
-            (len(given), self.config.dim),
-        )
-        words = jnp.concatenate(given, axis=-2) + places.astype(time.dtype)[None, None]
-        mask = jnp.ones(words.shape[:-1], bool)
-        if text is not None:
-            words, mask = jnp.concatenate([words, text], axis=-2), jnp.concatenate([mask, text_mask], axis=-1)
-        return words, mask
-
-    def _convolved(self, x: Float[Array, "b n p"], layout: Layout) -> Float[Array, "b n p"]:
-        """U-ViT's last layer, which makes patches meet at their edges."""
-        patch = self.config.patch_size
-        latents = from_tokens(x, layout.grid, patch)
-        channels = latents.shape[-1]
-        kernel_init = nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(), (None, None, None, "channels", "channels_out")
-        )
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("channels_out",))
-        conv = nn.Conv(channels, (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name="conv_out")
-        return to_tokens(conv(latents), patch)
+        x = self._last_norm(x, context)
+        width = (2 if cfg.learned_sigma else 1) * noisy.shape[-1]
+        x = linear(cfg, "patch_out", width, "embed", "latent", kernel_init=cfg.inits.output)(x).astype(jnp.float32)
+        if cfg.output_conv:
+            x = to_tokens(self._conv("conv_out", from_tokens(x, layout.grid, cfg.patch_size)), cfg.patch_size)
+        return x
 
     def _inputs(self, noisy: Array, condition: Condition, estimate: Array | None) -> list[Array]:
-        """What a token is made of, beside each other."""
+        """What is concatenated to make a token."""
         cfg, inputs = self.config, [noisy]
         if cfg.self_conditioning:
             inputs.append(jnp.zeros_like(noisy) if estimate is None else estimate)
         if cfg.frame_prediction and cfg.observed_as == "channels":
             inputs += [condition.observed, condition.observed_mask]
-        elif cfg.observed_as == "place":
+        elif cfg.frame_prediction:
             mask = jnp.repeat(condition.observed_mask, noisy.shape[-1] // condition.observed_mask.shape[-1], axis=-1)
             inputs[0] = noisy * (1 - mask) + condition.observed * mask
         if cfg.upscale > 1:
-            scale, channels = cfg.upscale, condition.low_res.shape[-1]
-            kernel_init = nn.with_logical_partitioning(
-                nn.initializers.lecun_normal(), (None, None, None, "latent", "channels_out")
-            )
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("channels_out",))
-            up = nn.Conv(scale**2 * channels, (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name="upscale")(
-                condition.low_res
-            )
-            up = rearrange(up, "b t h w (p q c) -> b t (h p) (w q) c", p=scale, q=scale)
-            inputs.append(to_tokens(up, cfg.patch_size))
+            inputs.append(to_tokens(self._conv("upscale", condition.low_res, cfg.upscale), cfg.patch_size))
         return inputs
 
+    def _conv(self, name: str, x: Float[Array, "b t h w c"], scale: int = 1) -> Float[Array, "b t h2 w2 c"]:
+        """A 3 × 3 convolution over each frame, then depth to space."""
+        axes = (None, None, None, "channels", "channels_out")
+        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:])
+        conv = nn.Conv(scale**2 * x.shape[-1], (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name=name)
+        return rearrange(conv(x), "b t h w (p q c) -> b t (h p) (w q) c", p=scale, q=scale)
+
+    def _context(self, time: Float[Array, "b s"], condition: Condition, layout: Layout) -> Context:
+        """Time, label and text embedded: their sum c, or tokens, and keys of cross-attention."""
+        cfg, label, text, mask = self.config, None, None, condition.text_mask
+        dtype, init = jnp.dtype(cfg.dtype), cfg.inits.embedder
+        c = embed_time(cfg, time) if cfg.embeds_time else timestep_embedding(time, cfg.dim).astype(dtype)
+        if cfg.classes:
+            label = embed_label(self, cfg, condition.label)
+        if condition.text is not None:
+            text = linear(cfg, "text_in", cfg.dim, "text", "embed", kernel_init=init)(condition.text)
+            if cfg.single:
+                text = linear(cfg, "text_out", cfg.dim, kernel_init=init)(nn.gelu(text, approximate=True))
+        context = Context(layout, (time, condition.label), time=self._time_positions(layout))
+        if cfg.condition_by != "norm":
+            return context.replace(**self._tokens([c] if label is None else [c, label], text, mask))
+        if text is not None and not cfg.single:
+            weights = mask[..., None] / jnp.maximum(mask.sum(-1), 1)[..., None, None]
+            c = c + linear(cfg, "text_pooled", cfg.dim, "embed", "mlp")((text * weights).sum(-2))
+        if label is not None:
+            c = c + label
+        if cfg.upscale > 1:
+            c = c + embed_time(cfg, condition.low_res_time, "low_res_time")
+        shared = None
+        if cfg.shared_vectors:  # AdaLN-LoRA's A_1 = MLP(c + t), or the layer of adaLN-single
+            init = init if cfg.single else nn.initializers.zeros
+            layer = linear(cfg, "adaln", cfg.shared_vectors * cfg.dim, "embed", "mlp", kernel_init=init)
+            shared = layer(nn.swish(c))
+        return context.replace(c=c, shared=shared, text=text, text_mask=mask)
+
+    def _tokens(self, embedded: list[Array], text: Array | None, mask: Array | None) -> dict[str, Array]:
+        """Time and label as tokens before those of the text, and which of them are there."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        places = self.param("token_embedding", init, (len(embedded), self.config.dim))
+        tokens = jnp.stack(embedded, axis=-2) + places.astype(embedded[0].dtype)[None, None]
+        there = jnp.ones(tokens.shape[:-1], bool)
+        if text is not None:
+            tokens, there = jnp.concatenate([tokens, text], axis=-2), jnp.concatenate([there, mask], axis=-1)
+        return {"text": tokens, "text_mask": there}
+
+    def _last_norm(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
+        """The normalisation before the output, modulated as a block's is."""
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        if context.c is None:
+            return AffineNorm(dtype, cfg.norm_epsilon, name="norm_out")(x)
+        if cfg.single:
+            values = jnp.concatenate([context.c] * 2, axis=-1) + single_table(self, "adaln_out_table", cfg, 2)
+        else:
+            layer = linear(cfg, "adaln_out", 2 * cfg.dim, "embed", "mlp", kernel_init=nn.initializers.zeros)
+            values = layer(nn.swish(context.c))
+        scale, shift = jnp.split(context.layout.spread(values), 2, axis=-1)
+        return modulate(layer_norm(x, dtype), scale, shift)
+
     def _positions(self, layout: Layout) -> Float[Array, "b n d"]:
-        """The embedding of each token's place, `[1, n, d]` for equal clips."""
+        """The embedding of each token's position, `[1, n, d]` for equal clips."""
         cfg, (t, h, w) = self.config, self.bounds
         place = layout.coordinates()
         if cfg.positions == "none":
@@ -242,14 +249,14 @@ class Denoiser(nn.Module):
         frame = self.param("time_embedding", small, (t, 1, 1, cfg.dim))
         return space[0, place[..., 1], place[..., 2]] + frame[place[..., 0], 0, 0]
 
-    def _late_positions(self, layout: Layout) -> Float[Array, "b n d"] | None:
-        """Of time, where it is added in the blocks."""
+    def _time_positions(self, layout: Layout) -> Float[Array, "b n d"] | None:
+        """ "sincos" embeddings of time, which are added in the blocks."""
         if self.config.positions != "sincos" or self.bounds[0] == 1:
             return None
         return fixed_positions(layout.coordinates()[..., 0], self.config.dim)
 
     def _blocks(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
-        cfg, cycle_type, dtype = self.config, Cycle, jnp.dtype(self.config.dtype)
+        cfg, cycle_type = self.config, Cycle
         if cfg.remat != "none":
             cycle_type = nn.remat(Cycle, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan)
         cycles = cfg.layers // len(cfg.block_windows)
@@ -257,11 +264,9 @@ class Denoiser(nn.Module):
         if not cfg.scan:
             skips = []
             for cycle in range(cycles):
-                if cfg.skips and cycle > cycles // 2:
-                    both = jnp.concatenate([x, skips.pop()], axis=-1)
-                    x = Linear(cfg.dim, ("embed", "embed_out"), dtype=dtype, name=f"skip{cycle}")(both)
+                skip = (skips.pop(),) if cfg.skips and cycle > cycles // 2 else ()
                 x, _ = cycle_type(cfg, self.bounds, cycle, name=f"cycle{cycle}")(
-                    x, first[cycle].astype(np.float32), context
+                    x, first[cycle].astype(np.float32), context, *skip
                 )
                 if cfg.skips and cycle < cycles // 2:
                     skips.append(x)

@@ -64,7 +64,7 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     entries = _entries(config, diffusers, tubelets)
     _check_config(path, config, diffusers)
     known = {entry.theirs for entry in entries} | set(FIXED)
-    if config.told_by == "one":
+    if not config.embedders_per_block:
         known |= _copies(path, tensors)
     strange = sorted(set(tensors) - known)
     missing = sorted({entry.theirs for entry in entries} - set(tensors))
@@ -119,7 +119,7 @@ def export(params: Params, config: DenoiserConfig, diffusers: bool = True) -> di
         else:
             tensors.setdefault(entry.theirs, [None] * 3)[entry.part] = value
     tensors = {name: np.concatenate(value) if isinstance(value, list) else value for name, value in tensors.items()}
-    if diffusers and config.adaln == "separate" and config.told_by == "one":
+    if diffusers and not config.single and not config.embedders_per_block:
         for name in [name for name in tensors if name.startswith("transformer_blocks.0.norm1.emb.")]:
             for layer in range(1, config.layers):
                 tensors[name.replace(".0.", f".{layer}.", 1)] = tensors[name]
@@ -135,14 +135,16 @@ def _tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _check_config(path: str | pathlib.Path, config: DenoiserConfig, diffusers: bool) -> None:
-    closed = diffusers and config.adaln == "separate"
+    if config.block not in ("dit", "latte"):
+        raise UserError(f"{path}: published layouts are those of DiT and Latte, and block={config.block!r} is neither.")
+    closed = diffusers and not config.single
     wanted = "diffusers" if closed else "original"
     if config.time_frequencies != wanted:
         raise UserError(
             f"{path}: models of this layout have config.denoiser.time_frequencies={wanted!r}, not "
             f"{config.time_frequencies!r}; set it."
         )
-    if diffusers and config.adaln == "separate" and len(config.windows) > 1:
+    if diffusers and not config.single and len(config.windows) > 1:
         raise UserError(f"{path}: diffusers' DiT has images alone; use windows=((None, None, None),).")
 
 
@@ -154,7 +156,9 @@ def _copies(path: str | pathlib.Path, tensors: dict[str, np.ndarray]) -> set[str
         _, found, rest = name.partition(".norm1.emb.")
         if found and not name.startswith(first):
             if not np.array_equal(tensor, tensors.get(first + rest)):
-                raise UserError(f"{path}: {name} differs from {first + rest}; set config.denoiser.told_by='each'.")
+                raise UserError(
+                    f"{path}: {name} differs from {first + rest}; set config.denoiser.embedders_per_block=True."
+                )
             copies.add(name)
     return copies
 
@@ -251,7 +255,7 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
         if config.classes:
             entries.append(Entry("label_embedding", "y_embedder.embedding_table.weight", _same, _same))
         entries += _modulation("adaln_out", "final_layer.adaLN_modulation.1", dim) + output("final_layer.linear")
-    elif config.adaln == "single":
+    elif config.single:
         told = "adaln_single.emb.timestep_embedder"
         entries += _time_in(f"{told}.linear_1", closed=False) + _linear("time_out", f"{told}.linear_2")
         entries += _modulation("adaln", "adaln_single.linear", dim)
@@ -259,7 +263,7 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
         entries += _linear("text_out", "caption_projection.linear_2")
         entries += [_table("adaln_out_table", "scale_shift_table", dim), *output("proj_out")]
     else:
-        for layer in range(config.layers if config.told_by == "each" else 1):
+        for layer in range(config.layers if config.embedders_per_block else 1):
             told, where = f"transformer_blocks.{layer}.norm1.emb", f"cycle{layer}/block0/" if layer else ""
             entries += _time_in(f"{told}.timestep_embedder.linear_1", closed=True, ours=f"{where}time_in")
             entries += _linear(f"{where}time_out", f"{told}.timestep_embedder.linear_2")
@@ -274,7 +278,7 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
         if diffusers:
             stack = "temporal_transformer_blocks" if number else "transformer_blocks"
             name = f"{stack}.{cycle}"
-        cross = config.cross_at(config.block_windows[number])
+        cross = config.block == "latte" and config.cross_at(config.block_windows[number])
         entries += _block(f"cycle{cycle}/block{number}", name, config, diffusers, cross)
     return entries
 
@@ -300,7 +304,7 @@ def _block(ours: str, theirs: str, config: DenoiserConfig, diffusers: bool, cros
         return found + _linear(f"{ours}/{own}/out", f"{theirs}.{name}.to_out.0", config.attention_bias != "none")
 
     entries = attention("self_attention", "attn1") + (attention("cross_attention", "attn2") if cross else [])
-    if config.adaln == "single":
+    if config.single:
         entries.append(_table(f"{ours}/adaln_table", f"{theirs}.scale_shift_table", dim))
     else:
         entries += _modulation(f"{ours}/adaln", f"{theirs}.norm1.linear", dim)

@@ -29,6 +29,7 @@ class OptimizerConfig:
         b1, b2: Adam's decays of its moments.
         weight_decay: decoupled.
         clip_norm: of the global gradient, for "adamw"; the others' updates have a norm of their own.
+        clip_after: steps of the stage before gradients are clipped; 100,000 in Latte.
     """
 
     name: Literal["adamw", "adafactor", "muon"]
@@ -40,6 +41,7 @@ class OptimizerConfig:
     b2: Fraction = 0.99
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    clip_after: int = 0
 
 
 def muon_dimensions(boxed: Any) -> Any:
@@ -85,7 +87,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Any) -> optax.Gra
             multiply_by_parameter_scale=False,  # the papers' learning rates are Adam's
             weight_decay_rate=config.weight_decay or None,
         )
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.clip_after:
+        clip = optax.conditionally_transform(clip, lambda step: step >= config.clip_after)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip,
         optax.adamw(schedule(config.learning_rate), config.b1, config.b2, weight_decay=config.weight_decay),
     )

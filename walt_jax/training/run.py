@@ -233,7 +233,7 @@ class Run:
         if denoiser is None:
             raise UserError("This config trains only a tokenizer; only denoisers can be exported.")
         params = self._restored("denoiser")[1].served["denoiser"]
-        of_diffusers = denoiser.adaln == "single" or denoiser.time_frequencies == "diffusers"
+        of_diffusers = denoiser.single or denoiser.time_frequencies == "diffusers"
         tensors = published_weights.export(jax.device_get(params), denoiser, of_diffusers)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, safetensors.numpy.save(tensors))

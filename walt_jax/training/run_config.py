@@ -12,7 +12,7 @@ from walt_jax.data.pipeline import DataConfig
 from walt_jax.data.shapes import ClipShape, ShapeConfig
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid
-from walt_jax.denoiser.model import Denoiser
+from walt_jax.denoiser.model import AnyDenoiserConfig, Denoiser
 from walt_jax.denoiser.published_weights import Tubelets
 from walt_jax.denoiser.windows import Window
 from walt_jax.diffusion.objective import DiffusionConfig
@@ -81,7 +81,7 @@ class RunConfig:
     low_res_from: str = ""
     normalise_latents: bool = True
     text: TextConfig | None = None
-    denoiser: DenoiserConfig | None = None
+    denoiser: AnyDenoiserConfig | None = None
     diffusion: DiffusionConfig | None = None
     conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     sampling: SamplingConfig | None = None
@@ -143,7 +143,7 @@ class RunConfig:
 
     def _check_text(self) -> None:
         denoiser = self.denoiser
-        reads_text = denoiser is not None and (denoiser.cross_attention or denoiser.condition_by != "norm")
+        reads_text = denoiser is not None and denoiser.reads_text
         if self.text is not None and not reads_text:
             raise ValueError("there is text, and no denoiser.cross_attention to read it: give both or neither")
         if self.text is None and denoiser is not None and denoiser.cross_attention:
@@ -205,7 +205,6 @@ class RunConfig:
             "diffusion.multiscale": self.diffusion.multiscale,
             "denoiser.upscale": self.denoiser.upscale > 1,
             "denoiser.output_conv": self.denoiser.output_conv,
-            "denoiser.observed_as='cross'": self.denoiser.observed_as == "cross",
         }
         for knob, value in equal_clips_only.items():
             if value:

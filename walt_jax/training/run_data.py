@@ -136,7 +136,8 @@ class RunData:
     def clips(self, name: str) -> Clips:
         """A stage's clips in its shapes, by their number in the order."""
         encode = self._text.captions().encode if self._config.stages[name].task == "denoiser" else None
-        return Clips(self._recorded(name), self._seed(name), encode, self._config.data.caption_dropout)
+        data = self._config.data
+        return Clips(self._recorded(name), self._seed(name), encode, data.caption_dropout, data.flips)
 
     def _seed(self, name: str) -> int:
         return self._config.seed + list(self._config.stages).index(name)

@@ -1,6 +1,7 @@
 """What a stage trains. A task knows parameters and gradients; the loop knows the rest."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal, Protocol
 
 import jax
@@ -18,8 +19,9 @@ from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips
 
 Metrics = dict[str, Float[Array, ""]]
 
-# VDT's: every fourth frame, each frame generated with 0.8 (so observed with 0.2), half of the area
-EVERY, RANDOM_FRAMES, SQUARE = 4, 0.2, 0.5**0.5
+# VDT's: every fourth frame; each frame generated with 0.8 (so observed with 0.2); at most half of the area generated,
+# in rectangles of aspect ratios from 0.3 to 1/0.3, with at most 3 frames observed whole at either end
+EVERY, RANDOM_FRAMES, RECTANGLES, AREA, ASPECT, MARGIN = 4, 0.2, 4, 0.5, 0.3, 3
 
 
 class Task(Protocol):
@@ -52,15 +54,31 @@ class ConditioningConfig:
             prediction. At least one frame of each clip is left to be generated.
         probability: that any of a clip is observed, W.A.L.T's p_fp.
         kinds: which of a clip's tokens are given, each as often: so many frames at its "start", or at its "end";
-            "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of a "square" of half
-            the area, in all frames (VDT's unified masks, Lu et al. 2023).
+            "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of some "rectangles" in
+            a range of frames (VDT's unified masks, Lu et al. 2023). A kind listed twice is twice as frequent.
         low_res_noise: the low-resolution latents get noise of a time between 0 and this, t_max of W.A.L.T.
     """
 
     frames: tuple[Positive, ...] = ()
     probability: Fraction = 0.0
-    kinds: tuple[Literal["start", "end", "every", "one", "random", "square"], ...] = ("start",)
+    kinds: tuple[Literal["start", "end", "every", "one", "random", "rectangles"], ...] = ("start",)
     low_res_noise: Annotated[float, Range(0, 1)] = 0.0
+
+
+def rectangles(sizes: Float[Array, "*n 2"], key: PRNGKeyArray) -> tuple[Float[Array, "r *n 2"], Float[Array, "r *n 2"]]:
+    """Corners (y, x) of random rectangles in frames of these sizes, and the opposite ones, which are outside.
+
+    Each has a random part of the area that the ones before leave of `AREA` of the frame, as in VDT, where they do not
+    overlap; here they may.
+    """
+    key_area, key_aspect, key_corner = jax.random.split(key, 3)
+    share = jax.random.uniform(key_area, (RECTANGLES, *sizes.shape[:-1]))
+    area = AREA * share * jnp.cumprod(1 - share, axis=0) / (1 - share) * sizes.prod(-1)
+    aspect = jnp.exp(jax.random.uniform(key_aspect, share.shape, minval=math.log(ASPECT), maxval=-math.log(ASPECT)))
+    extent = jnp.round(jnp.sqrt(jnp.stack([area * aspect, area / aspect], axis=-1)))
+    extent = jnp.clip(extent, 1, jnp.maximum(sizes, 1))
+    corner = jnp.floor(jax.random.uniform(key_corner, extent.shape) * (sizes - extent + 1))
+    return corner, corner + extent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,30 +162,40 @@ class DenoiserTask:
         cfg, sizes = self.conditioning, jnp.broadcast_to(layout.clip_sizes(), (*clips, 3)).astype(jnp.float32)
         count = jnp.minimum(jax.random.choice(keys[0], jnp.array(cfg.frames), clips), sizes[..., 0] - 1)
         whether = jax.random.bernoulli(keys[1], cfg.probability, clips)
-        corner = jax.random.uniform(keys[2], (*clips, 2)) * (1 - SQUARE) * sizes[..., 1:]
-        corner = jnp.minimum(corner, sizes[..., 1:] - 1)  # of a side of one position, the square has that one
         one = jnp.floor(jax.random.uniform(keys[3], clips) * sizes[..., 0])
         each = jax.random.bernoulli(keys[4], RANDOM_FRAMES, (*clips, self.model.denoiser.bounds[0]))
         numbers, own = jnp.arange(each.shape[-1])[None, None], sizes[..., :1]
         each &= ~((each | (numbers >= own)).all(-1, keepdims=True) & (numbers == one[..., None]))
         kind = jax.random.choice(keys[5], jnp.arange(len(cfg.kinds)), clips)
 
-        def told(values):
-            """Of each token's clip."""
+        def of_clip(values):
+            """For each token, the value of its clip."""
             return layout.spread(values.reshape(*clips, -1).astype(jnp.float32))
 
         frame, place = layout.coordinates()[..., :1], layout.coordinates()[..., 1:]
-        inside = (place >= told(corner)) & (place < told(corner + SQUARE * sizes[..., 1:]))
+
+        def outside_of_rectangles():
+            key_frames, key_rectangles = jax.random.split(keys[2])
+            margin = jnp.minimum(MARGIN, jnp.floor((sizes[..., :1] - 1) / 2))
+            start, end = jnp.floor(jax.random.uniform(key_frames, (2, *clips, 1)) * (margin + 1))
+            generated = (frame >= of_clip(start)) & (frame < of_clip(sizes[..., :1] - end))
+            inside = [
+                ((place >= of_clip(corner)) & (place < of_clip(opposite))).all(-1, keepdims=True)
+                for corner, opposite in zip(*rectangles(sizes[..., 1:], key_rectangles), strict=True)
+            ]
+            return ~(generated & jnp.stack(inside).any(0))
+
         masks = {
-            "start": lambda: frame < told(count),
-            "end": lambda: frame >= told(sizes[..., 0] - count),
-            "every": lambda: (frame % EVERY == 0) & (told(sizes[..., 0]) > 1),
-            "one": lambda: (frame == told(one)) & (told(sizes[..., 0]) > 1),
-            "random": lambda: (told(each) * (frame == numbers)).sum(-1, keepdims=True) > 0,
-            "square": lambda: ~inside.all(-1, keepdims=True),
+            "start": lambda: frame < of_clip(count),
+            "end": lambda: frame >= of_clip(sizes[..., 0] - count),
+            "every": lambda: (frame % EVERY == 0) & (of_clip(sizes[..., 0]) > 1),
+            "one": lambda: (frame == of_clip(one)) & (of_clip(sizes[..., 0]) > 1),
+            "random": lambda: (of_clip(each) * (frame == numbers)).sum(-1, keepdims=True) > 0,
+            "rectangles": outside_of_rectangles,
         }
-        chosen = told(jax.nn.one_hot(kind, len(cfg.kinds)) * whether[..., None])
-        mask = sum(chosen[..., i : i + 1] * masks[name]() for i, name in enumerate(cfg.kinds))
+        chosen = of_clip(jax.nn.one_hot(kind, len(cfg.kinds)) * whether[..., None])
+        found = {name: masks[name]() for name in dict.fromkeys(cfg.kinds)}
+        mask = sum(chosen[..., i : i + 1] * found[name] for i, name in enumerate(cfg.kinds))
         positions = tokens.shape[-1] // self.model.latent_shape[3]
         return jnp.broadcast_to(mask.astype(jnp.float32), (*tokens.shape[:2], positions))
 
