@@ -286,7 +286,9 @@ def test_no_clip_is_observed_whole(record, kind):
 
 def test_rectangles_have_at_most_half_of_the_area_and_all_positions_and_aspects():
     height, width = 40, 60
-    corner, opposite = (np.asarray(x) for x in rectangles(jnp.full((500, 2), [height, width]), jax.random.key(0)))
+    corner, opposite = (
+        np.asarray(x) for x in rectangles(jnp.full((500, 2), jnp.array([height, width])), jax.random.key(0))
+    )
     assert (corner >= 0).all() and (opposite <= [height, width]).all() and (corner < opposite).all()
     extent = opposite - corner
     assert (extent.prod(-1).sum(0) < 0.55 * height * width).all()  # sides are rounded

@@ -73,11 +73,11 @@ def rectangles(sizes: Float[Array, "*n 2"], key: PRNGKeyArray) -> tuple[Float[Ar
     """
     key_area, key_aspect, key_corner = jax.random.split(key, 3)
     share = jax.random.uniform(key_area, (RECTANGLES, *sizes.shape[:-1]))
-    area = AREA * share * jnp.cumprod(1 - share, axis=0) / (1 - share) * sizes.prod(-1)
+    area = AREA * share * jnp.cumprod(1 - share, axis=0) / (1 - share) * sizes.prod(-1)[None]
     aspect = jnp.exp(jax.random.uniform(key_aspect, share.shape, minval=math.log(ASPECT), maxval=-math.log(ASPECT)))
     extent = jnp.round(jnp.sqrt(jnp.stack([area * aspect, area / aspect], axis=-1)))
-    extent = jnp.clip(extent, 1, jnp.maximum(sizes, 1))
-    corner = jnp.floor(jax.random.uniform(key_corner, extent.shape) * (sizes - extent + 1))
+    extent = jnp.clip(extent, 1, jnp.maximum(sizes, 1)[None])
+    corner = jnp.floor(jax.random.uniform(key_corner, extent.shape) * (sizes[None] - extent + 1))
     return corner, corner + extent
 
 
@@ -177,7 +177,7 @@ class DenoiserTask:
         def outside_of_rectangles():
             key_frames, key_rectangles = jax.random.split(keys[2])
             margin = jnp.minimum(MARGIN, jnp.floor((sizes[..., :1] - 1) / 2))
-            start, end = jnp.floor(jax.random.uniform(key_frames, (2, *clips, 1)) * (margin + 1))
+            start, end = jnp.floor(jax.random.uniform(key_frames, (2, *clips, 1)) * (margin + 1)[None])
             generated = (frame >= of_clip(start)) & (frame < of_clip(sizes[..., :1] - end))
             inside = [
                 ((place >= of_clip(corner)) & (place < of_clip(opposite))).all(-1, keepdims=True)
