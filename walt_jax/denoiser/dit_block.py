@@ -7,7 +7,8 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import DiTDefaults
-from walt_jax.denoiser.parts import Block, Context, embed_label, embed_time, modulate, stored
+from walt_jax.denoiser.parts import Block, Context, embed_label, embed_time, modulate
+from walt_jax.layers import stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import DiTDefaults
-from walt_jax.denoiser.parts import Block, Context, modulate, stored
+from walt_jax.denoiser.parts import Block, Context, modulate
 from walt_jax.denoiser.windows import Window
+from walt_jax.layers import stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,21 +8,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from walt_jax.denoiser import parts
 from walt_jax.denoiser.attention import ExtraTokens
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.dit_block import DiTBlock, DiTConfig
 from walt_jax.denoiser.latte_block import LatteBlock, LatteConfig
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
-from walt_jax.denoiser.parts import (
-    AffineNorm,
-    Context,
-    embed_label,
-    embed_time,
-    layer_norm,
-    linear,
-    modulate,
-    single_table,
-)
 from walt_jax.denoiser.sinusoids import sinusoids, timestep_embedding
 from walt_jax.denoiser.stdit_block import STDiTBlock, STDiTConfig
 from walt_jax.denoiser.uvit_block import UViTBlock, UViTConfig
@@ -88,7 +79,7 @@ class Cycle(nn.Module):
         self,
         x: Float[Array, "b n d"],
         first: Float[Array, ""] | None,
-        context: Context,
+        context: parts.Context,
         skip: Float[Array, "b n d"] | None = None,
     ) -> tuple[Float[Array, "b n d"], None]:
         """`first` is 1 in the first cycle and 0 in later ones; read where embeddings of time are added in blocks."""
@@ -134,7 +125,7 @@ class Denoiser(nn.Module):
         inputs = jnp.concatenate(self._inputs(noisy, condition, estimate), axis=-1)
         # Zero the padding, so that NaNs there cannot reach gradients.
         inputs = jnp.where(layout.valid()[..., None], inputs, 0)
-        x = linear(cfg, "patch_in", cfg.dim, "latent", "embed")(inputs)
+        x = parts.linear(cfg, "patch_in", cfg.dim, "latent", "embed")(inputs)
         x = x + self._positions(layout).astype(x.dtype)
 
         context = self._context(time, condition, layout)
@@ -145,7 +136,8 @@ class Denoiser(nn.Module):
 
         x = self._last_norm(x, context)
         width = (2 if cfg.learned_sigma else 1) * noisy.shape[-1]
-        x = linear(cfg, "patch_out", width, "embed", "latent", kernel_init=cfg.inits.output)(x).astype(jnp.float32)
+        x = parts.linear(cfg, "patch_out", width, "embed", "latent", kernel_init=cfg.inits.output)(x)
+        x = x.astype(jnp.float32)
         if cfg.output_conv:
             x = to_tokens(self._conv("conv_out", from_tokens(x, layout.grid, cfg.patch_size)), cfg.patch_size)
         return x
@@ -172,31 +164,31 @@ class Denoiser(nn.Module):
         conv = nn.Conv(scale**2 * x.shape[-1], (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name=name)
         return rearrange(conv(x), "b t h w (p q c) -> b t (h p) (w q) c", p=scale, q=scale)
 
-    def _context(self, time: Float[Array, "b s"], condition: Condition, layout: Layout) -> Context:
+    def _context(self, time: Float[Array, "b s"], condition: Condition, layout: Layout) -> parts.Context:
         """Time, label and text embedded: their sum c, or tokens, and keys of cross-attention."""
         cfg, label, text, mask = self.config, None, None, condition.text_mask
         dtype, init = jnp.dtype(cfg.dtype), cfg.inits.embedder
-        c = embed_time(cfg, time) if cfg.embeds_time else timestep_embedding(time, cfg.dim).astype(dtype)
+        c = parts.embed_time(cfg, time) if cfg.embeds_time else timestep_embedding(time, cfg.dim).astype(dtype)
         if cfg.classes:
-            label = embed_label(self, cfg, condition.label)
+            label = parts.embed_label(self, cfg, condition.label)
         if condition.text is not None:
-            text = linear(cfg, "text_in", cfg.dim, "text", "embed", kernel_init=init)(condition.text)
+            text = parts.linear(cfg, "text_in", cfg.dim, "text", "embed", kernel_init=init)(condition.text)
             if cfg.single:
-                text = linear(cfg, "text_out", cfg.dim, kernel_init=init)(nn.gelu(text, approximate=True))
-        context = Context(layout, (time, condition.label), time=self._time_positions(layout))
+                text = parts.linear(cfg, "text_out", cfg.dim, kernel_init=init)(nn.gelu(text, approximate=True))
+        context = parts.Context(layout, (time, condition.label), time=self._time_positions(layout))
         if cfg.condition_by != "norm":
             return context.replace(**self._tokens([c] if label is None else [c, label], text, mask))
         if text is not None and not cfg.single:
             weights = mask[..., None] / jnp.maximum(mask.sum(-1), 1)[..., None, None]
-            c = c + linear(cfg, "text_pooled", cfg.dim, "embed", "mlp")((text * weights).sum(-2))
+            c = c + parts.linear(cfg, "text_pooled", cfg.dim, "embed", "mlp")((text * weights).sum(-2))
         if label is not None:
             c = c + label
         if cfg.upscale > 1:
-            c = c + embed_time(cfg, condition.low_res_time, "low_res_time")
+            c = c + parts.embed_time(cfg, condition.low_res_time, "low_res_time")
         shared = None
         if cfg.shared_vectors:  # AdaLN-LoRA's A_1 = MLP(c + t), or the layer of adaLN-single
             init = init if cfg.single else nn.initializers.zeros
-            layer = linear(cfg, "adaln", cfg.shared_vectors * cfg.dim, "embed", "mlp", kernel_init=init)
+            layer = parts.linear(cfg, "adaln", cfg.shared_vectors * cfg.dim, "embed", "mlp", kernel_init=init)
             shared = layer(nn.swish(c))
         return context.replace(c=c, shared=shared, text=text, text_mask=mask)
 
@@ -210,18 +202,18 @@ class Denoiser(nn.Module):
             tokens, there = jnp.concatenate([tokens, text], axis=-2), jnp.concatenate([there, mask], axis=-1)
         return {"text": tokens, "text_mask": there}
 
-    def _last_norm(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
+    def _last_norm(self, x: Float[Array, "b n d"], context: parts.Context) -> Float[Array, "b n d"]:
         """The normalisation before the output, modulated as a block's is."""
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         if context.c is None:
-            return AffineNorm(dtype, cfg.norm_epsilon, name="norm_out")(x)
+            return parts.AffineNorm(dtype, cfg.norm_epsilon, name="norm_out")(x)
         if cfg.single:
-            values = jnp.concatenate([context.c] * 2, axis=-1) + single_table(self, "adaln_out_table", cfg, 2)
+            values = jnp.concatenate([context.c] * 2, axis=-1) + parts.single_table(self, "adaln_out_table", cfg, 2)
         else:
-            layer = linear(cfg, "adaln_out", 2 * cfg.dim, "embed", "mlp", kernel_init=nn.initializers.zeros)
+            layer = parts.linear(cfg, "adaln_out", 2 * cfg.dim, "embed", "mlp", kernel_init=nn.initializers.zeros)
             values = layer(nn.swish(context.c))
         scale, shift = jnp.split(context.layout.spread(values), 2, axis=-1)
-        return modulate(layer_norm(x, dtype), scale, shift)
+        return parts.modulate(parts.layer_norm(x, dtype), scale, shift)
 
     def _positions(self, layout: Layout) -> Float[Array, "b n d"]:
         """The embedding of each token's position, `[1, n, d]` for equal clips."""
@@ -255,7 +247,7 @@ class Denoiser(nn.Module):
             return None
         return fixed_positions(layout.coordinates()[..., 0], self.config.dim)
 
-    def _blocks(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
+    def _blocks(self, x: Float[Array, "b n d"], context: parts.Context) -> Float[Array, "b n d"]:
         cfg, cycle_type = self.config, Cycle
         if cfg.remat != "none":
             cycle_type = nn.remat(Cycle, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan)

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,14 +33,6 @@ def layer_norm(x: Float[Array, "b n d"], dtype: Any, epsilon: float = 1e-6) -> F
 
 def modulate(x: Float[Array, "b n d"], scale: Array, shift: Array) -> Float[Array, "b n d"]:
     return x * (1 + scale) + shift
-
-
-def stored(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """x, kept in memory: without this XLA's CPU backend recomputes the sum of all earlier residuals at each use.
-
-    The gradient of a model of six layers takes a fifth less time; see `training.state.COMPILER_OPTIONS`.
-    """
-    return jax.lax.optimization_barrier(x)
 
 
 class AffineNorm(nn.Module):

@@ -9,7 +9,8 @@ from flax.linen.initializers import normal
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import DenoiserConfig, Inits
-from walt_jax.denoiser.parts import Block, Context, linear, stored
+from walt_jax.denoiser.parts import Block, Context, linear
+from walt_jax.layers import stored
 
 
 @dataclasses.dataclass(frozen=True)

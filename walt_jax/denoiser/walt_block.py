@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 from walt_jax.config import Positive
 from walt_jax.denoiser.config import FRAME, DenoiserConfig
-from walt_jax.denoiser.parts import ZEROS, Block, Context, linear, modulate, stored
+from walt_jax.denoiser.parts import ZEROS, Block, Context, linear, modulate
 from walt_jax.denoiser.windows import Window
+from walt_jax.layers import stored
 
 
 @dataclasses.dataclass(frozen=True)
