@@ -275,3 +275,16 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="captions names no column"):
         DataConfig("drawn", 17, 32, 32, captions=" ,")
     assert weighted("source", "gs://x/a b*2, c") == [("gs://x/a b", 2.0), ("c", None)]
+
+
+def test_as_many_clips_are_mirrored_as_wanted_and_the_rest_is_as_without():
+    def videos(flips):
+        clips = Clips(Mixture((DrawnClips("train", (ClipShape(1, 16, 16),)),), (1.0,)), 3, flips=flips)
+        return [clips[number]["video"] for number in range(60)]
+
+    plain, some = videos(0.0), videos(0.5)
+    mirrored = [np.array_equal(one[:, :, ::-1], other) for one, other in zip(plain, some, strict=True)]
+    same = [np.array_equal(one, other) for one, other in zip(plain, some, strict=True)]
+    assert all(a or b for a, b in zip(mirrored, same, strict=True))
+    assert 18 < sum(mirrored) < 42
+    assert all(np.array_equal(one[:, :, ::-1], other) for one, other in zip(plain, videos(1.0), strict=True))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equations import cycles, twin, waves
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import filled, normal, places_of
@@ -310,6 +311,39 @@ def test_at_initialisation_the_output_is_zero():
     )
     assert output.dtype == jnp.float32
     np.testing.assert_array_equal(output, np.zeros((2, 16, CHANNELS)))
+
+
+def test_families_start_as_their_papers_say():
+    """The deviations of kernels; U-ViT's [0.02], DiT's Xavier's, queries' as part of one matrix for three."""
+    sizes = {"dim": 64, "heads": 2, "layers": 1, "cross_attention": False, "classes": CLASSES}
+    dim, plain = 64, (jnp.zeros((1, 8, CHANNELS)), jnp.zeros((1, 1)), Condition(label=jnp.zeros((1, 1), int)))
+    window = {"windows": ((None, None, None),)}
+
+    def deviations(config):
+        arguments = *plain, Layout(grid=(2, 2, 2))
+        params = nn.meta.unbox(
+            jax.jit(Denoiser(config, (2, 2, 2)).init)(jax.random.key(0, impl="unsafe_rbg"), *arguments)
+        )["params"]
+        flat = {"/".join(key): leaf for key, leaf in flatten_dict(params).items()}
+        return {name: float(leaf.std()) for name, leaf in flat.items() if not name.endswith(("bias", "scale"))}
+
+    dit = deviations(DiTConfig(**sizes, **window))
+    block = "cycle0/block0/"
+    assert dit[f"{block}self_attention/query/kernel"] == pytest.approx((2 / (4 * dim)) ** 0.5, rel=0.05)
+    assert dit[f"{block}self_attention/out/kernel"] == pytest.approx((2 / (2 * dim)) ** 0.5, rel=0.05)
+    assert dit[f"{block}mlp_in/kernel"] == pytest.approx((2 / (5 * dim)) ** 0.5, rel=0.05)
+    for name in ("time_in/kernel", "time_out/kernel"):
+        assert dit[name] == pytest.approx(0.02, rel=0.05)
+    assert dit["patch_out/kernel"] == dit[f"{block}adaln/kernel"] == dit["adaln_out/kernel"] == 0
+    uvit = deviations(UViTConfig(**sizes, **window))
+    for name in ("patch_in/kernel", f"{block}self_attention/query/kernel", f"{block}mlp_out/kernel"):
+        assert uvit[name] == pytest.approx(0.02, rel=0.12)
+    assert uvit["label_embedding"] == pytest.approx(1, rel=0.15)
+    assert uvit["patch_out/kernel"] > 0.015 and "time_in/kernel" not in uvit
+    stdit = deviations(STDiTConfig(**sizes))
+    assert stdit[f"{block}temporal_attention/out/kernel"] == 0 != stdit[f"{block}self_attention/out/kernel"]
+    assert stdit["adaln/kernel"] == pytest.approx(0.02, rel=0.05)
+    assert stdit[f"{block}adaln_table"] == pytest.approx(dim**-0.5, rel=0.15)
 
 
 def test_padding_of_the_text_has_no_effect():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from walt_jax.config import build
 from walt_jax.diffusion.guidance import GuidanceConfig, guide, scale_at
-from walt_jax.diffusion.parameterization import clean, convert
+from walt_jax.diffusion.parameterization import clean, target
 from walt_jax.diffusion.sampler import sample
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.errors import UserError
@@ -27,7 +27,7 @@ TIME = jnp.float32(0.4)
 def test_guiding_x_is_guiding_any_prediction(kind, angle, scale):
     """Ho and Salimans: said = said_u + w (said_c − said_u), all at the one z."""
     alpha, sigma = np.float32(math.cos(angle)), np.float32(math.sin(angle))
-    said, said_without = (convert("x0", kind, x, Z, alpha, sigma) for x in (CONDITIONAL, UNCONDITIONAL))
+    said, said_without = (target(kind, x, (Z - alpha * x) / sigma, alpha, sigma) for x in (CONDITIONAL, UNCONDITIONAL))
     expected = clean(kind, said_without + np.float32(scale) * (said - said_without), Z, alpha, sigma)
     guided = guide(GuidanceConfig(scale), TIME, CONDITIONAL, UNCONDITIONAL)
     np.testing.assert_allclose(guided, expected, atol=1e-3)

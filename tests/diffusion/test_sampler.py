@@ -238,12 +238,38 @@ TWINS = {
 }
 
 
+def respaced(steps):
+    """So many of DDPM's steps 1 to 1000, from the last down, as DiT takes them."""
+    stride = 999 / max(steps - 1, 1)
+    return [1 + round(999 - stride * number) for number in range(steps)]
+
+
+def test_ddpm_takes_dits_250_steps():
+    assert respaced(250)[:3] == [1000, 996, 992] and respaced(250)[-3:] == [9, 5, 1]
+
+    def predict(z, time, carried):
+        count, seen = carried
+        return z, (count + 1, seen.at[count].set(time))
+
+    start = (jnp.int32(0), jnp.zeros(250))
+    last = {}
+
+    def keep(carried):
+        jax.debug.callback(lambda seen: last.update(seen=np.asarray(seen)), carried[1], ordered=True)
+        return jnp.zeros((1, 1))
+
+    levels = lambda time: (1 - time, time)  # noqa: E731
+    jax.block_until_ready(sample("ddpm", predict, jnp.zeros((1, 1)), levels, 250, KEY, start, keep))
+    jax.effects_barrier()
+    np.testing.assert_allclose(last["seen"], np.array(respaced(250)) / 1000, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(("high", "steps"), [(1.0, 1), (1.0, 2), (1.0, 6), (0.9, 6)])
 def test_equals_the_loop(name, high, steps, float64):
     """From pure noise, and from where there is some signal; the latter down to where there is some noise."""
     between = functools.partial(levels, low=1 - high, high=high)
-    times = np.linspace(1, 0, steps + 1)
+    times = [k / 1000 for k in respaced(steps)] + [0] if name == "ddpm" else np.linspace(1, 0, steps + 1)
     visits = [(time, *(np.asarray(x) for x in between(jnp.float64(time)))) for time in times]
     run = jax.jit(lambda noise: sample(name, nonlinear, noise, between, steps, KEY, jnp.zeros_like(noise)))
     expected = TWINS[name](NOISE, visits)
@@ -280,7 +306,8 @@ def test_memory_is_handed_on_in_order_from_noise_to_data(name):
     start = (jnp.int32(0), jnp.full((10,), -1.0))
     jax.block_until_ready(sample(name, noting, jnp.asarray(NOISE, jnp.float32), levels, steps, KEY, start))
     jax.effects_barrier()
-    times = [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25] if name == "heun" else [1, 0.75, 0.5, 0.25]
+    times = {"heun": [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], "ddpm": [1, 0.667, 0.334, 0.001]}
+    times = times.get(name, [1, 0.75, 0.5, 0.25])
     assert [count for count, _ in states] == list(range(len(times)))
     np.testing.assert_allclose(states[-1][1][: len(times) - 1], times[:-1], atol=1e-6)
 

@@ -18,6 +18,8 @@ SCHEDULES = [
     Schedule("linear", zero_terminal_snr=False),
     Schedule("cosine"),
     Schedule("flow"),
+    Schedule("scaled_linear", zero_terminal_snr=False),
+    Schedule("scaled_linear"),
     Schedule("linear", shift=2.0),
     Schedule("cosine", shift=0.3),
     Schedule("flow", shift=3.0),
@@ -85,6 +87,18 @@ def test_linear_is_ddpms_rescaled_to_zero_terminal_snr():
         np.testing.assert_allclose(alpha, expected, atol=2e-6)
         assert alpha[0] == pytest.approx(math.sqrt(1 - 1e-4), abs=1e-7)
         np.testing.assert_allclose(sigma, [math.sqrt(1 - root**2) for root in expected], atol=1e-4)
+
+
+def test_scaled_linear_is_stable_diffusions():
+    """√β goes linearly from √0.00085 to √0.012; diffusers' α at the last step is 0.0683."""
+    alpha, sigma = levels(Schedule("scaled_linear", zero_terminal_snr=False), np.arange(1, 1001) / 1000)
+    product = 1.0
+    for step in range(1000):
+        root = 0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * step / 999
+        product *= 1 - root**2
+        assert alpha[step] == pytest.approx(math.sqrt(product), abs=2e-6)
+    assert alpha[-1] == pytest.approx(0.0683, abs=1e-4)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, atol=1e-6)
 
 
 def test_cosine_is_a_quarter_of_a_circle_and_flow_a_straight_line():

@@ -138,9 +138,10 @@ def test_the_ends_of_the_schedule():
     assert learning_rate(one, 0.5, 1, 0) == 0.5  # a stage of one step trains all the same
 
 
-def test_adamw_by_hand():
-    """With the gradient's global norm clipped, bias-corrected moments and decoupled decay."""
-    config = OptimizerConfig("adamw", 0.1, b1=0.8, b2=0.95, weight_decay=0.3, clip_norm=0.7)
+@pytest.mark.parametrize("clip_after", [0, 1])
+def test_adamw_by_hand(clip_after):
+    """With the gradient's global norm clipped, maybe late, bias-corrected moments and decoupled decay."""
+    config = OptimizerConfig("adamw", 0.1, b1=0.8, b2=0.95, weight_decay=0.3, clip_norm=0.7, clip_after=clip_after)
     params = {"a": normal(0, 3), "b": normal(1, 2, 2)}
     gradients = [{"a": s * normal(10 * i, 3), "b": s * normal(10 * i + 1, 2, 2)} for i, s in enumerate((9.0, 0.1, 1.0))]
     w = np.concatenate([params["a"], params["b"].ravel()]).astype(np.float64)
@@ -148,7 +149,7 @@ def test_adamw_by_hand():
     ours = updates_of(make_optimizer(config, 3, params), jax.tree.map(jnp.asarray, params), gradients)
     for step, (gradient, (_, after)) in enumerate(zip(gradients, ours, strict=True)):
         g = np.concatenate([gradient["a"], gradient["b"].ravel()]).astype(np.float64)
-        g *= min(1, 0.7 / np.linalg.norm(g))
+        g *= min(1, 0.7 / np.linalg.norm(g)) if step >= clip_after else 1
         m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
         direction = m / (1 - 0.8 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
         w = w - learning_rate(config, 0.1, 3, step) * (direction + 0.3 * w)

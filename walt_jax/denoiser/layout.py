@@ -49,12 +49,6 @@ class Layout:
         # A product with zeros and ones: its gradient is one, too, where that of a gather would be a scatter.
         return jnp.einsum("bns,bsk->bnk", self.belongs(values.shape[1]).astype(values.dtype), values)
 
-    def gathered(self, values: Float[Array, "b n k"], clips: int) -> Float[Array, "b s k"]:
-        """The sum of each clip's tokens' values."""
-        if self.pack is None:
-            return values.sum(1, keepdims=True)
-        return jnp.einsum("bns,bnk->bsk", self.belongs(clips).astype(values.dtype), values)
-
     def belongs(self, clips: int) -> Bool[Array, "b n s"]:
         """Which tokens are which clip's; `[1, 1, 1]` for equal clips."""
         if self.pack is None:

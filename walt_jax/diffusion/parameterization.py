@@ -1,13 +1,13 @@
-"""What a network predicts, and the way from any of it to the clean latents x and the noise ε.
+"""What a network predicts, and how the clean latents x follow from it.
 
-All are said about the same z = α x + σ ε, for any α and σ, not only those with α² + σ² = 1:
+All are predictions at the same z = α x + σ ε, for any α and σ, not only those with α² + σ² = 1:
 
-    eps   ε                 (Ho et al. 2020); says nothing of x where α = 0, that is at t = 1
-    x0    x                 says nothing of ε where σ = 0, that is at t = 0
-    v     v = α ε − σ x     (Salimans and Ho 2022); leads to both at both ends
-    flow  u = ε − x         (Liu et al. 2022), the velocity of z = (1 − t) x + t ε; leads to both at both ends
+    eps   ε                 (Ho et al. 2020); does not determine x where α = 0, that is at t = 1
+    x0    x                 does not determine ε where σ = 0, that is at t = 0
+    v     v = α ε − σ x     (Salimans and Ho 2022); determines both at both ends
+    flow  u = ε − x         (Liu et al. 2022), the velocity of z = (1 − t) x + t ε; determines both at both ends
 
-Where a kind says nothing, the division here gives infinity or NaN.
+Where a kind determines nothing, the division here gives infinity or NaN.
 
 W.A.L.T's equation 2 prints v with α and σ exchanged; at zero terminal SNR that would be the network's input.
 """
@@ -20,7 +20,7 @@ Kind = Literal["eps", "x0", "v", "flow"]
 
 
 def target(kind: Kind, x: Float[Array, "*n"], noise: Float[Array, "*n"], alpha: Array, sigma: Array):
-    """What a network of this kind should say where x and ε are known; α and σ broadcast to x."""
+    """What a network of this kind is trained to predict; α and σ broadcast to x."""
     match kind:
         case "eps":
             return noise
@@ -34,7 +34,7 @@ def target(kind: Kind, x: Float[Array, "*n"], noise: Float[Array, "*n"], alpha: 
 
 
 def clean(kind: Kind, prediction: Float[Array, "*n"], z: Float[Array, "*n"], alpha: Array, sigma: Array):
-    """The x that follows from a prediction about z; for "eps" α should not be 0."""
+    """The x that follows from a prediction at z; for "eps" α should not be 0."""
     match kind:
         case "eps":
             return (z - sigma * prediction) / alpha
@@ -45,27 +45,3 @@ def clean(kind: Kind, prediction: Float[Array, "*n"], z: Float[Array, "*n"], alp
         case "flow":
             return (z - sigma * prediction) / (alpha + sigma)
     raise ValueError(f"{kind!r} is no parameterisation")
-
-
-def noise(kind: Kind, prediction: Float[Array, "*n"], z: Float[Array, "*n"], alpha: Array, sigma: Array):
-    """The ε that follows from a prediction about z; for "x0" σ should not be 0."""
-    match kind:
-        case "eps":
-            return prediction
-        case "x0":
-            return (z - alpha * prediction) / sigma
-        case "v":
-            return (sigma * z + alpha * prediction) / (alpha**2 + sigma**2)
-        case "flow":
-            return (z + alpha * prediction) / (alpha + sigma)
-    raise ValueError(f"{kind!r} is no parameterisation")
-
-
-def convert(
-    from_kind: Kind, to_kind: Kind, prediction: Float[Array, "*n"], z: Float[Array, "*n"], alpha: Array, sigma: Array
-) -> Float[Array, "*n"]:
-    """The same statement about z as another kind: from "eps" needs α ≠ 0, from "x0" σ ≠ 0, unless the kinds agree."""
-    if from_kind == to_kind:
-        return prediction
-    x, eps = clean(from_kind, prediction, z, alpha, sigma), noise(from_kind, prediction, z, alpha, sigma)
-    return target(to_kind, x, eps, alpha, sigma)

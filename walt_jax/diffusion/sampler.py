@@ -2,7 +2,8 @@
 
 All step through evenly spaced times from 1 down to 0, trailing (Lin et al. 2023): the first evaluation is at t = 1,
 where with zero terminal SNR the latents are pure noise, as in training. None is made at t = 0, so σ > 0 wherever
-ε = (z − α x̂) / σ is needed.
+ε = (z − α x̂) / σ is needed. "ddpm" takes so many of DDPM's thousand steps, the first and the last among them (Nichol
+and Dhariwal 2021; DiT): its last evaluation is at t = 1/1000.
 
 The orders named are those of the error in 1/steps, down to a time that is not 0. The last step, to σ = 0, is of first
 order in all: it leaves about σ² of the time before. For "cosine" and "flow", whose σ falls in proportion to t, that is
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from walt_jax.diffusion.learned_sigma import log_variance, log_variances
+from walt_jax.diffusion.schedule import STEPS
 
 Latents = Float[Array, "b *n"]
 Level = Float[Array, "..."]  # of α, σ: a scalar or broadcastable to the latents
@@ -74,13 +76,16 @@ def sample(
             any pytree of constant shapes, such as the estimates for self-conditioning.
         noise: standard normal.
         levels: α and σ at a time, such as `lambda time: schedule(time)`; they may differ from clip to clip.
-        steps: how many there are, evenly spaced in t; one evaluation each, for "heun" 2 · steps − 1 in all.
+        steps: how many there are; one evaluation each, for "heun" 2 · steps − 1 in all.
         key: read by "ddpm" alone. One for all, or an array of them along the first axes of `noise`, such as one a clip,
             which makes a clip's sample independent of what is sampled beside it.
         carried: what the first call gets.
         learned: v of `learned_sigma`, from what `predict` returned as carried; read by "ddpm" alone.
     """
-    time = jnp.asarray(np.linspace(1.0, 0.0, steps + 1), noise.dtype)
+    times = np.linspace(1.0, 0.0, steps + 1)
+    if name == "ddpm":
+        times[:-1] = (1 + np.round(np.linspace(STEPS - 1, 0, steps))) / STEPS
+    time = jnp.asarray(times, noise.dtype)
     grid = TimeGrid(time, *jax.vmap(levels)(time))
     if name == "ddpm":
         return ddpm(predict, noise, grid, key, carried, learned)
