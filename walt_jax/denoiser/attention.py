@@ -61,14 +61,14 @@ def attend(
 ) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
     """Attention, and the logarithm of the sum that its softmax divides by, both differentiable, the sum in float32.
 
-    (`jax.nn.dot_product_attention` stops the gradient of that sum, which `joined` needs.) The gradient is that of
-    Dao et al. 2022, from the exponentials: XLA's own has more passes over all pairs, and takes half as long again.
+    (`jax.nn.dot_product_attention` stops the gradient of that sum, which `joined` needs.) The gradient is computed from
+    the exponentials (Dao et al. 2022): XLA's own has more passes over all pairs and takes 1.5 times as long.
     """
     return _attend_forward(query, key, value, bias, mask)[0]
 
 
 def _attend_forward(query, key, value, bias, mask):
-    query = query * query.shape[-1] ** -0.5  # here, and not the logits: there are many more of those
+    query = query * query.shape[-1] ** -0.5  # rather than the logits, of which there are many more
     query, key, value = (rearrange(x, "b n heads d -> b heads n d") for x in (query, key, value))
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
@@ -88,7 +88,7 @@ def _attend_forward(query, key, value, bias, mask):
 def _attend_backward(residuals, gradients):
     query, key, value, bias, mask, exponentials, total, out = residuals
     slope = rearrange(gradients[0], "b q heads d -> b heads q d")
-    # Of the logits, what all of a row have in common: through the softmax's sum, and through the one that is returned.
+    # The part of the gradient that all logits of a row share: through the softmax's sum and through the returned one.
     common = (slope.astype(jnp.float32) * out).sum(-1) - rearrange(gradients[1], "b q heads -> b heads q")
     slope = slope / total
     value_slope = jnp.einsum("bhqk,bhqd->bhkd", exponentials, slope.astype(value.dtype))
@@ -143,9 +143,9 @@ def reshaped(
 
 @jax.custom_vjp
 def rearranged(x: Float[Array, "n d"], there: Int[Array, " m"], back: Int[Array, " n"]) -> Float[Array, "m d"]:
-    """Row `there[i]` of x for each i, zeros where there is none; `back` is where each row of x has gone.
+    """Row `there[i]` of x for each i, zeros for an index out of range; `back` is the place of each row of x.
 
-    The gradient is a gather as well, where XLA's own would be a scatter.
+    The gradient is a gather as well; XLA's own would be a scatter.
     """
     return jnp.take(x, there, axis=0, mode="fill", fill_value=0)
 

@@ -1,8 +1,8 @@
-"""Windows of any size, laid into chunks of static shape: what window attention on packs needs, once a batch.
+"""Windows of any size in chunks of static shape, for window attention on packs; computed once a batch.
 
-A batch of packs has windows of many lengths. A chunk is so many token slots, cut into rows of one of a few lengths; a
-row holds a window, or several small ones under a mask. So each chunk is a matrix product of static shape, next to
-nothing of it is padding, and how many chunks of which length there are may differ from batch to batch.
+A batch of packs has windows of many lengths. A chunk is a fixed number of token slots, cut into rows of one of a few
+lengths; a row holds a window, or several small ones under a mask. So each chunk is a matrix product of static shape
+with little padding, and the number of chunks of each length may differ from batch to batch.
 """
 
 import functools
@@ -13,10 +13,10 @@ import flax.struct
 import numpy as np
 from jaxtyping import Array, Int
 
-# Slots of a chunk: enough for a matrix product to be efficient, few enough that last chunks half empty cost little.
+# Slots of a chunk: enough for an efficient matrix product, few enough that half-empty last chunks cost little.
 SMALLEST_CHUNK, LARGEST_CHUNK = 128, 512
-CHUNKS = 24  # about so many there should be
-SPARE = 1.25  # chunks there are, over those that tokens without any padding would fill; each next try has as much more
+CHUNKS = 24  # aim at this number of chunks
+SPARE = 1.25  # allocated chunks over those that tokens without padding would need; each retry allocates as much more
 
 
 @flax.struct.dataclass
@@ -39,7 +39,7 @@ class Groups:
 
     @property
     def all_at_once(self) -> bool:
-        """Whether all chunks are alike and have several rows, and so are not worth a loop."""
+        """Whether all chunks have one row length and several rows: they are computed at once, without a loop."""
         return _all_at_once(self.lengths, self.slots.shape[1])
 
 
@@ -48,11 +48,11 @@ def _all_at_once(lengths: tuple[int, ...], slots: int) -> bool:
 
 
 def choose_lengths(windows: Sequence[int], most: int = 12) -> tuple[int, ...]:
-    """At most `most` lengths of rows, such that windows of these lengths have the least padding.
+    """At most `most` row lengths that minimise the padding of windows of these lengths.
 
     Args:
         windows: lengths of windows as they occur in the data, the longest among them.
-        most: how many programs may be compiled.
+        most: the number of programs that may be compiled.
     """
     lengths, counts = np.unique(np.asarray(windows), return_counts=True)
     total = len(lengths)
@@ -72,12 +72,12 @@ def choose_lengths(windows: Sequence[int], most: int = 12) -> tuple[int, ...]:
 
 
 def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], slots: int | None = None) -> Groups:
-    """Lays the windows of a batch of packs into chunks.
+    """Assigns the windows of a batch of packs to chunks.
 
     Args:
         numbers: of each pack, the window of each token, as `windows.window_numbers` gives them.
         lengths: of rows, ascending.
-        slots: of a chunk, at least the greatest length; None suits the number of tokens.
+        slots: of a chunk, at least the greatest length; None chooses by the number of tokens.
 
     Raises:
         ValueError: if a window is longer than the greatest length.
@@ -98,13 +98,13 @@ def group(numbers: Sequence[Int[np.ndarray, " n"]], lengths: tuple[int, ...], sl
             rows[kind] += _rows(windows_of_kind, lengths[kind])
         offset += len(pack)
     for kind, length in enumerate(lengths[:-1]):
-        # A last chunk that would be nearly empty costs more than its rows do among longer ones.
+        # A nearly empty last chunk costs more than its rows do among longer ones.
         left = len(rows[kind]) % (slots // length)
         if left * lengths[kind + 1] ** 2 < (slots // length) * length**2:
             rows[kind + 1] += rows[kind][len(rows[kind]) - left :]
             del rows[kind][len(rows[kind]) - left :]
     used = [math.ceil(len(rows[kind]) / (slots // length)) for kind, length in enumerate(lengths)]
-    # Chunks that are computed at once are computed whether they are used or not.
+    # Chunks without a loop are computed even if they are unused.
     chunks = len(lengths) + math.ceil((1 if _all_at_once(lengths, slots) else SPARE) * total / slots)
     while chunks < sum(used):
         chunks = math.ceil(SPARE * chunks)
@@ -144,7 +144,7 @@ def _by_length(windows: Sequence[Int[np.ndarray, " l"]], lengths: tuple[int, ...
 
 
 def _rows(windows: list[Int[np.ndarray, " l"]], length: int) -> list[list[Int[np.ndarray, " l"]]]:
-    """Windows in rows: the longest first, and the shortest that are left beside it as long as they fit."""
+    """Windows in rows: the longest first, then the shortest remaining ones as long as they fit."""
     windows = sorted(windows, key=len, reverse=True)
     rows, first, last = [], 0, len(windows) - 1
     while first <= last:
@@ -159,7 +159,7 @@ def _rows(windows: list[Int[np.ndarray, " l"]], length: int) -> list[list[Int[np
 
 
 def scores_computed(groups: Groups) -> int:
-    """Pairs of query and key for which chunks compute a score, padding and masked ones among them."""
+    """Pairs of query and key for which chunks compute a score, padding and masked pairs included."""
     slots = groups.slots.shape[1]
     per_kind = np.bincount(np.asarray(groups.kind), minlength=len(groups.lengths) + 1)[1:]
     return int(sum(n * (slots // length) * length**2 for n, length in zip(per_kind, groups.lengths, strict=True)))
@@ -172,7 +172,7 @@ def scores_needed(numbers: Sequence[Int[np.ndarray, " n"]]) -> int:
 
 @flax.struct.dataclass
 class TextRows:
-    """The tokens of packs in rows of one clip each, to attend to that clip's text.
+    """The tokens of packs in rows of one clip each, for attention to that clip's text.
 
     Attributes:
         slots: the token in each slot, and the number of all tokens where it is empty.
@@ -186,10 +186,10 @@ class TextRows:
 
 
 def text_rows(segments: Int[np.ndarray, "b n"], clips: int, slots: int = 64) -> TextRows:
-    """Lays packs' tokens into rows of one clip each; there are as many rows as any packs of this shape could need.
+    """Assigns packs' tokens to rows of one clip each; there are enough rows for any packs of this shape.
 
     Args:
-        segments: of each token, -1 where it fills up.
+        segments: of each token, -1 for padding.
         clips: most of a pack.
         slots: of a row.
     """

@@ -1,4 +1,4 @@
-"""Every token knows where it is: equal clips in raster order, or packs of clips of any size."""
+"""The position of every token: equal clips in raster order, or packs of clips of any size."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ Grid = tuple[int, int, int]
 
 @flax.struct.dataclass
 class Pack:
-    """Where a batch of packs has its clips; arrays, made on the host once a batch.
+    """Where a batch of packs has its clips; arrays that the host makes once a batch.
 
     Attributes:
-        positions: (segment, t, y, x) of each token in its clip; segment -1 where a pack is only filled up.
+        positions: (segment, t, y, x) of each token in its clip; segment -1 for padding.
         sizes: tokens of each clip along (t, y, x), zeros where a pack has fewer clips.
-        groups: what attention needs, by the window's name.
-        text: what cross-attention needs.
+        groups: for attention, by the window's name.
+        text: for cross-attention.
     """
 
     positions: Int[Array, "b n 4"]
@@ -46,11 +46,11 @@ class Layout:
         """Each token's value of its clip; one for all tokens, `[b, 1, k]`, where there is one clip."""
         if self.pack is None:
             return values
-        # A product with zeros and ones: its gradient is one, too, where that of a gather would be a scatter.
+        # A product with zeros and ones, so that its gradient is a product too; that of a gather would be a scatter.
         return jnp.einsum("bns,bsk->bnk", self.belongs(values.shape[1]).astype(values.dtype), values)
 
     def belongs(self, clips: int) -> Bool[Array, "b n s"]:
-        """Which tokens are which clip's; `[1, 1, 1]` for equal clips."""
+        """Which tokens belong to which clip; `[1, 1, 1]` for equal clips."""
         if self.pack is None:
             return jnp.ones((1, 1, 1), bool)
         return self.pack.positions[..., :1] == jnp.arange(clips)[None, None]
@@ -66,7 +66,7 @@ class Layout:
         return jnp.asarray(self.grid)[None, None] if self.pack is None else self.pack.sizes
 
     def valid(self) -> Bool[Array, "b n"]:
-        """Which tokens are of a clip; `[1, 1]` for equal clips."""
+        """Which tokens are no padding; `[1, 1]` for equal clips."""
         return jnp.ones((1, 1), bool) if self.pack is None else self.pack.positions[..., 0] >= 0
 
 
@@ -99,7 +99,7 @@ def place_clips(
         packs: of each pack, its clips' tokens along (t, y, x).
         tokens: length of a pack.
         clips: most clips of a pack.
-        kept: of each clip, which of its tokens in raster order are there; all are where it isn't given.
+        kept: of each clip, the indices of its tokens in raster order that are there; None keeps all.
 
     Raises:
         ValueError: if a pack has more tokens or clips than that.
@@ -132,13 +132,13 @@ def make_pack(
     isolate_images: bool = False,
     slots: int | None = None,
 ) -> Pack:
-    """What the denoiser needs to know of a batch of packs.
+    """Where a batch of packs has its clips, and the groups of its windows.
 
     Args:
         positions, sizes: see `Pack`.
         windows: of the model, without repetition.
-        lengths: of the rows that each window's attention is computed in, by the window's name, see `row_lengths`.
-        isolate_images: whether tokens of images see themselves alone in windows that span time.
+        lengths: of rows, by the window's name, see `row_lengths`.
+        isolate_images: whether tokens of images see only themselves in windows that span time.
         slots: of a chunk, see `grouping`.
     """
     groups = {
@@ -155,7 +155,7 @@ def row_lengths(
     isolate_images: bool = False,
     most: int = 12,
 ) -> dict[str, tuple[int, ...]]:
-    """Lengths of rows for each window, by its name, that suit packs like these; see `grouping.choose_lengths`."""
+    """Row lengths for each window, by its name, for packs like these; see `grouping.choose_lengths`."""
     lengths = {}
     for window in windows:
         numbers = _numbers(positions, sizes, window, isolate_images)
@@ -165,8 +165,8 @@ def row_lengths(
 
 
 def _numbers(positions: np.ndarray, sizes: np.ndarray, window: Window, isolate_images: bool) -> list[np.ndarray]:
-    alone = isolate_images and window.time != 1
+    isolates = isolate_images and window.time != 1
     return [
-        window_numbers(pack, window, np.flatnonzero(clips[:, 0] == 1) if alone else None)
+        window_numbers(pack, window, np.flatnonzero(clips[:, 0] == 1) if isolates else None)
         for pack, clips in zip(positions, sizes, strict=True)
     ]

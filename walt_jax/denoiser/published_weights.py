@@ -1,6 +1,6 @@
-"""Published weights of DiT and Latte, from files that the user has, and back.
+"""Published weights of DiT and Latte, read from the user's files and written back.
 
-Two layouts are known by their names: the original one (facebookresearch/DiT, Vchitect/Latte) and that of diffusers
+Two layouts are recognised by their names: the original one (facebookresearch/DiT, Vchitect/Latte) and that of diffusers
 (DiTTransformer2DModel, LatteTransformer3DModel). Nothing is downloaded.
 """
 
@@ -42,8 +42,8 @@ class Entry(NamedTuple):
     part: int | None = None
 
 
-# How a patch of one frame becomes one of several, a tubelet (ViViT, Arnab et al. 2021, section 3.4): its weights on the
-# frame in the middle, or their share on each frame.
+# How the weights of a patch of one frame are extended to several, a tubelet (ViViT, Arnab et al. 2021, section 3.4):
+# "central" puts them on the frame in the middle, "average" an equal share on each frame.
 Tubelets = Literal["central", "average"]
 
 
@@ -53,8 +53,8 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     Args:
         path: a `.safetensors` in one of the two layouts.
         config: of the denoiser; its sizes and parts should be those of the file.
-        like: parameters, or their shapes, that the file has to fill.
-        tubelets: read where the config's patches have several frames; all of them get what one frame's would have been.
+        like: parameters, or their shapes, that the file must have.
+        tubelets: read if the config's patches have several frames; the output of all is that of the one frame.
 
     Raises:
         UserError: if the file can't be read, or its tensors are not those of the config.
@@ -63,10 +63,10 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
     entries = _entries(config, diffusers, tubelets)
     _check_config(path, config, diffusers)
-    known = {entry.theirs for entry in entries} | set(FIXED)
+    expected = {entry.theirs for entry in entries} | set(FIXED)
     if not config.embedders_per_block:
-        known |= _copies(path, tensors)
-    strange = sorted(set(tensors) - known)
+        expected |= _copies(path, tensors)
+    strange = sorted(set(tensors) - expected)
     missing = sorted({entry.theirs for entry in entries} - set(tensors))
     if strange or missing:
         names = f"has {strange[0]}, which this config has no place for" if strange else f"lacks {missing[0]}"
@@ -145,11 +145,11 @@ def _check_config(path: str | pathlib.Path, config: DenoiserConfig, diffusers: b
             f"{config.time_frequencies!r}; set it."
         )
     if diffusers and not config.single and len(config.windows) > 1:
-        raise UserError(f"{path}: diffusers' DiT has images alone; use windows=((None, None, None),).")
+        raise UserError(f"{path}: diffusers' DiT has only images; use windows=((None, None, None),).")
 
 
 def _copies(path: str | pathlib.Path, tensors: dict[str, np.ndarray]) -> set[str]:
-    """Time's and classes' embeddings, which diffusers' DiT has once a block, all alike."""
+    """The embedders of time and class, of which diffusers' DiT has equal copies in each block."""
     first = "transformer_blocks.0.norm1.emb."
     copies = set()
     for name, tensor in tensors.items():
@@ -256,19 +256,19 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
             entries.append(Entry("label_embedding", "y_embedder.embedding_table.weight", _same, _same))
         entries += _modulation("adaln_out", "final_layer.adaLN_modulation.1", dim) + output("final_layer.linear")
     elif config.single:
-        told = "adaln_single.emb.timestep_embedder"
-        entries += _time_in(f"{told}.linear_1", closed=False) + _linear("time_out", f"{told}.linear_2")
+        embedder = "adaln_single.emb.timestep_embedder"
+        entries += _time_in(f"{embedder}.linear_1", closed=False) + _linear("time_out", f"{embedder}.linear_2")
         entries += _modulation("adaln", "adaln_single.linear", dim)
         entries += _linear("text_in", "caption_projection.linear_1")
         entries += _linear("text_out", "caption_projection.linear_2")
         entries += [_table("adaln_out_table", "scale_shift_table", dim), *output("proj_out")]
     else:
         for layer in range(config.layers if config.embedders_per_block else 1):
-            told, where = f"transformer_blocks.{layer}.norm1.emb", f"cycle{layer}/block0/" if layer else ""
-            entries += _time_in(f"{told}.timestep_embedder.linear_1", closed=True, ours=f"{where}time_in")
-            entries += _linear(f"{where}time_out", f"{told}.timestep_embedder.linear_2")
+            embedder, where = f"transformer_blocks.{layer}.norm1.emb", f"cycle{layer}/block0/" if layer else ""
+            entries += _time_in(f"{embedder}.timestep_embedder.linear_1", closed=True, ours=f"{where}time_in")
+            entries += _linear(f"{where}time_out", f"{embedder}.timestep_embedder.linear_2")
             if config.classes:
-                table = f"{told}.class_embedder.embedding_table.weight"
+                table = f"{embedder}.class_embedder.embedding_table.weight"
                 entries.append(Entry(f"{where}label_embedding", table, _same, _same))
         entries += _modulation("adaln_out", "proj_out_1", dim) + output("proj_out_2")
     each = len(config.block_windows)

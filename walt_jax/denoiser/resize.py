@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def resize(params: Any, like: Any) -> Any:
-    """A denoiser's parameters for other bounds and windows.
+    """A denoiser's parameters, for other bounds and windows.
 
     Tables of positions have an axis for time, height and width each, those of relative positions one for each axis of
     the offset; they are the only parameters whose shape depends on the size of clips and windows. Where an axis is
@@ -37,9 +37,9 @@ def interpolate(table: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Arr
     for axis, (before, after) in enumerate(zip(table.shape, shape, strict=True)):
         if before != after:
             places = np.linspace(0, before - 1, after) if after > 1 else np.array([(before - 1) / 2])
-            low = np.minimum(places.astype(int), max(before - 2, 0))
-            high = np.minimum(low + 1, before - 1)
-            share = np.expand_dims(places - low, [a for a in range(table.ndim) if a != axis]).astype(table.dtype)
-            below, above = table.take(low, axis), table.take(high, axis)
+            first = np.minimum(places.astype(int), max(before - 2, 0))
+            second = np.minimum(first + 1, before - 1)
+            share = np.expand_dims(places - first, [a for a in range(table.ndim) if a != axis]).astype(table.dtype)
+            below, above = table.take(first, axis), table.take(second, axis)
             table = below + share * (above - below)  # exact where both are equal
     return table

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, Shaped
 
 
 class Window(NamedTuple):
-    """Sizes in tokens; None is the whole axis. Tokens attend to those in their own window only.
+    """Sizes in tokens; None is the whole axis. Tokens attend only to those in their own window.
 
     W.A.L.T alternates `Window(1, None, None)` (a frame) and `Window(None, 8, 8)` (a patch over all frames).
     """
@@ -34,7 +34,7 @@ class Window(NamedTuple):
         return sizes
 
     def bounds(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The most tokens that a window has along each axis, in clips of at most `grid`."""
+        """The largest number of tokens of a window along each axis, in clips of at most `grid`."""
         return tuple(length if size is None else min(size, length) for size, length in zip(self, grid, strict=True))
 
 
@@ -57,25 +57,24 @@ def merge(
 
 
 def window_numbers(
-    positions: Int[np.ndarray, "n 4"], window: Window, alone: Int[np.ndarray, " s"] | None = None
+    positions: Int[np.ndarray, "n 4"], window: Window, isolated: Int[np.ndarray, " s"] | None = None
 ) -> Int[np.ndarray, " n"]:
-    """Which window each of a pack's tokens is in: equal numbers see each other.
+    """The number of the window that each of a pack's tokens is in: equal numbers see each other.
 
     Windows start at each clip's first token; where a size does not divide an axis, the last one is smaller.
 
     Args:
-        positions: (segment, t, y, x) of each token; what only fills the pack up has segment -1.
+        positions: (segment, t, y, x) of each token; padding has segment -1.
         window: see `Window`.
-        alone: segments whose tokens see themselves alone, as W.A.L.T's spatiotemporal blocks have it for images.
+        isolated: segments whose tokens see only themselves, as images in W.A.L.T's spatiotemporal blocks.
 
     Returns:
-        Numbers from 0 in the order of segments; -1 for tokens in no window: those that fill up, and those that see
-        themselves alone.
+        Numbers from 0 in the order of segments; -1 for tokens in no window: padding and isolated ones.
     """
     segment, *place = positions.T
     inside = segment >= 0
-    if alone is not None:
-        inside &= ~np.isin(segment, alone)
+    if isolated is not None:
+        inside &= ~np.isin(segment, isolated)
     cells = [np.zeros_like(axis) if size is None else axis // size for axis, size in zip(place, window, strict=True)]
     keys = np.stack([segment, *cells], -1)[inside]
     numbers = np.full(len(positions), -1, np.int32)

@@ -1,7 +1,7 @@
 """Content-adaptive noise levels: a clip with much detail and motion is trained at more noise than a smooth, still one.
 
-A clip's gradient energy raises its training time. The model is told the raised time, so what it should say at a level
-stays the same, only how often it meets such a clip there changes, and a sampler need not know any of this.
+A clip's gradient energy raises its training time. The model is conditioned on the raised time, so its target at a noise
+level stays the same; only the frequency of such clips at that level changes. Samplers are not affected.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def complexity(latents: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
 
     The mean squared difference of neighbours in time, in height and in width, each over twice the clip's variance about
     its channels' means, which is what independent neighbours would have; then the mean of the three. An axis of length
-    1 counts 0, so an image has the complexity of a clip in which it stands still, and contrast does not matter.
+    1 counts 0, so an image has the complexity of a still clip of it, and contrast does not matter.
     """
     latents = latents.astype(jnp.float32)
     each = (1, 2, 3, 4)
@@ -25,7 +25,7 @@ def complexity(latents: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
     for axis in (1, 2, 3):
         if latents.shape[axis] > 1:
             energy += jnp.square(jnp.diff(latents, axis=axis)).mean(axis=each)
-    # A flat clip has neither: 0 over anything but 0.
+    # A flat clip has neither energy nor variance: its complexity is 0.
     return energy / (3 * 2 * jnp.maximum(variance, 1e-12))
 
 
@@ -45,5 +45,5 @@ def adapted_time(
     """
     power = 1 + strength * complexity
     alpha, _ = schedule(time)
-    # Never below `time`, of which `time_of` would lose digits.
+    # Never below `time`: `time_of` would lose digits of it.
     return jnp.where(power > 1, jnp.maximum(schedule.time_of(alpha**power), time), time)

@@ -16,7 +16,7 @@ from walt_jax.config import Fraction
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How strongly the condition is stressed, and when.
+    """How strongly the condition is followed, and at which times.
 
     Attributes:
         scale: w; 1 is the conditional model, 0 the unconditional one.
@@ -25,7 +25,7 @@ class GuidanceConfig:
         interval: lowest and highest time, 0..1, only of "interval".
         power: only of "power_cosine", 4 in MDT: the higher, the later guidance sets in.
         rescale: φ of Lin et al. 2023, equations 15 and 16, 0 (off) to 1.
-        channels: only so many of the latents' channels are guided, 3 in DiT's released samplers; 0 is all.
+        channels: guide only so many of the latents' channels, 3 in DiT's released samplers; 0 is all.
     """
 
     scale: float = 1.0
@@ -37,10 +37,10 @@ class GuidanceConfig:
 
     def __post_init__(self):
         for knob, kind in (("interval", "interval"), ("power", "power_cosine")):
-            given = getattr(self, knob) is not None
-            if given and self.kind != kind:
-                raise ValueError(f"{knob} is read by kind {kind!r} alone; leave it out for {self.kind!r}")
-            if not given and self.kind == kind:
+            is_set = getattr(self, knob) is not None
+            if is_set and self.kind != kind:
+                raise ValueError(f"{knob} is read only by kind {kind!r}; leave it out for {self.kind!r}")
+            if not is_set and self.kind == kind:
                 raise ValueError(f"{knob} is missing; kind {kind!r} needs it")
         if self.interval is not None and not self.interval[0] < self.interval[1]:
             raise ValueError("interval should be the lowest time, then the highest")
@@ -49,7 +49,7 @@ class GuidanceConfig:
 
     @property
     def needs_unconditional(self) -> bool:
-        """Whether the model has to be asked without its condition too."""
+        """Whether the model is also evaluated without its condition."""
         return self.scale != 1
 
 
@@ -59,8 +59,8 @@ def scale_at(config: GuidanceConfig, time: Float[Array, "*n"]) -> Float[Array, "
         case "constant":
             return jnp.full_like(time, config.scale)
         case "interval":
-            low, high = config.interval
-            return jnp.where((low <= time) & (time <= high), config.scale, 1.0)
+            start, end = config.interval
+            return jnp.where((start <= time) & (time <= end), config.scale, 1.0)
         case "power_cosine":
             return 1 + (config.scale - 1) * (1 - jnp.cos(math.pi * (1 - time) ** config.power)) / 2
     raise ValueError(f"{config.kind!r} is no kind of guidance")
@@ -84,7 +84,7 @@ def guide(
         conditional: the estimate of the clean latents with the condition; the first axis counts clips.
         unconditional: the one without, at the same noisy latents.
     """
-    # From the conditional side, so that w = 1 gives it to the bit.
+    # Written so that w = 1 gives the conditional estimate exactly.
     guided = conditional + (scale_at(config, time) - 1) * (conditional - unconditional)
     if config.rescale == 0:
         return guided

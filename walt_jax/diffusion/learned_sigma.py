@@ -1,7 +1,7 @@
 """The variance of ancestral sampling, learned with the prediction (Nichol and Dhariwal 2021; DiT).
 
-The model gives two values for each of the latents': its prediction, and v, which goes from -1 to 1 between the
-logarithms of the least and the greatest variance that a step may have: β̃ of q(z_s | z_t, x) and β of q(z_t | z_s).
+The model outputs two values for each of the latents': its prediction and v in -1 … 1, which interpolates between the
+logarithms of the smallest and the largest variance of a step: β̃ of q(z_s | z_t, x) and β of q(z_t | z_s).
 """
 
 import math
@@ -18,7 +18,7 @@ Level = Float[Array, "..."]
 def split_sigma(
     output: Float[Array, "b n k"], width: int
 ) -> tuple[Float[Array, "b n p"], Float[Array, "b n p"] | None]:
-    """The prediction, and v of a model that learns it; None of one that gives `width` values."""
+    """The prediction, and v of a model that learns it; None for one with `width` outputs."""
     return output[..., :width], (output[..., width:] if output.shape[-1] > width else None)
 
 
@@ -44,7 +44,7 @@ def variational_loss(
 ) -> Float[Array, "b n p"]:
     """Bits a value by which a step's distribution falls short of q(z_s | z_t, x): a KL divergence of normal ones.
 
-    The means are taken as they are, so that v alone is learned by it. DDPM's last term, the likelihood of 8-bit pixels,
+    Gradients through the means are stopped, so that it trains only v. DDPM's last term, the likelihood of 8-bit pixels,
     has no meaning for latents and is left out.
 
     Args:

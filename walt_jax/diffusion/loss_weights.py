@@ -1,4 +1,4 @@
-"""How much the squared error counts at each noise level: min-SNR-γ (Hang et al. 2023)."""
+"""The weight of the squared error at each noise level: min-SNR-γ (Hang et al. 2023)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,7 +20,7 @@ def min_snr(kind: Kind, alpha: Float[Array, "*n"], sigma: Float[Array, "*n"], ga
         gamma: 5 in the paper.
 
     Returns:
-        Finite at both ends. Where α = 0 it is 0 for x0, v and flow: nothing is asked of them at zero SNR.
+        Finite at both ends. Where α = 0 it is 0 for x0, v and flow: they have no loss at zero SNR.
     """
     signal, noise = alpha**2, sigma**2
     match kind:

@@ -29,13 +29,13 @@ class DiffusionConfig:
         schedule: see `Schedule`; W.A.L.T's is "linear" with zero terminal SNR.
         parameterization: what the model predicts: "v" (W.A.L.T), "eps", "x0", or "flow", ε - x.
         times: which times are trained on.
-        self_conditioning: probability that a training clip sees the model's own first estimate; W.A.L.T: 0.9.
+        self_conditioning: probability that a clip is conditioned on the model's own first estimate; W.A.L.T: 0.9.
         base_tokens: where above 0, a clip of n tokens has its noise shifted by √(n / base_tokens), in training and
             sampling (SD3).
         min_snr: where above 0, γ of min-SNR-γ weights; 5 in the paper.
         multiscale: the loss is also taken of errors averaged over squares of 2, 4, … 2^multiscale latent positions,
             each with twice the weight of the finer one (simple diffusion, Hoogeboom et al. 2023).
-        adaptive: how far a clip's detail and motion raise the noise that it is trained at, see `adaptive`; 0 is not.
+        adaptive: how far a clip's detail and motion raise its training noise, see `adaptive`; 0 is off.
     """
 
     schedule: Schedule
@@ -50,7 +50,7 @@ class DiffusionConfig:
     def __post_init__(self):
         if self.parameterization == "eps" and self.schedule.terminal_snr_is_zero:
             raise ValueError(
-                "parameterization='eps' says nothing of the clean latents where there is noise alone; "
+                "parameterization='eps' does not determine the clean latents where there is only noise; "
                 "set schedule.zero_terminal_snr=False, or predict v"
             )
 
@@ -70,12 +70,12 @@ def diffusion_loss(
     config: DiffusionConfig,
     coarse: Coarse | None = None,
 ) -> Float[Array, ""]:
-    """The mean squared error over values that count, at random times, one a clip.
+    """The mean squared error over counted values, at one random time for each clip.
 
     Args:
         denoise: the model.
         latents: clean, normalised to unit variance, as tokens.
-        counted: 1 for each value that is to be learned, 0 for filling and for what the model is given.
+        counted: 1 for each value with a loss, 0 for padding and observed values.
         tokens: of each clip, 0 where there is none.
         complexity: of each clip, see `adaptive`; read where `config.adaptive` is above 0.
         spread: values of clips to their tokens.
@@ -95,7 +95,7 @@ def diffusion_loss(
     if config.self_conditioning > 0:
         first, _ = split_sigma(denoise(noisy, time, estimate), width)
         first = clean(config.parameterization, first, noisy, alpha, sigma)
-        first = jnp.where(alpha + sigma > 0, first, 0)  # of filling, which has no level, nothing follows
+        first = jnp.where(alpha + sigma > 0, first, 0)  # padding has no noise level
         chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, tokens.shape)
         estimate = jax.lax.stop_gradient(spread(chosen[..., None].astype(first.dtype)) * first)
     wanted = target(config.parameterization, latents, noise, alpha, sigma)
@@ -107,13 +107,13 @@ def diffusion_loss(
     if v is not None:
         shift, miss = config.shift(tokens), latents - clean(config.parameterization, prediction, noisy, alpha, sigma)
         here, before = (
-            # Filling has no level: any that can be divided by.
+            # Padding has no level: any that can be divided by.
             tuple(jnp.where(alpha + sigma > 0, spread(level[..., None]), 0.5) for level in config.schedule(t, shift))
             for t in step_before(time)
         )
         error = error + variational_loss(v, miss, here, before)
     total = (error * counted).sum()
     for level in range(1, config.multiscale + 1):
-        # As a sum over all positions, like the others: each of the coarse ones stands for a square of them.
+        # A sum over all positions, like the others: each coarse value stands for a square of them.
         total = total + 2**level * 4**level * jnp.square(coarse(difference * counted, 2**level)).sum()
     return total / 2**config.multiscale / jnp.maximum(counted.sum(), 1)

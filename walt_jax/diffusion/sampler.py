@@ -1,4 +1,4 @@
-"""Samplers: from noise at t = 1 to clean latents at t = 0, given something that estimates the clean latents.
+"""Samplers: from noise at t = 1 to clean latents at t = 0, by estimates of the clean latents.
 
 All step through evenly spaced times from 1 down to 0, trailing (Lin et al. 2023): the first evaluation is at t = 1,
 where with zero terminal SNR the latents are pure noise, as in training. None is made at t = 0, so σ > 0 wherever
@@ -77,10 +77,10 @@ def sample(
         noise: standard normal.
         levels: α and σ at a time, such as `lambda time: schedule(time)`; they may differ from clip to clip.
         steps: how many there are; one evaluation each, for "heun" 2 · steps − 1 in all.
-        key: read by "ddpm" alone. One for all, or an array of them along the first axes of `noise`, such as one a clip,
-            which makes a clip's sample independent of what is sampled beside it.
-        carried: what the first call gets.
-        learned: v of `learned_sigma`, from what `predict` returned as carried; read by "ddpm" alone.
+        key: read only by "ddpm". One for all, or an array of them along the first axes of `noise`, such as one a clip,
+            which makes a clip's sample independent of the rest of its batch.
+        carried: the first call's.
+        learned: v of `learned_sigma`, from what `predict` returned as carried; read only by "ddpm".
     """
     times = np.linspace(1.0, 0.0, steps + 1)
     if name == "ddpm":
@@ -200,8 +200,8 @@ def _corrected(grid: TimeGrid, i: Index, x: Latents, before: Latents, after: Lat
 def heun(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
     """Heun's method along the flow's straight path (see `ddim` for y and s): dy/ds = ε̂ − x̂ = (y − x̂) / s; order 2.
 
-    For "flow" y is z and s is t. Other schedules are brought to that form, which unlike Karras et al.'s z/α and σ/α
-    (2022, algorithm 1) is finite at α = 0. As there, the last step is Euler's: at s = 0 x̂ doesn't tell the slope.
+    For "flow" y is z and s is t. Other schedules are converted to that form, which unlike Karras et al.'s z/α and σ/α
+    (2022, algorithm 1) is finite at α = 0. As there, the last step is Euler's: at s = 0 x̂ does not determine the slope.
     """
     total = grid.alpha + grid.sigma
     s = grid.sigma / total

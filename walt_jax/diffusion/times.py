@@ -1,4 +1,4 @@
-"""At which times a model is trained, and how far the number of tokens shifts them."""
+"""The distribution of training times, and the shift of noise by the number of tokens."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from walt_jax.config import Range
 
-SMALLEST = 1e-6  # times are as far as this from 0 and 1, where some parameterisations have no answer
+SMALLEST = 1e-6  # distance of times from 0 and 1, where some parameterisations determine nothing
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TimesConfig:
 
     def __post_init__(self):
         if self.name == "uniform" and (self.mean, self.std) != (0.0, 1.0):
-            raise ValueError("mean and std are read by 'logit_normal' alone; leave them out for 'uniform'")
+            raise ValueError("mean and std are read only by 'logit_normal'; leave them out for 'uniform'")
         if self.std <= 0:
             raise ValueError(f"std is {self.std:g}; it should be more than 0")
 
@@ -38,7 +38,7 @@ def sample_times(config: TimesConfig, key: PRNGKeyArray, shape: tuple[int, ...])
     """Times in 0..1, both ends left out, one for each entry of `shape`.
 
     They are stratified over all entries, one in each of as many parts of equal probability, which gives the same
-    expectation with less variance (Kingma et al. 2021). Each entry alone follows the distribution.
+    expectation with less variance (Kingma et al. 2021). Each single entry follows the distribution.
     """
     count = math.prod(shape)
     quantile = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
@@ -52,6 +52,6 @@ def sample_times(config: TimesConfig, key: PRNGKeyArray, shape: tuple[int, ...])
 def resolution_shift(tokens: Num[Array, "*n"], base_tokens: int) -> Float[Array, "*n"]:
     """The schedule's shift for clips of so many tokens: √(tokens / base_tokens) (SD3, equation 23).
 
-    A place without a clip has no tokens and counts as one, so that its shift stays positive.
+    An unused clip slot has no tokens and counts as one, so that its shift stays positive.
     """
     return jnp.sqrt(jnp.maximum(tokens, 1) / base_tokens)
