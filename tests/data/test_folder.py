@@ -387,7 +387,7 @@ def test_a_file_that_breaks_later_is_skipped_until_none_is_left(tmp_path):
     write_table(tmp_path, "file_name,caption,split", "a.gif,,train", "b.gif,,train")
     for name in ("a.gif", "b.gif"):
         write_clip(tmp_path / name)
-    data = source(tmp_path, cache_bytes=0)
+    data = source(tmp_path, cache_bytes=0, max_bad_fraction=1.0)
     (tmp_path / "b.gif").write_bytes(b"")
     assert data.sample(1, np.random.default_rng(0)) is None and data.sample(0, np.random.default_rng(0)) is not None
     assert data.store.skipped == [{"file": "b.gif", "reason": "empty file"}]

@@ -125,10 +125,9 @@ STAGE = StageConfig(
 )
 
 
-def train(workdir, dataset=None, later=()):
-    return run_stage(
-        "first", STAGE, Square(), lambda: dataset or Numbers(), workdir, jax.random.key(0), later_stages=later
-    )
+def train(workdir, dataset=None, later=(), **extras):
+    key = jax.random.key(0)
+    return run_stage("first", STAGE, Square(), lambda: dataset or Numbers(), workdir, key, later_stages=later, **extras)
 
 
 def losses(workdir) -> list[tuple[int, str]]:
@@ -185,3 +184,22 @@ def test_what_later_stages_left_is_set_aside_once_a_step_is_saved(undisturbed, t
     assert (workdir / "checkpoints" / "second.set-aside" / "10").is_dir()
     assert (workdir / "checkpoints" / "second.set-aside" / "metrics.jsonl").read_text() == line
     assert losses(workdir) == losses(undisturbed)
+
+
+def test_files_that_vanish_are_logged_and_a_warning_comes_when_there_are_more(undisturbed, tmp_path, capsys):
+    calls = itertools.count()
+
+    def gone():
+        step = next(calls) + 1
+        return ["a.mp4"] * (step > 9) + ["b.mp4"] * (step > 19)
+
+    train(tmp_path, gone=gone)
+    assert losses(tmp_path) == losses(undisturbed)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("files_gone", 0) for row in rows] == [0] * 9 + [1] * 10 + [2] * 11
+    assert [row["step"] for row in rows if "warnings" in row] == [10, 20]
+    warned = [line for line in capsys.readouterr().err.splitlines() if "vanished" in line]
+    assert [line.split(": ", 1)[1] for line in warned] == [
+        "Step 10 of first: 1 files have vanished and are skipped, the last being a.mp4.",
+        "Step 20 of first: 2 files have vanished and are skipped, the last being b.mp4.",
+    ]

@@ -1,5 +1,7 @@
 """The clips of one split of a store, in the shapes that are asked for."""
 
+import collections
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,9 +23,6 @@ class StoredClips:
 
     The rows' split, where there is one, decides what is held out. Otherwise a hash of the file's name, or of what it
     was cut from, holds out one in eight, so that a file stays in its split when others come and go.
-
-    Attributes:
-        captions: of all clips, "" for clips that have none (unconditional).
     """
 
     def __init__(self, store: Store, split: str, shapes: Sequence[ClipShape], fps: float | None):
@@ -43,7 +42,6 @@ class StoredClips:
         self.store, self.split, self.shapes, self.fps = store, split, tuple(shapes), fps
         self._rows = _of_split(store.rows, split)
         self._skipped: set[str] = set()
-        self.captions = [text for row in self._rows for text in (dict(row.captions) or ("",))]
         if not self._rows:
             skipped = "".join(f" ({file}: {reason})" for file, reason in list(store.reasons.items())[:1])
             raise UserError(
@@ -57,6 +55,33 @@ class StoredClips:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of all clips, "" for clips that have none (unconditional)."""
+        return [text for row in self._rows for text in (dict(row.captions) or ("",))]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each clip: its file's, with #2, #3, … where the file has several."""
+        counts: collections.Counter[str] = collections.Counter()
+        names = []
+        for row in self._rows:
+            counts[row.file] += 1
+            names.append(row.file + (f"#{counts[row.file]}" if counts[row.file] > 1 else ""))
+        return names
+
+    def reindexed(self, names: Sequence[str]) -> "StoredClips":
+        """The clips that have these names, in their order; one that is not there (any more) can't be used.
+
+        Args:
+            names: as `names` gives them.
+        """
+        rows = dict(zip(self.names, self._rows, strict=True))
+        other = copy.copy(self)
+        other._rows = [rows.get(name, Row(name)) for name in names]
+        other._skipped = self._skipped | {name for name in names if name not in rows}
+        return other
 
     @property
     def kept(self) -> int:
@@ -90,7 +115,7 @@ class StoredClips:
             that proves too short or unreadable; the store's `skipped` then lists it.
 
         Raises:
-            UserError: this was the last usable clip.
+            UserError: this was the last usable clip, or too many files have vanished.
         """
         row = self._rows[index]
         if row.file in self._skipped:
@@ -103,6 +128,8 @@ class StoredClips:
                     return {"video": video, "caption": self._caption(row, rng), "shape": number}
                 longest = max(longest, frames)
         except ClipError as error:
+            if self.store.is_gone(row.file):
+                self.store.lose(row.file)
             return self._skip(row.file, str(error))
         return self._skip(row.file, f"too short: {longest} of {self._wanted()}")
 
@@ -147,7 +174,7 @@ class StoredClips:
         self._skipped.add(file)
         self.store.reasons[file] = reason
         if all(row.file in self._skipped for row in self._rows):
-            if all(self.store.info[row.file].frames == 1 for row in self._rows):
+            if all(self.store.info[row.file].frames == 1 for row in self._rows if row.file in self.store.info):
                 raise UserError(
                     f"{self.store.path}'s {self.split} split holds images, and clips of {self._wanted()} are asked "
                     "for: set --config.data.frames=1, or give a stage a shape with frames=1."

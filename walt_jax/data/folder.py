@@ -56,6 +56,9 @@ class Folder(Store):
     def content(self, file: str) -> epath.Path:
         return self.path / file
 
+    def is_gone(self, file: str) -> bool:
+        return not self.content(file).exists()
+
     @staticmethod
     def _bad(found: Mapping[str, ClipInfo | str]) -> list[str]:
         return [file for file, info in found.items() if isinstance(info, str)]

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ def write_latents(
     count: int,
     encoded: Callable[[range], Iterable[Encoded]],
     empty: Callable[[], Float[np.ndarray, "n e"]] | None = None,
+    notes: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """Writes a data set shard by shard; one that was begun is gone on with, a complete one is left as it is.
 
@@ -64,6 +65,7 @@ def write_latents(
         encoded: the clips of some of the numbers 0 … count - 1, in the order of numbers; those that can't be used are
             left out.
         empty: the embeddings of the empty caption, where clips have embeddings.
+        notes: text files by their names, which the folder gets before the first shard.
 
     Returns:
         What `encode.json` holds: {"identity", "clips", "latents_bytes"}.
@@ -80,7 +82,16 @@ def write_latents(
         _check_same(out, identity)
         if (out / REPORT).exists():  # another process was quicker
             return _read_report(out / REPORT)
+        _begin(out, identity, notes)
         return _write(out, identity, count, encoded, empty)
+
+
+def _begin(out: epath.Path, identity: dict[str, Any], notes: Mapping[str, str]) -> None:
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    publish(work / REPORT, json.dumps({"identity": identity}), work)
+    for name, text in notes.items():
+        publish(out / name, text, work)
 
 
 def _write(
@@ -91,8 +102,6 @@ def _write(
     empty: Callable[[], Float[np.ndarray, "n e"]] | None,
 ) -> dict[str, Any]:
     work, shards = out / WORK, math.ceil(count / CLIPS_PER_SHARD)
-    work.mkdir(parents=True, exist_ok=True)
-    publish(work / REPORT, json.dumps({"identity": identity}), work)
     without = None if empty is None else empty()
     sizes = []
     for shard in range(shards):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from walt_jax.data.folder import SPLIT_COLUMN
 from walt_jax.data.limits import ClipError
@@ -38,6 +39,7 @@ class Records(Store):
                 split: builder.as_data_source(split, decoders=None if plain else encoded)
                 for split in builder.info.splits
             }
+            self._shards = {split: info.filepaths for split, info in builder.info.splits.items()}
         except (ValueError, OSError, ImportError) as error:
             raise UserError(f"{self.path} can't be read as an ArrayRecord data set ({error}): {REMEDY}.") from error
         self._read(captions, max_bad_fraction)
@@ -47,6 +49,9 @@ class Records(Store):
             return self._example(file)[self._feature]
         except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
             raise ClipError(f"a shard is damaged: {short_reason(error)}") from error
+
+    def is_gone(self, file: str) -> bool:
+        return not all(epath.Path(shard).exists() for shard in self._shards[file.rsplit("/", 1)[0]])
 
     def _example(self, file: str) -> Mapping[str, Any]:
         split, number = file.rsplit("/", 1)

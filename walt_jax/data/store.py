@@ -62,6 +62,7 @@ class Store(abc.ABC):
         warnings: sentences, with which training goes on.
         checked: how many files were opened.
         unreadable: how many of them can't be read.
+        gone: files that have vanished since they were checked, as keys.
     """
 
     rows: list[Row]
@@ -95,6 +96,8 @@ class Store(abc.ABC):
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self.checked = self.unreadable = 0
+        self.gone: dict[str, None] = {}  # threads enter files
+        self._max_bad_fraction, self._refuse = max_bad_fraction, refuse
         self._cache = _Cache(cache_bytes)
         self._open(captions or {"caption": 1.0}, max_bad_fraction)
         if refuse and self.problems:
@@ -107,6 +110,28 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def content(self, file: str) -> epath.PathLike | bytes:
         """What `video.read_clip` reads of a file."""
+
+    @abc.abstractmethod
+    def is_gone(self, file: str) -> bool:
+        """Whether a file that was checked is not there any more."""
+
+    def lose(self, file: str) -> None:
+        """Enters a file in `gone`.
+
+        Raises:
+            UserError: with it, more files are gone or unreadable than `max_bad_fraction` allows.
+        """
+        self.gone[file] = None
+        bad = self.unreadable + len(self.gone)
+        if bad > self._max_bad_fraction * self.checked:
+            problem = (
+                f"{len(self.gone)} of {self.checked} files in {self.path} have vanished since they were checked, the "
+                f"last being {file}: restore them and start the same command again, or "
+                f"{_raise(self._max_bad_fraction, bad, self.checked)}."
+            )
+            if self._refuse:
+                raise UserError(problem)
+            self.problems.append(problem)
 
     def look(self, content: epath.PathLike | bytes) -> ClipInfo | str:
         """What a file holds, or why it can't be read."""
@@ -129,10 +154,9 @@ class Store(abc.ABC):
         self.checked, self.unreadable = len(found), len(bad)
         if len(bad) > max_bad_fraction * len(found):
             file, reason = next(iter(bad.items()))
-            needed = math.ceil(1000 * len(bad) / len(found)) / 1000
             self.problems.append(
                 f"{len(bad)} of {len(found)} {unit} in {self.path} can't be read, the first being {file} ({reason}): "
-                f"{remedy}, or raise --config.data.max_bad_fraction, now {max_bad_fraction:g}, to {needed:g}."
+                f"{remedy}, or {_raise(max_bad_fraction, len(bad), len(found))}."
             )
         self.info, least = {}, self.limits.shortest_side
         for file, info in found.items():
@@ -194,6 +218,11 @@ class Store(abc.ABC):
         """How many frames a file has at a rate, as its header says."""
         info = self.info[file]
         return max(1, round(info.seconds * fps)) if fps else info.frames
+
+
+def _raise(now: float, bad: int, of: int) -> str:
+    """The remedy that lets so many bad files through."""
+    return f"raise --config.data.max_bad_fraction, now {now:g}, to {math.ceil(1000 * bad / of) / 1000:g}"
 
 
 class _Cache:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import grain
@@ -131,6 +131,7 @@ def run_stage(
     frozen: Any = None,
     finish: Callable[[Any], dict] = lambda served: {},
     later_stages: tuple[str, ...] = (),
+    gone: Callable[[], Sequence[str]] = tuple,
 ) -> Trained:
     """Trains a stage to its end, from where it was stopped if it was.
 
@@ -147,6 +148,7 @@ def run_stage(
         finish: measures something (JSON) on what the last state serves, to be kept in its checkpoint.
         later_stages: names of those that start from this one. Once this stage has saved a step of its own, what they
             left is set aside: renamed, for it will be made again from this stage's new end.
+        gone: the files that have vanished so far; their number is logged.
 
     Raises:
         UserError: if a loss is not finite, or a checkpoint can't be written; the last good checkpoint is kept.
@@ -166,7 +168,7 @@ def run_stage(
         with (
             stop_signals() as stop,
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
-            contextlib.closing(StageLog(workdir, name, stage, start)) as log,
+            contextlib.closing(StageLog(workdir, name, stage, start, gone)) as log,
         ):
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
@@ -249,8 +251,10 @@ def _restored_or_fresh(
 class StageLog:
     """Where a stage's steps are reported: progress on the terminal, `metrics.jsonl`, TensorBoard."""
 
-    def __init__(self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int):
-        self._name, self._stage = name, stage
+    def __init__(
+        self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int, gone: Callable[[], Sequence[str]]
+    ):
+        self._name, self._stage, self._gone, self._told = name, stage, gone, 0
         self._metrics = MetricsLog(workdir, name, start)
         self._progress = Progress(name, start, stage.steps)
         self._collapse = CollapseWatch()
@@ -273,6 +277,11 @@ class StageLog:
                 "elapsed_seconds": now - self._began,
             }
             warnings = self._collapse.update(values)
+            if gone := self._gone():
+                rate["files_gone"] = len(gone)
+                if len(gone) > self._told:
+                    warnings.append(f"{len(gone)} files have vanished and are skipped, the last being {gone[-1]}.")
+                    self._told = len(gone)
             self._metrics.write(step, {**values, **rate}, warnings)
             for sentence in warnings:
                 self._progress.warn(f"Step {step} of {self._name}: {sentence}")

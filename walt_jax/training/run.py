@@ -39,7 +39,7 @@ from walt_jax.training.run_config import (
     only_published,
     read_autoencoder,
 )
-from walt_jax.training.run_data import RunData
+from walt_jax.training.run_data import RECORDED, RunData
 from walt_jax.training.run_text import RunText
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
@@ -155,6 +155,7 @@ class Run:
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self.data.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
+            extras["gone"] = self.data.gone
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
                 if not images:
@@ -419,5 +420,5 @@ class Run:
 
 def _not_served(folder: str, names: list[str]) -> list[str]:
     """What of a checkpoint's folder the trained model does not need."""
-    unneeded = {"state", "weights"} if "ema" in names else {"state"}
+    unneeded = {RECORDED, "state", "weights"} if "ema" in names else {RECORDED, "state"}
     return [name for name in names if name in unneeded or name.endswith(".tmp")]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,8 +18,9 @@ import tqdm
 from etils import epath
 
 from walt_jax.data.batches import Batches
-from walt_jax.data.latents import Encoded, LatentClips, write_latents
-from walt_jax.data.pipeline import Clips, Data, Source
+from walt_jax.data.latents import REMEDY, Encoded, LatentClips, write_latents
+from walt_jax.data.pipeline import Clips, Data, Mixture, Source
+from walt_jax.data.recorded import RecordedClips
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
@@ -28,6 +30,9 @@ from walt_jax.training.latent_batches import Encode, Size, dense_batches, encode
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_text import RunText
+from walt_jax.workdir import write_atomically
+
+RECORDED = "clips.json"  # next to a stage's checkpoints and in a data set of latents: see `RecordedClips`
 
 
 class RunData:
@@ -89,9 +94,28 @@ class RunData:
         split = "all" if self._config.data.source == "drawn" else "held_out"
         return self.files.source(split, (self._config.clip_shape(),))
 
-    def source(self, name: str) -> Source:
-        """The clips that a stage trains on."""
+    def source(self, name: str) -> Mixture:
+        """The clips that a stage trains on, as they are now."""
         return self.files.source("train", self._config.clip_shapes(name))
+
+    def _recorded(self, name: str) -> Mixture:
+        """The clips that a stage trains on, as it has them in its order: recorded next to its checkpoints.
+
+        A stage keeps its order when files are added or removed between two runs; a warning says which.
+        """
+        mixture, folder = self.source(name), self._workdir / "checkpoints" / name
+        file = folder / RECORDED
+        if not (file.exists() and any(path.name.isdigit() for path in folder.iterdir())):
+            write_atomically(file, RecordedClips.of(mixture).to_json())
+            return mixture
+        remedy = "restore it, or remove it to go on with the files that are there now, in another order"
+        mixture, changes = RecordedClips.load(file, remedy).apply(mixture)
+        _warn(changes, f"since stage {name} began", "added ones are read by stages that begin later")
+        return mixture
+
+    def gone(self) -> list[str]:
+        """Files that have vanished since they were checked."""
+        return [str(store.path / file) for store in self.files.stores.values() for file in list(store.gone)]
 
     def of_nominal_size(self) -> Source:
         """The clips to train on, each in the data's own shape."""
@@ -112,7 +136,7 @@ class RunData:
     def clips(self, name: str) -> Clips:
         """A stage's clips, in its shapes."""
         encode = self._text.captions().encode if self._config.stages[name].task == "denoiser" else None
-        return Clips(self.source(name), self._seed(name), encode, self._config.data.caption_dropout)
+        return Clips(self._recorded(name), self._seed(name), encode, self._config.data.caption_dropout)
 
     def _seed(self, name: str) -> int:
         return self._config.seed + list(self._config.stages).index(name)
@@ -138,11 +162,17 @@ class RunData:
             UserError: if the folder holds something else, or nothing can be encoded.
         """
         config, source, seed = self._config, self.source(name), self._seed(name)
+        recorded = RecordedClips.of(source)
+        if (epath.Path(out) / RECORDED).exists():
+            recorded = RecordedClips.load(epath.Path(out) / RECORDED, REMEDY)
+            source, changes = recorded.apply(source)
+            _warn(changes, f"since {out} was begun", "added ones are not encoded; that takes a new data set")
         clips = Clips(source, seed, encode=list)  # captions as they are, instead of ids
         count = count or len(source)
         data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
         identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
+        identity["clips"] = recorded.digest
         read = embed = empty = None
         if (text := self._text.digest()) is not None:
             identity["text"] = text
@@ -159,7 +189,7 @@ class RunData:
                 some = numbered(clips, numbers)
                 return encoded_clips(self._encode(tokenizer), some, progress.update, embed, low_res)
 
-            return write_latents(out, identity, count, encoded, empty)
+            return write_latents(out, identity, count, encoded, empty, {RECORDED: recorded.to_json()})
 
     def _encode(self, tokenizer: TrainedTokenizer) -> Encode:
         return lambda video: self._codec.encode(tokenizer, video)[0]
@@ -211,7 +241,7 @@ class RunData:
             return [by_number[clip["number"]] for clip in clips]
 
         return packs_of_clips(
-            Clips(self.source(name), self._seed(name), encode=list),  # captions as they are, instead of ids
+            Clips(self._recorded(name), self._seed(name), encode=list),  # captions as they are, instead of ids
             lambda size: config.tokenizer.latent_shape(*size)[:3],
             sizes,
             encode,
@@ -240,6 +270,12 @@ class RunData:
             for latents in self._config.latent_shapes(shape):
                 sizes.setdefault(latents[:3], batch_size)
         return sizes
+
+
+def _warn(changes: list[str], since: str, added: str) -> None:
+    """Prints what has changed, and what follows."""
+    for change in changes:
+        print(f"warning: {change} {since}; the order is kept: removed clips are skipped, {added}.", file=sys.stderr)
 
 
 def digest(tokenizer: TrainedTokenizer) -> str:
