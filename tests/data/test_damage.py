@@ -2,11 +2,13 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
+from walt_jax import main
 from walt_jax.data import latents as latents_lib
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.data.listing import check_reachable, read_table, walk
@@ -18,6 +20,7 @@ from walt_jax.errors import UserError
 
 CLIPS = [Encoded(np.full((1, 2, 3, 4), number, np.float32), f"clip {number}") for number in range(3)]
 DEEP = "[" * 100_000
+TINY = f"--config={pathlib.Path(__file__).parents[2] / 'configs' / 'walt_tiny.py'}"
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +179,45 @@ def test_remote_sources_without_their_package(source, words, monkeypatch):
     for use in (check_reachable, LatentClips, lambda path: Data(DataConfig(path, 1, 16, 16)).source("train", ())):
         with pytest.raises(UserError, match=words):
             use(source)
+
+
+@pytest.mark.parametrize("mode", ["data", "train"])
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        *(("*.array_record-00000*", damage) for damage in SHARD_DAMAGES),
+        *(
+            (name, damage)
+            for name in ("dataset_info.json", "features.json")
+            for damage in JSON_DAMAGES
+            if (name, damage) != ("dataset_info.json", remove)
+        ),
+    ],
+)
+def test_modes_end_in_one_sentence(mode, pattern, damage, records, tmp_path, capsys):
+    folder = tmp_path / "set"
+    shutil.copytree(records, folder)
+    (file,) = folder.glob(pattern)
+    damage(file)
+    flags = [TINY, f"--config.data.source={folder}", f"--mode={mode}", f"--workdir={tmp_path / 'run'}"]
+    code = main.main(flags)
+    captured = capsys.readouterr()
+    if mode == "data" and damage is overwrite_inside:  # an example is lost, which the mode reports
+        assert code == 0 and "a shard is damaged" in captured.out and "training would stop: " in captured.out
+        return
+    assert code == 1 and not captured.out
+    (sentence,) = captured.err.strip().splitlines()
+    assert sentence.startswith("error: ") and str(folder) in sentence and "anew" in sentence
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGES[:-1])  # the last is met when that clip is read
+def test_training_on_damaged_latents_ends_in_one_sentence(damage, latents, tmp_path, capsys):
+    folder = tmp_path / "set"
+    shutil.copytree(latents, folder)
+    (file,) = folder.glob("*.array_record-00000*")
+    damage(file)
+    flags = [TINY, f"--config.stages.denoiser.latents={folder}", f"--workdir={tmp_path / 'run'}"]
+    assert main.main(flags) == 1
+    captured = capsys.readouterr()
+    (sentence,) = captured.err.strip().splitlines()
+    assert sentence.startswith("error: ") and str(folder) in sentence and "--mode=encode" in sentence
