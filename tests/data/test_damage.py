@@ -152,6 +152,20 @@ def test_names_that_are_not_utf8_are_skipped_with_a_reason(tmp_path):
     json.dumps(data.skipped, ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize("mode", ["data", "train", "prepare"])
+def test_a_source_whose_name_is_not_utf8(mode, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"d\xe9")
+    folder.mkdir()
+    write_video(folder / "a.mp4", np.full((9, 16, 16, 3), 99, np.uint8), 8)
+    flags = [f"--mode={mode}", f"--workdir={tmp_path / 'run'}"]
+    if mode == "prepare":
+        flags += [TINY.replace("walt_tiny", "prepare"), f"--config.prepare.source={folder}"]
+    else:
+        flags += [TINY, f"--config.data.source={folder}"]
+    assert main.main(flags) == 1
+    assert capsys.readouterr().err.endswith(r"d\xe9 is not UTF-8: rename the folder." + "\n")
+
+
 @pytest.mark.parametrize("line", [DEEP, '{"a":' * 100_000, "[1,", "9" * 5000])
 def test_json_lines_that_are_none(line, tmp_path):
     table = latents_lib.epath.Path(tmp_path / "metadata.jsonl")

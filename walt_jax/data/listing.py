@@ -19,11 +19,14 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
 
 def check_reachable(path: epath.PathLike) -> None:
-    """Checks that a remote path can be asked for; local ones always can.
+    """Checks that a path can be written in JSON, and that a remote one can be read.
 
     Raises:
-        UserError: if its scheme is not supported, a package is missing, or the remote end refuses.
+        UserError: if its name is not UTF-8, its scheme is not supported, a package is missing, or the remote end
+            refuses.
     """
+    if (printable := utf8(str(path))) != str(path):
+        raise UserError(f"The name {printable} is not UTF-8: rename the folder.")
     scheme, remote, _ = str(path).partition("://")
     if not remote:
         return
@@ -41,6 +44,11 @@ def check_reachable(path: epath.PathLike) -> None:
     except Exception as error:  # whatever a remote file system may raise
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path} can't be reached ({reason}): check its address, network and credentials.") from error
+
+
+def utf8(name: str) -> str:
+    """A file's name, with the bytes that are not UTF-8 as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class Listing(NamedTuple):
@@ -82,10 +90,8 @@ def _walk(folder: epath.Path, prefix: str, suffixes: tuple[str, ...], found: Lis
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
-        try:
-            path.name.encode()
-        except UnicodeEncodeError:  # neither JSON nor the terminal can take such a name
-            found.misnamed.append(prefix + os.fsencode(path.name).decode("utf-8", "backslashreplace"))
+        if (printable := utf8(path.name)) != path.name:  # neither JSON nor the terminal can take such a name
+            found.misnamed.append(prefix + printable)
             continue
         # By the name first: on a remote disk, each `is_dir` is a message.
         if path.suffix.lower() in suffixes:
