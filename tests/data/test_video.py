@@ -1,6 +1,9 @@
 """Reading video: clocks against a slow obvious oracle, orientation, size, damage, and real files from the wild."""
 
+import functools
 import gc
+import io
+import itertools
 import pathlib
 import tempfile
 from fractions import Fraction
@@ -13,8 +16,8 @@ import pytest
 from av.stream import Disposition
 from PIL import ExifTags, Image, ImageOps
 
-from walt_jax.data import decode, hdr, video
-from walt_jax.data.limits import DecodeLimits, Stopwatch
+from walt_jax.data import hdr, video
+from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.media import write_video
 from walt_jax.data.video import ClipError, describe, frame_rate, read_clip
 
@@ -470,46 +473,68 @@ def colourfulness(picture):
 # Garbage
 
 
-class Frames:
-    """A stream whose "packets" are frames, some of them damaged."""
-
-    codec_context = None
-
-    def decode(self, packet):
-        if isinstance(packet, Exception):
-            raise packet
-        return [] if packet is None else [packet]
-
-
-class Marked:
-    def __init__(self, picture, is_corrupt=False, key_frame=False):
-        self.frame = av.VideoFrame.from_ndarray(picture)
-        self.is_corrupt, self.key_frame, self.size = is_corrupt, key_frame, 1
-        self.width, self.height = self.frame.width, self.frame.height
+TEXTURE = np.kron(np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+MOVING = [np.roll(TEXTURE, 2 * number, 1)[:64, :80].copy() for number in range(24)]
+DARK = [np.where(np.arange(64)[:, None, None] < 8, frame, 3).astype(np.uint8) for frame in MOVING]
+CARDS = [np.full((64, 80, 3), 128, np.uint8) if 8 <= number < 16 else frame for number, frame in enumerate(MOVING)]
+CODECS = {
+    "libx264": {"bf": "0"},
+    "libx265": {"x265-params": "log-level=none:bframes=0"},
+    "libvpx-vp9": {"deadline": "realtime"},
+}
+CODECS |= {"mpeg4": {}, "mpeg2video": {}}
 
 
-@pytest.mark.parametrize("content", ["picture", "dark"])
-def test_frames_of_one_colour_after_damage_are_left_out_and_dark_content_is_not(monkeypatch, content):
-    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    if content == "dark":
-        picture[8:] = 3
-    flat = np.full((64, 64, 3), 128, np.uint8)
-    whole = decode._is_flat
-    monkeypatch.setattr(decode, "_is_flat", lambda marked: whole(marked.frame))
-    frames = [
-        Marked(picture, key_frame=True),
-        Marked(flat),  # nothing was reported: a title card, perhaps
-        Marked(picture),
-        Marked(flat, is_corrupt=True),
-        Marked(flat),  # leans on the one before
-        Marked(picture),
-        Marked(flat, key_frame=True),
-        Marked(flat),
-    ]
-    monkeypatch.setattr(decode, "_check_refused", lambda *_: None)
-    stream, limits = Frames(), DecodeLimits()
-    kept = list(decode.decoded(iter(frames), stream, limits, Stopwatch(60)))
-    left_out = [number for number, frame in enumerate(frames) if frame not in kept]
-    assert left_out == ([3, 4] if content == "picture" else [])
-    with pytest.raises(ClipError, match="damaged, and mostly of one colour"):
-        list(decode.decoded(iter(frames[3:5]), stream, limits, Stopwatch(60)))
+@functools.cache
+def encoded(codec, content):
+    """A clip whose every eighth frame is a key frame."""
+    out, frames = io.BytesIO(), {"moving": MOVING, "dark": DARK, "cards": CARDS}[content]
+    with av.open(out, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=8, options=CODECS[codec])
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = 80, 64, "yuv420p", 8
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def damaged(content, which, how):
+    """A file in which the key frames of the numbers in `which` have lost all but their first eighth."""
+    out, key_frames = io.BytesIO(), itertools.count()
+    with av.open(io.BytesIO(content)) as source, av.open(out, "w", format="matroska") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if not packet.size:
+                continue
+            data = bytes(packet)
+            if packet.is_keyframe and next(key_frames) in which:
+                rest = len(data) - len(data) // 8
+                data = data[: -rest or None] + {"cut": b"", "zeros": bytes(rest)}[how]
+            changed = av.Packet(data)
+            for name in ("pts", "dts", "duration", "time_base", "is_keyframe"):
+                setattr(changed, name, getattr(packet, name))
+            changed.stream = stream
+            container.mux(changed)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("codec", "how"),
+    # Zeros are valid HEVC and VP9: their decoders report nothing.
+    [*((codec, "cut") for codec in CODECS), *((codec, "zeros") for codec in ("libx264", "mpeg4", "mpeg2video"))],
+)
+def test_what_decodes_to_garbage_after_damage_is_left_out(codec, how):
+    if codec not in av.codecs_available:
+        pytest.skip(f"no {codec}")
+    content = encoded(codec, "moving")
+    whole = read_clip(content)
+    assert len(whole) == 24
+    np.testing.assert_array_equal(read_clip(damaged(content, {0}, how)), whole[8:])
+    if codec.startswith("mpeg"):  # all frames of it decode, to one colour
+        with pytest.raises(ClipError, match="no frame decodes: its frames are damaged, and mostly of one colour"):
+            read_clip(damaged(encoded("mpeg4", "moving"), {0, 1, 2}, how))
+
+
+def test_what_is_of_one_colour_without_damage_or_before_it_is_kept():
+    assert len(read_clip(encoded("mpeg4", "cards"))) == 24
+    assert len(read_clip(damaged(encoded("mpeg4", "dark"), {1, 2}, "zeros"))) == 24
