@@ -480,9 +480,9 @@ CARDS = [np.full((64, 80, 3), 128, np.uint8) if 8 <= number < 16 else frame for 
 CODECS = {
     "libx264": {"bf": "0"},
     "libx265": {"x265-params": "log-level=none:bframes=0"},
-    "libvpx-vp9": {"deadline": "realtime"},
+    "mpeg4": {},
+    "mpeg2video": {},
 }
-CODECS |= {"mpeg4": {}, "mpeg2video": {}}
 
 
 @functools.cache
