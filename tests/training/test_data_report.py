@@ -10,10 +10,12 @@ from PIL import Image
 
 from walt_jax.config import build
 from walt_jax.data.media import write_video
+from walt_jax.data.packing import Item
 from walt_jax.data.pipeline import Data
 from walt_jax.training import data_files
 from walt_jax.training import data_report as lib
 from walt_jax.training.run_config import RunConfig
+from walt_jax.training.run_data import RunData
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -103,3 +105,28 @@ def test_it_refuses_nothing_and_says_what_training_would_do(folder, found, tmp_p
     assert data_files.verdict(nothing).startswith("training would stop: 1 of 1 files")
     lines = data_files.sentences(nothing)
     assert lines[0] == "0 clips kept, 2 files skipped" and len(lines) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 24])
+def test_the_picture_has_no_gap_however_few_packs_there_are(count):
+    picture = lib._plots([[Item(0, 12), Item(1, 12)]] * count, [(5, 16, 24), (1, 24, 32)], 40, [])
+    blank = "".join("_" if row else "x" for row in (np.asarray(picture.convert("L")) == 255).all(1))
+    assert max(map(len, blank.split("x"))) < 40
+    assert 400 < picture.height < 500 + 24 * count
+
+
+def test_training_reports_short_clips_of_both_splits(tmp_path):
+    rows = ["file_name,caption,split"]
+    for split in ("train", "val"):
+        for name, frames in (("long", 8), ("short", 3)):
+            write_video(tmp_path / f"{split}_{name}.gif", np.full((frames, 16, 24, 3), 99, np.uint8), 10)
+            rows.append(f"{split}_{name}.gif,a,{split}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    config = config_of(tmp_path, shapes={}, pack=None)
+    found = RunData(config, tmp_path / "run", codec=None, text=None).report_files()
+    skipped = {pathlib.Path(entry["file"]).name: entry["reason"] for entry in found["clips_skipped"]}
+    assert set(skipped) == {"train_short.gif", "val_short.gif"}
+    assert set(skipped.values()) == {"too short: 3 of 5 frames at 10 fps"} and found["clips_kept"] == 2
+    lines = data_files.sentences(found)
+    assert lines[0] == "2 clips kept, 2 files skipped"
+    assert lines[1].startswith("  2 skipped: too short: 3 of 5 frames at 10 fps (") and "val_short.gif" in lines[1]
