@@ -1,15 +1,15 @@
-"""Raw video into a data set of scenes: cut, filtered, re-captioned, in ArrayRecord shards that TFDS reads.
+"""Makes a data set of scenes from raw video: cut, filtered, captioned, in ArrayRecord shards that TFDS reads.
 
     pip install -e ".[prepare]"
     python -m walt_jax.main --mode=prepare --config=configs/prepare.py --config.prepare.source=FOLDER --workdir=OUT
 
-FOLDER may be a text file with a path or URI a line; both may be remote (`gs://`). A stopped run goes on with the same
-command. What was kept, what was dropped and why is in OUT/prepare.json.
+FOLDER may also be a text file with one path or URI per line; both may be remote (`gs://`). To resume a stopped run,
+start the same command again. OUT/prepare.json lists what was kept, what was dropped and why.
 
-65 videos of 14 minutes: 65 scenes (763 s) kept, shrunk with --config.prepare.short_side=128, in 5 minutes on two CPU
-cores with other work on them.
+Measured on two CPU cores with other work running: 65 videos, 14 minutes in all, give 65 scenes (763 s) with
+--config.prepare.short_side=128 in 5 minutes.
 
-On other machines, name Beam's runner and its flags, for example
+To run on other machines, set Beam's runner and its flags, for example
 
     --config.prepare.runner=DataflowRunner --config.prepare.runner_options="('--project=P', '--region=R')"
 """
@@ -19,7 +19,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """The knobs."""
+    """Knobs of `PrepareConfig` with their defaults."""
     prepare = ConfigDict(
         {
             "source": "",

@@ -1,4 +1,4 @@
-"""Batches of clips of one shape each; the place of an iterator is a JSON."""
+"""Batches of clips of equal shape; an iterator's state is JSON."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +14,15 @@ Clip = dict[str, Any]
 
 
 class Batches(grain.IterDataset):
-    """Endless batches of clips of one shape each: whatever a clip has, stacked.
+    """Endless batches of clips of equal shape, with the clips' arrays stacked.
 
-    A clip waits until there are enough of its shape. Order and randomness are functions of the seed and the position
-    alone: an iterator that is restored with `set_state` goes on with the same bytes.
+    Clips of each shape are collected until they fill a batch. Order and randomness depend on the seed and the position
+    only: an iterator restored with `set_state` continues with the same bytes.
 
     Args:
-        clips: {"number", "shape": its index, and arrays} by number, as `pipeline.Clips`.
-        batch_sizes: clips a batch, for each of the shapes.
-        share: which of them are this host's.
+        clips: {"number", "shape": its index, and arrays} by number, see `pipeline.Clips`.
+        batch_sizes: clips per batch, for each shape.
+        share: this host's part of the order.
     """
 
     def __init__(self, clips: Numbered, batch_sizes: Sequence[int], share: Share = Share()):  # noqa: B008 (it is frozen)
@@ -70,5 +70,5 @@ def _content(clip: Clip) -> Clip:
 
 
 def _kind(clip: Clip) -> tuple[Any, ...]:
-    """Equal for clips that can be stacked."""
+    """A key that is equal for clips that can be stacked."""
     return (clip["shape"], *(np.shape(array) for array in jax.tree.leaves(_content(clip))))

@@ -1,4 +1,4 @@
-"""Runs a function on each of many inputs, on any runner of Apache Beam; writes files whole."""
+"""Runs a function on many inputs with any runner of Apache Beam; writes files atomically."""
 
 import contextlib
 import json
@@ -19,9 +19,9 @@ from walt_jax.errors import UserError
 
 WATCH_SECONDS = 2
 
-# A thread a core, since decoding and encoding run outside Python; they say nothing, for what fails is in the exception.
+# One thread per core, since decoding and encoding run outside Python. No logging: failures are in the exception.
 LOCAL_OPTIONS = (
-    "--allow_unsafe_triggers",  # of which there are none; it keeps Beam from downloading another local runner
+    "--allow_unsafe_triggers",  # there are none, but without it Beam downloads another local runner
     "--direct_running_mode=multi_threading",
     "--direct_num_workers=0",
     "--default_sdk_harness_log_level=CRITICAL",
@@ -38,19 +38,19 @@ def run_each(
     total: int,
     infix: str = "",
 ) -> None:
-    """Runs `function` once or more on each of `todo`, showing how many of `total` files there are.
+    """Runs `function` at least once on each entry of `todo`, with a progress bar that counts finished files.
 
     Args:
-        config: its runner, and the runner's flags.
-        work: a folder for the list of what is to do, and for `error.txt`.
-        unit: what one of them is called.
-        todo: what JSON holds; `function` gets each as a line of JSON.
-        function: of a module, so that it can be sent to other machines; may run twice on the same.
-        folder: where `function` leaves a file for each, with `infix` in its name.
-        total: how many files there will be in the end.
+        config: has the runner and its flags.
+        work: folder for the list of entries, and for `error.txt`.
+        unit: name of an entry, for the progress bar.
+        todo: JSON-serialisable; `function` gets each as a line of JSON.
+        function: importable by name, so that it can be sent to other machines; must allow being run twice on an entry.
+        folder: where `function` writes a file per entry, with `infix` in its name.
+        total: number of files when all is done.
 
     Raises:
-        UserError: the runner can't be had, or `function` fails.
+        UserError: the runner is not available, or `function` fails.
     """
     if not todo:
         return
@@ -61,13 +61,13 @@ def run_each(
     publish(lines, "".join(json.dumps(entry) + "\n" for entry in todo), work)
     local = config.runner == "DirectRunner"
     if local:
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is in the error
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # failures are in the exception
     try:
         options = PipelineOptions([*(LOCAL_OPTIONS if local else ()), *config.runner_options])
         with _progress(unit, total, folder, infix), beam.Pipeline(config.runner, options) as pipeline:
             (
                 pipeline
-                # Not the lines themselves: runners limit what a pipeline holds.
+                # The file's name rather than its lines: runners limit the size of a pipeline.
                 | beam.Create([str(lines)])
                 | beam.FlatMap(_lines)
                 | beam.Reshuffle()
@@ -80,8 +80,8 @@ def run_each(
         publish(path, traceback.format_exc(), work)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].split(" [while running")[0]
         raise UserError(
-            f"The pipeline failed on {config.runner} ({reason}); {path} has the whole story. Mend it, and the same "
-            "command goes on where it was."
+            f"The pipeline failed on {config.runner} ({reason}); {path} has the traceback. Fix the cause, then "
+            "start the same command again: it resumes."
         ) from error
 
 
@@ -91,7 +91,7 @@ def _lines(path: str) -> list[str]:
 
 @contextlib.contextmanager
 def _progress(unit: str, total: int, folder: epath.Path, infix: str) -> Iterator[None]:
-    """Shows how many files are in a folder while others write them, whatever machines they are on."""
+    """Shows how many files are in a folder, while any machine writes them."""
     stopped = threading.Event()
 
     def count() -> int:
@@ -102,7 +102,7 @@ def _progress(unit: str, total: int, folder: epath.Path, infix: str) -> Iterator
         while not stopped.wait(pause):
             start = time.monotonic()
             bar.update(count() - bar.n)
-            pause = max(WATCH_SECONDS, 20 * (time.monotonic() - start))  # listing a remote folder takes its time
+            pause = max(WATCH_SECONDS, 20 * (time.monotonic() - start))  # listing a remote folder is slow
 
     with tqdm.tqdm(desc=f"{unit}s", total=total, initial=count(), unit=unit, dynamic_ncols=True) as bar:
         watcher = threading.Thread(target=watch, daemon=True)
@@ -116,10 +116,16 @@ def _progress(unit: str, total: int, folder: epath.Path, infix: str) -> Iterator
 
 
 def publish(path: epath.Path, content: str | bytes | Path, work: epath.Path) -> None:
-    """The file is there with all of its content, which is text, bytes or another file's, or as it was before."""
+    """Writes a file atomically.
+
+    Args:
+        path: the file, local or remote.
+        content: text, bytes, or a local file to copy.
+        work: folder for temporary files, on the same file system.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    # A name of its own: after a kill, or on a runner that does things twice, two processes may write the same file.
+    # A unique name: after a kill, or if a runner repeats work, two processes may write the same file.
     temporary = work / f".{uuid.uuid4().hex}"
     if isinstance(content, str):
         temporary.write_text(content)

@@ -22,7 +22,7 @@ class CaptionError(Exception):
 
 
 def open_captioner(config: PrepareConfig) -> Captioner | None:
-    """The captioner of the config, or None where captions stay as they are.
+    """The config's captioner, or None if captions are kept.
 
     Raises:
         UserError: there is no such function or command.
@@ -35,26 +35,26 @@ def open_captioner(config: PrepareConfig) -> Captioner | None:
 
 
 def caption(captioner: Captioner, frames: np.ndarray, captions: list[str]) -> list[str]:
-    """The captions of a scene, at least one, none of them empty.
+    """The captions of a scene: at least one, none empty.
 
     Args:
-        captioner: of `open_captioner`.
+        captioner: see `open_captioner`.
         frames: uint8 [t, h, w, 3], RGB.
-        captions: of the video that the scene is of; may be empty.
+        captions: the video's own, if any.
 
     Raises:
-        CaptionError: it failed, or gave none.
+        CaptionError: the captioner failed or returned none.
     """
     try:
-        given = captioner(frames, list(captions))
+        answer = captioner(frames, list(captions))
     except CaptionError:
         raise
     except Exception as error:  # whatever a user's program may raise
         raise CaptionError(f"the captioner failed: {type(error).__name__}: {error}") from error
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
-        raise CaptionError(f"the captioner returned {type(given).__name__}, not a caption or a list of them")
-    texts = [text.strip() for text in given if text.strip()]
+    answer = [answer] if isinstance(answer, str) else answer
+    if not isinstance(answer, list | tuple) or not all(isinstance(text, str) for text in answer):
+        raise CaptionError(f"the captioner returned {type(answer).__name__}, not a caption or a list of them")
+    texts = [text.strip() for text in answer if text.strip()]
     if not texts:
         raise CaptionError("the captioner gave no caption")
     return texts

@@ -1,4 +1,4 @@
-"""The clips of one split of a store, in the shapes that are asked for."""
+"""The clips of one split of a store, cut and cropped to the requested shapes."""
 
 import collections
 import copy
@@ -19,23 +19,23 @@ HELD_OUT_FRACTION = 1 / 8
 
 
 class StoredClips:
-    """The clips of one split of a store, in the shapes that are asked for.
+    """The clips of one split of a store, cut and cropped to the requested shapes.
 
-    The rows' split, where there is one, decides what is held out. Otherwise a hash of the file's name, or of what it
-    was cut from, holds out one in eight, so that a file stays in its split when others come and go.
+    The split is the rows', if they have one. Otherwise one file in eight is held out by a hash of its name, or of the
+    name of the video that it was cut from, so that files stay in their split when others are added or removed.
     """
 
     def __init__(self, store: Store, split: str, shapes: Sequence[ClipShape], fps: float | None):
-        """Checks that some clip is long enough.
+        """Checks that at least one clip is long enough.
 
         Args:
             store: see `Store`.
-            split: "train" or "held_out"; a store of a single file has it in both.
-            shapes: of samples. A clip that is too short for the one that is drawn gets another.
+            split: "train" or "held_out"; both have the file of a store of a single file.
+            shapes: of samples, drawn by weight. A clip that is too short for the drawn shape gets another one.
             fps: frames per second of a sample; None takes every frame of the file.
 
         Raises:
-            UserError: no clip belongs to the split, or none of it is long enough.
+            UserError: no clip belongs to the split, or none is long enough.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, not one of {SPLITS}")
@@ -48,7 +48,7 @@ class StoredClips:
                 f"no readable clip in {store.path} belongs to the {split} split{skipped}: add clips, or correct the "
                 "column split of its metadata.csv."
             )
-        # Now rather than after the model has been compiled: raises where no clip is long enough.
+        # Raises if no clip is long enough: here rather than after the model has been compiled.
         for index in range(len(self._rows)):
             if self.sample(index, np.random.default_rng(0)) is not None:
                 break
@@ -58,7 +58,7 @@ class StoredClips:
 
     @property
     def captions(self) -> list[str]:
-        """The captions of all clips, "" for clips that have none (unconditional)."""
+        """All captions of all clips; "" for clips without one, which are unconditional."""
         return [text for row in self._rows for text in (dict(row.captions) or ("",))]
 
     @property
@@ -85,19 +85,19 @@ class StoredClips:
 
     @property
     def kept(self) -> int:
-        """How many clips can be used, as far as they have been read."""
+        """The number of usable clips, as far as known: clips turn out to be unusable when they are read."""
         return sum(row.file not in self._skipped for row in self._rows)
 
     def files(self) -> list[ClipInfo]:
-        """What the headers of the clips' files say, of each file once."""
+        """Header information of the clips' files, each file once."""
         return [self.store.info[file] for file in dict.fromkeys(row.file for row in self._rows)]
 
     def file(self, index: int) -> str:
-        """A clip's file, by its name in the store."""
+        """The name of a clip's file in the store."""
         return self._rows[index].file
 
     def find_short(self) -> None:
-        """Reads the clips whose headers say that they are too short; those that are get listed in `store.skipped`.
+        """Reads the clips that are too short by their headers, and enters those that are in `store.skipped`.
 
         Raises:
             UserError: no usable clip is left.
@@ -108,11 +108,11 @@ class StoredClips:
                 self.sample(index, np.random.default_rng(0))
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
-        """A random window of a clip in one of the shapes, randomly cropped; the same `rng` gives the same bytes.
+        """A random window and crop of a clip in one of the shapes; equal states of `rng` give equal bytes.
 
         Returns:
-            {`video`: uint8 [frames, height, width, 3], RGB, `caption`: str, `shape`: its index}, or None for a clip
-            that proves too short or unreadable; the store's `skipped` then lists it.
+            {`video`: uint8 [frames, height, width, 3], RGB, `caption`: str, `shape`: its index}, or None if the clip is
+            too short or unreadable; the store's `skipped` then lists it.
 
         Raises:
             UserError: this was the last usable clip, or too many files have vanished.
@@ -134,10 +134,10 @@ class StoredClips:
         return self._skip(row.file, f"too short: {longest} of {self._wanted()}")
 
     def _cut(self, file: str, shape: ClipShape, rng: np.random.Generator) -> tuple[np.ndarray | None, int]:
-        """uint8 [frames, height, width, 3], or None where the clip is too short; and how many frames there were."""
+        """uint8 [frames, height, width, 3], or None if the clip is too short; and the number of frames that it has."""
         store, info = self.store, self.store.info[file]
         height, width = shape.size(info.height, info.width)
-        # The header's length decides, right or wrong: so that what was kept and what is decoded anew give the same.
+        # By the header's length, even if it is wrong, so that cached and newly decoded clips give the same window.
         start = int(rng.integers(max(0, store.length(file, self.fps) - shape.span) + 1))
         clip = store.whole(file, (height, width), self.fps, shape.span)
         if clip is None:
@@ -149,11 +149,11 @@ class StoredClips:
             return None, len(clip)
         top = int(rng.integers(clip.shape[1] - height + 1))
         left = int(rng.integers(clip.shape[2] - width + 1))
-        # A copy: a view would let the caller write into the cache.
+        # A copy, since writing into a view would change the cache.
         return clip[:: shape.stride, top : top + height, left : left + width].copy(), len(clip)
 
     def _window(self, file: str, cover: tuple[int, int], start: int, count: int) -> np.ndarray:
-        """So many frames from `start` on, or the first ones where the file ends earlier than its header says."""
+        """`count` frames from `start` on, or the first ones if the file ends earlier than its header says."""
         if start:
             try:
                 clip = self.store.read(file, cover, self.fps, start, count)
@@ -164,7 +164,7 @@ class StoredClips:
         return self.store.read(file, cover, self.fps, 0, count)
 
     def _caption(self, row: Row, rng: np.random.Generator) -> str:
-        """One of a clip's captions, by their weights."""
+        """One of a clip's captions, drawn by weight."""
         if len(row.captions) < 2:
             return row.captions[0][0] if row.captions else ""
         weights = np.array([weight for _, weight in row.captions])
@@ -200,7 +200,7 @@ def _of_split(rows: list[Row], split: str) -> list[Row]:
 
 
 def _held_out(files: Iterable[str]) -> set[str]:
-    """One file in eight by a hash of its name, but at least one, and not all of several."""
+    """One file in eight by a hash of its name; at least one, and not all if there are several."""
     by_hash = sorted((_uniform(file), file) for file in files)
     count = sum(number < HELD_OUT_FRACTION for number, _ in by_hash)
     count = max(1, min(count, len(by_hash) - 1))

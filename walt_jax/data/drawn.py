@@ -1,7 +1,7 @@
-"""Drawn clips: one coloured shape moving over black, with its caption. Deterministic, endless, built in.
+"""The built-in data set: clips of one coloured shape that moves over black, with captions, drawn on the fly.
 
-The grammar is `a {colour} {shape} moving {direction}`. One in eight of its 72 sentences is held out of training, so
-that composition can be measured: every colour, shape and direction is trained, but not these combinations of them.
+Captions are `a {colour} {shape} moving {direction}`. Nine of the 72 combinations are held out, to measure
+compositional generalisation: training has every colour, shape and direction, but not these combinations of them.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y pointing down
 
-# In fractions of the frame's side: a shape's half extent, and how far it travels from the first frame to the last.
+# In units of the frame's side: half the shape's extent, and how far it moves from the first frame to the last.
 RADIUS = (0.14, 0.24)
 TRAVEL = (0.25, 0.50)
 
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """What a caption says."""
+    """What a clip shows."""
 
     colour: str
     shape: str
@@ -44,7 +44,7 @@ COMBINATIONS = tuple(itertools.starmap(Combination, itertools.product(COLOURS, S
 
 
 def is_held_out(combination: Combination) -> bool:
-    """True for the 9 of 72 combinations that are never trained on; every colour, shape and direction is among them."""
+    """Whether a combination is one of the 9 that are held out; they contain every colour, shape and direction."""
     colour = tuple(COLOURS).index(combination.colour)
     shape = SHAPES.index(combination.shape)
     direction = tuple(DIRECTIONS).index(combination.direction)
@@ -57,16 +57,16 @@ def combinations(split: str) -> tuple[Combination, ...]:
 
 
 def coverage(shape: str, centre_x: float, centre_y: float, radius: float, size: int) -> np.ndarray:
-    """How much of each pixel the shape covers.
+    """The fraction of each pixel that the shape covers.
 
     Args:
         shape: one of `SHAPES`. A square's side and a triangle's base and height are `2 * radius`.
-        centre_x, centre_y: of the shape's bounding box, in pixels from the top left corner of the frame.
-        radius: half the extent, in pixels.
-        size: the frame's side, in pixels.
+        centre_x, centre_y: centre of the shape's bounding box, in pixels from the frame's top left corner.
+        radius: half the shape's extent, in pixels.
+        size: side of the frame, in pixels.
 
     Returns:
-        float32 [size, size] in 0..1, anti-aliased over one pixel at the edge.
+        float32 [size, size] in [0, 1], anti-aliased over one pixel at the edge.
     """
     axis = np.arange(size, dtype=np.float32) + 0.5
     x, y = axis[None, :] - np.float32(centre_x), axis[:, None] - np.float32(centre_y)
@@ -83,15 +83,15 @@ def coverage(shape: str, centre_x: float, centre_y: float, radius: float, size: 
 
 
 def draw(combination: Combination, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
-    """Draws a clip of `combination` at a random place, size and speed; the whole path lies inside the frame.
+    """Draws a clip with a random start, size and speed; the shape stays inside the frame.
 
     Returns:
         uint8 [frames, size, size, 3].
     """
     radius = rng.uniform(*RADIUS)
-    travel = rng.uniform(*TRAVEL)  # 2 · 0.24 + 0.50 < 1: there is always room
+    travel = rng.uniform(*TRAVEL)  # fits: 2 · 0.24 + 0.50 < 1
     step = np.array(DIRECTIONS[combination.direction], dtype=np.float64)
-    lowest = radius + np.maximum(-step, 0) * travel  # of the first frame's centre, so that the last fits too
+    lowest = radius + np.maximum(-step, 0) * travel  # bounds of the first centre: the whole path is inside
     highest = 1 - radius - np.maximum(step, 0) * travel
     start = rng.uniform(lowest, highest)
     colour = np.array(COLOURS[combination.colour], dtype=np.float32)
@@ -104,11 +104,11 @@ def draw(combination: Combination, rng: np.random.Generator, frames: int, size: 
 
 @dataclasses.dataclass(frozen=True)
 class DrawnClips:
-    """A source with one entry per combination of its split; what else varies comes from the generator.
+    """A source with one clip per combination of its split; position, size and speed come from the generator.
 
     Attributes:
         split: "train", "held_out" or "all".
-        shapes: of clips, square.
+        shapes: the clips' shapes, square.
     """
 
     split: str

@@ -1,6 +1,6 @@
-"""Token dropping: a clip is trained on with some of its tokens, at a rate of its own (NaViT, Dehghani et al. 2023).
+"""Token dropping: training on a random subset of each clip's tokens (NaViT, Dehghani et al. 2023).
 
-Fewer tokens a clip are more clips a pack.
+With fewer tokens per clip, more clips fit into a pack.
 """
 
 import dataclasses
@@ -11,23 +11,21 @@ from jaxtyping import Int
 
 from walt_jax.config import Range
 
-# Of Beta(a, b), whose mean is a / (a + b).
-CONCENTRATION = 4.0
-# A clip's rate is drawn around what its resolution gives, with this deviation.
-SPREAD = 0.05
+CONCENTRATION = 4.0  # a + b of Beta(a, b)
+SPREAD = 0.05  # standard deviation of a clip's rate around the mean of its resolution
 
 Share = Annotated[float, Range(0, 0.99)]
 
 
 @dataclasses.dataclass(frozen=True)
 class DropConfig:
-    """How many of a clip's tokens are left out.
+    """The share of a clip's tokens that is dropped.
 
     Attributes:
-        kind: "constant": `rate` of all; "beta": a rate from a Beta distribution with mean `rate`, between 0 and 1;
-            "resolution": from `rate - slope` for the smallest clip to `rate + slope` for the largest.
-        rate: on average.
-        slope: read by "resolution".
+        kind: "constant": always `rate`; "beta": drawn per clip from a Beta distribution with mean `rate`; "resolution":
+            linear in the number of tokens, `rate - slope` for a clip of none to `rate + slope` for the largest one.
+        rate: mean share, in [0, 1).
+        slope: for "resolution".
     """
 
     kind: Literal["constant", "beta", "resolution"] = "constant"
@@ -42,13 +40,13 @@ class DropConfig:
 
 
 def drop_rate(config: DropConfig, tokens: int, most: int, rng: np.random.Generator) -> float:
-    """The share of a clip's tokens that is left out, in 0..1.
+    """The share of a clip's tokens that is dropped, in [0, 1].
 
     Args:
         config: see `DropConfig`.
-        tokens: of the clip.
-        most: of the largest clip.
-        rng: of the clip.
+        tokens: number of tokens of the clip.
+        most: number of tokens of the largest clip.
+        rng: the clip's generator.
     """
     if config.kind == "beta" and config.rate > 0:
         return rng.beta(CONCENTRATION * config.rate, CONCENTRATION * (1 - config.rate))
@@ -59,6 +57,6 @@ def drop_rate(config: DropConfig, tokens: int, most: int, rng: np.random.Generat
 
 
 def kept_tokens(tokens: int, rate: float, rng: np.random.Generator) -> Int[np.ndarray, " k"]:
-    """Which tokens of a clip are trained on, in their order: one at least."""
+    """Sorted indices of the tokens that are kept, at least one."""
     count = max(1, round(tokens * (1 - rate)))
     return np.sort(rng.choice(tokens, count, replace=False))

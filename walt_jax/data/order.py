@@ -1,7 +1,7 @@
-"""Which clip comes next, on every host: one shuffled order that a restart, on any number of hosts, goes on with.
+"""The global order of clips: one shuffled sequence for all hosts, which can be resumed on any number of hosts.
 
-Each clip that is ever read has a number, counted through all hosts and epochs; what is random about it is a function of
-the seed and this number. Hosts take turns: of `hosts`, host h has the numbers h, h + hosts, h + 2 · hosts, …
+Each draw has a number, counted over all hosts and epochs; its randomness is a function of the seed and this number.
+Numbers are interleaved over hosts: host h of n reads h, h + n, h + 2n, …
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import grain
 
 
 class Draw(NamedTuple):
-    """A clip to be read: its number in the global order, its source, its index there."""
+    """An entry of the global order: its number, the source, and the clip's index in that source."""
 
     number: int
     source: int
@@ -22,12 +22,12 @@ class Draw(NamedTuple):
 class Order:
     """The global order of the clips of several sources: `order[number]`.
 
-    Each source's clips come exactly once in each of its epochs, shuffled anew; sources take turns by their weights.
+    Each epoch of a source has each of its clips once, in a new order; sources are interleaved by weight.
 
     Args:
-        sizes: how many clips each source has.
-        weights: how often each source's turn comes, over their sum.
-        seed: of the order.
+        sizes: number of clips of each source.
+        weights: of the sources, not normalised.
+        seed: of the shuffling.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
@@ -51,10 +51,10 @@ class Share:
     """A host's part of the order.
 
     Attributes:
-        host: this one's number, from 0.
-        hosts: how many there are.
-        start: the lowest number that none of them has taken.
-        leftovers: numbers below it that this host is to take first.
+        host: index of this host.
+        hosts: number of hosts.
+        start: first number that is interleaved over these hosts.
+        leftovers: numbers below `start` that this host reads first, left by another number of hosts.
     """
 
     host: int = 0
@@ -63,7 +63,7 @@ class Share:
     leftovers: tuple[int, ...] = ()
 
     def number(self, position: int) -> int:
-        """The number that the host takes as its `position`-th, from 0."""
+        """The number of the host's `position`-th draw, from 0."""
         if position < len(self.leftovers):
             return self.leftovers[position]
         return self.start + self.host + self.hosts * (position - len(self.leftovers))
@@ -77,7 +77,7 @@ class Share:
 
 
 class Progress(NamedTuple):
-    """How far a host has come: its share, how many numbers it has taken, and which of these it has not used yet."""
+    """A host's position: its share, how many numbers it has read, and which of these still wait."""
 
     share: Share
     taken: int
@@ -85,14 +85,14 @@ class Progress(NamedTuple):
 
 
 def redistribute(progress: Iterable[Progress], hosts: int) -> list[Share]:
-    """The shares of another number of hosts, which together take all that was not used, each number once.
+    """Shares for another number of hosts, which together read every unused number once.
 
     Args:
-        progress: of all hosts that there were, at the same step.
-        hosts: how many there are now.
+        progress: of all previous hosts, at the same step.
+        hosts: the new number of hosts.
 
     Raises:
-        ValueError: if a host is missing or twice.
+        ValueError: if a previous host is missing or listed twice.
     """
     progress = list(progress)
     shares = [each.share for each in progress]

@@ -1,4 +1,4 @@
-"""The pipeline: several sources' clips in one order."""
+"""The data pipeline: clips of several sources in one order."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ from walt_jax.errors import UserError
 
 
 class Source(Protocol):
-    """Captioned clips by index. What is random about one comes from the generator alone."""
+    """Captioned clips by index. Their randomness comes from the passed generator only."""
 
     captions: list[str]
 
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
-        """{"video": uint8 [t, h, w, 3], "caption": str, "shape": its index}, or None for a clip that can't be used."""
+        """{"video": uint8 [t, h, w, 3], "caption": str, "shape": its index}, or None for an unusable clip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Mixture:
 
     Attributes:
         sources: one or more.
-        weights: how often each one's turn comes, over their sum.
+        weights: of the sources, not normalised.
     """
 
     sources: tuple[Source, ...]
@@ -50,7 +50,7 @@ class Mixture:
         return [caption for source in self.sources for caption in source.captions]
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
-        """A clip by its index through all sources."""
+        """A clip by its index over all sources."""
         for source in self.sources:
             if index < len(source):
                 return source.sample(index, rng)
@@ -63,19 +63,19 @@ class DataConfig:
     """Where clips come from and what they are made into.
 
     Attributes:
-        source: "drawn" for the built-in shapes, or a folder of videos and images with a `metadata.csv`, or one with a
-            data set that `--mode=prepare` or TFDS has written as ArrayRecord, or several,
-            "FOLDER, FOLDER*2, drawn", with weights: how often each one's turn comes, 1 where none is given. Without any
-            weight a clip comes as often as any other.
-        frames: frames a clip.
+        source: "drawn" for the built-in shapes; a folder of videos and images, with an optional `metadata.csv`; an
+            ArrayRecord data set written by `--mode=prepare` or TFDS; or several with weights, as in
+            "FOLDER, FOLDER*2, drawn". A source without a weight has 1; without any weights, all clips are equally
+            likely.
+        frames: frames per clip.
         height, width: in pixels.
-        fps: frames a second.
-        captions: the columns of a folder's table that hold captions, with weights: how often each is taken where it
-            isn't empty, as in "long*0.95, short*0.05". One column may name each clip's class.
+        fps: frames per second.
+        captions: columns of the folder's table that hold captions, with the weights by which one is drawn for each
+            sample, as in "long*0.95, short*0.05"; empty captions are not drawn. One column may hold each clip's class.
         caption_dropout: probability that a clip is trained without its caption, for classifier-free guidance.
-        cache_bytes: decoded clips of a folder are kept in memory up to this.
-        max_bad_fraction: a folder with a greater share of unreadable files stops the run.
-        limits: what a file may ask for.
+        cache_bytes: memory for decoded clips of a source.
+        max_bad_fraction: maximum share of a source's files that may be unreadable or vanish; more stop the run.
+        limits: see `DecodeLimits`.
     """
 
     source: str
@@ -97,17 +97,17 @@ class DataConfig:
 
     @property
     def parts(self) -> list[tuple[str, float | None]]:
-        """Each source, and its weight where one is given."""
+        """Each source, and its weight if it has one."""
         return weighted("source", self.source)
 
     @property
     def columns(self) -> dict[str, float]:
-        """The captions' columns and weights."""
+        """The caption columns and their weights."""
         return {name: 1.0 if weight is None else weight for name, weight in weighted("captions", self.captions)}
 
 
 def weighted(knob: str, words: str) -> list[tuple[str, float | None]]:
-    """The names in "one, other*2", and their weights where they have one.
+    """The names in a list such as "one, other*2", each with its weight or None.
 
     Raises:
         ValueError: if a weight isn't above 0.
@@ -129,12 +129,12 @@ def weighted(knob: str, words: str) -> list[tuple[str, float | None]]:
 
 
 class Data:
-    """A config's clips; folders are listed and checked once.
+    """A config's clips; each source is listed and checked once.
 
     Args:
         config: see `DataConfig`.
-        refuse: whether problems are errors; if not, `problems` lists them, and sources with nothing to read are left
-            out of `source`.
+        refuse: whether problems raise errors; if not, `problems` lists them, and `source` leaves out sources without
+            readable clips.
     """
 
     def __init__(self, config: DataConfig, refuse: bool = True):
@@ -145,18 +145,18 @@ class Data:
 
     @property
     def stores(self) -> dict[str, Store]:
-        """The sources that are read from files, by their paths."""
+        """The sources that are read from files, by path."""
         return {path: self._folder(path) for path, _ in self.config.parts if path != "drawn"}
 
     @property
     def problems(self) -> list[str]:
-        """Sentences, for each of which training stops."""
+        """The problems for which training would stop, a sentence each."""
         found = [problem for store in self.stores.values() for problem in store.problems]
         return list(dict.fromkeys(found + self._unusable))
 
     @property
     def skipped(self) -> list[dict[str, str]]:
-        """What is left out and why, so far: a list of {`file`, `reason`}; files with their folders' paths."""
+        """The files skipped so far: a list of {`file`: with its folder's path, `reason`}."""
         return [
             {"file": str(folder.path / entry["file"]), "reason": entry["reason"]}
             for folder in self.stores.values()
@@ -168,13 +168,17 @@ class Data:
         check_reachable(path)
         kind = Folder
         if is_data_set(path):
-            from walt_jax.data.records import Records  # it takes seconds to import what reads it
+            from walt_jax.data.records import Records  # its imports take seconds
 
             kind = Records
         return kind(path, config.columns, config.cache_bytes, config.max_bad_fraction, config.limits, self._refuse)
 
     def _source(self, split: str, shapes: tuple[ClipShape, ...]) -> Mixture:
-        """The clips of a split, "train", "held_out" or, of drawn ones, "all", in given shapes.
+        """The clips of a split in some shapes.
+
+        Args:
+            split: "train", "held_out" or, for drawn clips, "all".
+            shapes: see `StoredClips`.
 
         Raises:
             UserError: if a folder, its captions or too many of its files can't be read.
@@ -202,8 +206,8 @@ class Data:
                     self._unusable.append(str(error))
                     continue
             kept.append((path, weight))
-        given = any(weight is not None for _, weight in kept)
-        weights = [weight or 1.0 for _, weight in kept] if given else [float(len(source)) for source in sources]
+        has_weights = any(weight is not None for _, weight in kept)
+        weights = [weight or 1.0 for _, weight in kept] if has_weights else [float(len(source)) for source in sources]
         return Mixture(tuple(sources), tuple(weights))
 
 
@@ -215,8 +219,8 @@ class Clips:
 
     Args:
         mixture: the sources.
-        seed: of the order, of each clip's generator and of the dropped captions.
-        encode: captions to ids, as `text.Vocabulary.encode`.
+        seed: of the order, the clips' generators and the caption dropout.
+        encode: captions to ids, see `text.Vocabulary.encode`; None leaves captions out.
         caption_dropout: probability of an empty caption.
     """
 
@@ -231,14 +235,14 @@ class Clips:
         self._order = Order([len(source) for source in mixture.sources], mixture.weights, seed)
 
     def __getitem__(self, number: int) -> Clip | None:
-        """{"number", "shape", "video": uint8 [t, h, w, 3]}, and "text": int32 [n] where captions are encoded."""
+        """{"number", "shape", "video": uint8 [t, h, w, 3]}, and "text": int32 [n] if captions are encoded."""
         draw = self._order[number]
         rng = np.random.default_rng([self._seed, number])
         clip = self._mixture.sources[draw.source].sample(draw.index, rng)
         if clip is None:
             return None
-        given = {"number": number, "shape": clip["shape"], "video": clip["video"]}
+        sample = {"number": number, "shape": clip["shape"], "video": clip["video"]}
         if self._encode is None:
-            return given
+            return sample
         caption = "" if rng.random() < self._dropout else clip["caption"]
-        return {**given, "text": self._encode([caption])[0]}
+        return {**sample, "text": self._encode([caption])[0]}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from walt_jax.config import Fraction, Positive, Range
 
-# Knobs that don't change what is written, so that a stopped run may go on with others: another runner, more workers.
+# Knobs that don't change what is written: a stopped run may be resumed with another runner or more workers.
 FREE_KNOBS = ("runner", "runner_options")
 
 
@@ -13,31 +13,31 @@ FREE_KNOBS = ("runner", "runner_options")
 class PrepareConfig:
     """What `--mode=prepare` reads, which scenes it keeps and how it writes them.
 
-    Motion, static and border are measured on pictures of 144 pixels on the short side, four a second.
+    Motion, static share and border are measured on frames resized to a short side of 144 pixels, four per second.
 
     Attributes:
-        source: a folder of videos (sub-folders too; captions from its `metadata.csv`, where there is one, with the
-            columns `file_name` and `caption`), or a text file with a path or URI a line, relative to the text file.
-        cut_threshold: a cut is where the picture changes so many times more than around it (PySceneDetect's adaptive
-            detector); None cuts nothing.
-        min_seconds: shorter scenes are dropped.
-        max_seconds: longer scenes are divided into equal pieces that are not longer.
-        min_short_side: videos with a shorter side than this, in pixels, are dropped.
-        min_motion, max_motion: of the optical flow, mean over the picture and the scene, in short sides a second;
-            scenes outside are dropped. None: no upper limit.
-        max_static_fraction: scenes are dropped in which, for a greater share of their time, nothing changes.
-        max_border_fraction: scenes are dropped of which a greater share of the picture is a black border throughout.
-        fps: frames a second of what is written; None keeps each video's own.
-        short_side: in pixels; larger videos are shrunk to it. None keeps their size.
-        captioner: `module:function`, called with the frames, uint8 [t, h, w, 3], and the captions so far, a list of
-            str; it returns a caption or a list of them, which takes their place. "" keeps the captions as they are.
-        caption_command: the same as a command, which is run with one more argument, a folder in which the frames lie as
-            `000.png`, `001.png`, …; it prints a caption a line.
-        caption_frames: how many frames of a scene either gets, spread evenly.
-        shard_bytes: of video in a file of the data set, about.
-        runner: a runner of Apache Beam, such as DirectRunner (this machine), DataflowRunner, FlinkRunner, SparkRunner.
-        runner_options: its flags, such as `--project=NAME`. DirectRunner works in a thread a core, unless
-            `--direct_num_workers=N` or `--direct_running_mode=multi_processing` say otherwise.
+        source: a folder of videos, searched recursively, with captions in an optional `metadata.csv` (columns
+            `file_name` and `caption`); or a text file with one path or URI per line, relative to the text file.
+        cut_threshold: threshold of PySceneDetect's adaptive detector: a cut is where a frame differs this many times
+            more from the last one than the frames around it do. None: no cuts.
+        min_seconds: minimum length of a scene; shorter ones are dropped.
+        max_seconds: maximum length of a scene; longer ones are split into equal pieces.
+        min_short_side: minimum short side of a video, in pixels; smaller ones are dropped.
+        min_motion, max_motion: bounds on the mean length of the optical flow, over pixels and time, in short sides per
+            second; other scenes are dropped. None: no upper bound.
+        max_static_fraction: scenes are dropped if nothing changes for a larger share of their time, in [0, 1].
+        max_border_fraction: scenes are dropped if black bars cover a larger share of the picture, in [0, 1].
+        fps: frame rate of the output, in frames per second; None keeps each video's.
+        short_side: short side of the output, in pixels; smaller videos keep their size. None: all do.
+        captioner: `module:function`, called with the frames, uint8 [t, h, w, 3], and the current captions, a list of
+            str; returns a caption or a list of them, which replace the current ones. "": captions are kept.
+        caption_command: a command instead of a function. Its last argument is a folder with the frames as `000.png`,
+            `001.png`, …; it prints one caption per line.
+        caption_frames: how many frames of a scene the captioner gets, evenly spaced.
+        shard_bytes: approximate size of a shard of the data set.
+        runner: Apache Beam's runner, such as DirectRunner (this machine), DataflowRunner, FlinkRunner, SparkRunner.
+        runner_options: flags of the runner, such as `--project=NAME`. DirectRunner uses one thread per core, unless
+            `--direct_num_workers=N` or `--direct_running_mode=multi_processing` is set.
     """
 
     source: str
@@ -61,7 +61,7 @@ class PrepareConfig:
     def __post_init__(self):
         if not self.source:
             raise ValueError("source is not set; give a folder of videos or a list: --config.prepare.source=FOLDER")
-        # Halves of a scene just over max_seconds must be long enough, or dividing would lose what it divides.
+        # Otherwise both halves of a scene just over max_seconds would be dropped.
         if self.max_seconds < 2 * self.min_seconds:
             raise ValueError(
                 f"max_seconds={self.max_seconds:g} is less than twice min_seconds={self.min_seconds:g}, so pieces of "

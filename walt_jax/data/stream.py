@@ -1,4 +1,4 @@
-"""A host's clips one after the other, read ahead; the place among them is a JSON."""
+"""A host's clips in order, prefetched; the stream's state is JSON."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -9,23 +9,23 @@ from walt_jax.data.order import Share
 from walt_jax.errors import UserError
 
 DECODE_THREADS = 2
-PREFETCHED = 16  # clips that are read ahead
+PREFETCHED = 16  # clips
 ENDLESS = 2**62
 
 
 class Numbered(Protocol):
-    """Clips by their number in the order; None for one that can't be used. A number gives the same clip again."""
+    """Clips by their number in the order, None for unusable ones. Equal numbers give equal clips."""
 
     def __getitem__(self, number: int) -> Any: ...
 
 
 def numbered(clips: Numbered, numbers: range) -> grain.IterDataset:
-    """Those clips of the order, read ahead. Those that can't be used are left out."""
+    """The usable clips of some numbers of the order, prefetched."""
     return _ahead(grain.MapDataset.range(numbers.start, numbers.stop).map(lambda number: clips[int(number)]))
 
 
 def stream(clips: Numbered, share: Share) -> grain.IterDataset:
-    """A host's clips, read ahead. Those that can't be used are left out."""
+    """A host's usable clips, prefetched."""
     return _ahead(grain.MapDataset.range(ENDLESS).map(lambda position: clips[share.number(int(position))]))
 
 
@@ -34,11 +34,11 @@ def _ahead(clips: grain.MapDataset) -> grain.IterDataset:
 
 
 class Stream:
-    """A host's clips for whoever lets some of them wait: `order.redistribute` understands its states.
+    """A host's clips, for consumers that hold some of them back; `order.redistribute` reads its states.
 
     Args:
         clips: by number.
-        share: which of them are this host's.
+        share: this host's part of the order.
     """
 
     def __init__(self, clips: Numbered, share: Share):
@@ -52,15 +52,15 @@ class Stream:
         return next(self._iterator)
 
     def close(self) -> None:
-        """Reads no further ahead."""
+        """Stops prefetching."""
         self._iterator.close()
 
     def get_state(self, waiting: Iterable[int]) -> dict[str, Any]:
-        """The place, with the numbers of the clips that have come and wait."""
+        """The position, and the numbers of the clips that were read and still wait."""
         return {"share": self._share.to_json(), "stream": self._iterator.get_state(), "waiting": list(waiting)}
 
     def set_state(self, state: dict[str, Any]) -> list[Any]:
-        """Goes on from there; returns the clips that waited.
+        """Continues from a position; returns the clips that waited.
 
         Raises:
             UserError: if the state is of an older version.
@@ -73,4 +73,4 @@ class Stream:
         self._begin(Share.from_json(state["share"]))
         self._iterator.set_state(state["stream"])
         waiting = (self._clips[number] for number in state["waiting"])
-        return [clip for clip in waiting if clip is not None]  # a file that was there before may be gone
+        return [clip for clip in waiting if clip is not None]  # files may have been removed meanwhile

@@ -1,7 +1,7 @@
-"""Decoding that always comes back: in processes that are killed and replaced when they hang or crash.
+"""Decoding with a timeout: in worker processes, which are killed and replaced when they hang or crash.
 
-FFmpeg's code can't be interrupted from Python: neither a thread nor a signal handler gets a word in before its call
-returns.
+A call into FFmpeg can't be interrupted from Python: other threads can't stop it, and signal handlers run only after it
+has returned.
 """
 
 import collections
@@ -23,15 +23,16 @@ from etils import epath
 from walt_jax.data.limits import ClipError, DecodeLimits
 from walt_jax.data.video import DEFAULT_LIMITS, read_clip, read_frames
 
-# A worker that hangs in Python has so long to report it; then the kernel's alarm, then the parent, ends it.
+# Extra seconds at each level of the timeout: first the worker's own stopwatch raises, then the kernel's alarm ends the
+# worker, then the parent kills it.
 GRACE_SECONDS = 1
 
-# Long enough for imports from a cold network disk.
+# Time for a worker to start; imports from a cold network disk are slow.
 START_SECONDS = 120
 
-LONGEST_SECONDS = 10**6  # that every clock takes
+LONGEST_SECONDS = 10**6  # upper bound of timeouts; timers reject much larger ones
 
-READY = "ready"  # a worker's word that it has started, and that it has a call, before it does anything for it
+READY = "ready"  # a worker sends this once it has started, and again when it has received a call, before running it
 
 
 class _CrashError(ClipError):
@@ -39,23 +40,23 @@ class _CrashError(ClipError):
 
 
 class _GoneError(ClipError):
-    """A worker has died before it began with a call."""
+    """A worker has died before it began a call; another worker can try again."""
 
 
 class Watchdog:
-    """Calls functions in worker processes, which start when they are first needed and stay for the next call.
+    """Calls functions in worker processes, which start on demand and are reused.
 
-    Threads may share it: there are as many workers as calls at a time. A worker whose parent dies ends with its call,
-    or when that call's time is up. One that dies without a call, as when memory runs out, is replaced unnoticed.
+    Thread-safe: there are as many workers as concurrent calls. If the parent dies, a worker exits after its current
+    call, or when that call times out. An idle worker that dies, for example when memory runs out, is replaced silently.
     """
 
     def __init__(self):
         self._pid = os.getpid()
-        self._idle = collections.deque()  # the last one to be idle is the first to work: so few have large heaps
-        weakref.finalize(self, _end, self._idle, self._pid)  # at the latest when the interpreter ends
+        self._idle = collections.deque()  # used as a stack, so that few workers grow large heaps
+        weakref.finalize(self, _end, self._idle, self._pid)  # also runs when the interpreter exits
 
     def __reduce__(self):
-        return Watchdog, ()  # what is pickled to another process starts its own workers
+        return Watchdog, ()  # a pickled copy starts workers of its own
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -68,46 +69,46 @@ class Watchdog:
         _end(self._idle, self._pid)
 
     def read_clip(self, path: epath.PathLike, *args, limits: DecodeLimits = DEFAULT_LIMITS, **kwargs) -> np.ndarray:
-        """`video.read_clip` with the same arguments, whatever the file does to the decoder.
+        """`video.read_clip` with the same arguments, in a worker.
 
         Raises:
-          ClipError: as there, and where the decoder hangs beyond `limits.wall_seconds`, or crashes.
+          ClipError: as there, and if the decoder takes longer than `limits.wall_seconds` or crashes.
         """
         return self.call(limits.wall_seconds + GRACE_SECONDS, read_clip, path, *args, limits=limits, **kwargs)
 
     def read_frames(
         self, path: epath.PathLike, *args, limits: DecodeLimits = DEFAULT_LIMITS, **kwargs
     ) -> Iterator[np.ndarray]:
-        """`video.read_frames` with the same arguments, whatever the file does to the decoder.
+        """`video.read_frames` with the same arguments, in a worker.
 
         Raises:
-          ClipError: as there, and where a frame takes longer than `limits.wall_seconds`, or the decoder crashes.
+          ClipError: as there, and if a frame takes longer than `limits.wall_seconds` or the decoder crashes.
         """
         return self.iterate(limits.wall_seconds + GRACE_SECONDS, read_frames, path, *args, limits=limits, **kwargs)
 
     def call(self, seconds: float, function: Callable[..., Any], *args, **kwargs) -> Any:
-        """What the function returns or raises.
+        """Returns or raises what the function does.
 
         Args:
-          seconds: after which its process is killed.
-          function: of a module that can be imported; it, its arguments and what it returns are pickled.
+          seconds: timeout, after which the worker is killed.
+          function: importable by name; it, its arguments and its result are pickled.
 
         Raises:
-          ClipError: it takes longer, or its process dies.
+          ClipError: on timeout, or if the worker dies.
         """
         worker, value = self._call(seconds, function, args, kwargs)
         self._give_back(worker)
         return value
 
     def iterate(self, seconds: float, function: Callable[..., Iterator[Any]], *args, **kwargs) -> Iterator[Any]:
-        """What the iterator gives or raises that the function returns; all of it happens in one process.
+        """Yields the items of the iterator that the function returns, which stays in one worker.
 
         Args:
-          seconds: for any one item, after which the process is killed.
-          function: as in `call`, and so are the items.
+          seconds: timeout for each item, after which the worker is killed.
+          function: as in `call`; the items are pickled too.
 
         Raises:
-          ClipError: an item takes longer, or the process dies.
+          ClipError: on timeout, or if the worker dies.
         """
         worker, _ = self._call(seconds, _open, (function, args, kwargs), {})
         try:
@@ -120,8 +121,8 @@ class Watchdog:
             self._give_back(worker)
 
     def _call(self, seconds: float, function: Callable[..., Any], args: tuple, kwargs: dict) -> tuple["_Worker", Any]:
-        """What the function returns, and the worker that called it, which is not idle yet."""
-        for make in (self._worker, _Worker):  # the second time surely a new one
+        """The function's result, and the worker that ran it, which the caller has to give back."""
+        for make in (self._worker, _Worker):  # the second try is on a new worker
             worker = make()
             try:
                 return worker, worker.call(seconds, function, *args, **kwargs)
@@ -138,7 +139,7 @@ class Watchdog:
 
     def _worker(self) -> "_Worker":
         """An idle worker or a new one."""
-        if self._pid != os.getpid():  # forked: those workers are the parent's
+        if self._pid != os.getpid():  # after a fork the idle workers belong to the parent
             self.__init__()
         with contextlib.suppress(IndexError):
             while True:
@@ -154,8 +155,8 @@ class _Worker:
 
     def __init__(self):
         ours, theirs = socket.socketpair()
-        # Not multiprocessing: it would import the main module again, with JAX, and is forbidden to a data loader's
-        # daemonic workers.
+        # Not multiprocessing: it imports the main module again, with JAX, and daemonic processes, such as a data
+        # loader's workers, may not use it.
         command = [sys.executable, "-c", "from walt_jax.data import watchdog; watchdog._serve()", str(theirs.fileno())]
         modules = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         with theirs:
@@ -164,7 +165,7 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": modules},
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the parent's affair
+                start_new_session=True,  # Ctrl-C goes to the parent only
             )
         self._connection = connection.Connection(ours.detach())
         try:
@@ -177,10 +178,11 @@ class _Worker:
         return not self._connection.closed and self._process.poll() is None
 
     def call(self, seconds: float, function: Callable[..., Any], *args, **kwargs) -> Any:
-        """What the function returns or raises; where it does neither, the process is not alive afterwards.
+        """Returns or raises what the function does.
 
         Raises:
-          ClipError: it takes longer, or its process dies: a `_GoneError` if that was before it began.
+          ClipError: on timeout, or if the process dies (`_GoneError` if that was before the call began); either way the
+            process is dead afterwards.
         """
         seconds = min(seconds, LONGEST_SECONDS)
         end, late = time.monotonic() + seconds + GRACE_SECONDS, f"decoding hangs: stopped after {seconds:g} s"
@@ -201,15 +203,19 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
         self._connection.close()
-        # A process that waits for a dead disk can't be killed; then it is left behind.
+        # A process blocked on a dead disk can't be killed; don't wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_SECONDS)
 
     def _receive(self, end: float, late: str) -> Any:
-        """What the process says next.
+        """The process's next message.
+
+        Args:
+          end: deadline, of `time.monotonic`.
+          late: message of the error on timeout.
 
         Raises:
-          ClipError: it has not said anything by then: a `_CrashError` if it died.
+          ClipError: on timeout; a `_CrashError` if the process died.
         """
         if not self._connection.poll(max(0, end - time.monotonic())):
             raise ClipError(late)
@@ -223,21 +229,21 @@ class _Worker:
 
 
 def _end(workers: collections.deque["_Worker"], pid: int) -> None:
-    """Kills the workers of a process, unless this is a fork of it."""
+    """Kills idle workers, unless this process is a fork of their parent."""
     with contextlib.suppress(IndexError):
         while pid == os.getpid():
             workers.pop().kill()
 
 
 def _serve() -> None:
-    """The worker's life: it answers calls until its parent hangs up."""
+    """A worker's main loop: runs calls until the parent closes the connection."""
     parent = connection.Connection(int(sys.argv[1]))
     parent.send(READY)
     with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
         while True:
             seconds, function, args, kwargs = parent.recv()
             parent.send(READY)
-            # The kernel's alarm ends this process even where Python can't, and where no parent is left to do so.
+            # The kernel's alarm ends this process even inside a call to FFmpeg, and when the parent is dead.
             signal.setitimer(signal.ITIMER_REAL, seconds)
             try:
                 answer = True, function(*args, **kwargs)
@@ -247,7 +253,7 @@ def _serve() -> None:
             parent.send(answer)
 
 
-_iterators: list[Iterator[Any]] = []  # of a worker: the one that is open
+_iterators: list[Iterator[Any]] = []  # a worker's open iterator, if any
 
 
 def _open(function: Callable[..., Iterator[Any]], args: tuple, kwargs: dict) -> None:
@@ -255,7 +261,7 @@ def _open(function: Callable[..., Iterator[Any]], args: tuple, kwargs: dict) -> 
 
 
 def _next() -> tuple[Any] | None:
-    """The next item in a tuple, or None where there is none."""
+    """The next item in a tuple, or None at the end."""
     return next(((item,) for item in _iterators[0]), None)
 
 
