@@ -1,4 +1,4 @@
-"""Cuts one video up: its kept scenes as mp4s, and the record that says what became of each."""
+"""Cuts a video into scenes: writes those that are kept as mp4s, and a record that lists all of them."""
 
 import itertools
 import json
@@ -20,17 +20,17 @@ from walt_jax.data.raw import RawVideo
 from walt_jax.data.scenes import Scene, find_scenes, frames_of, objection, rate_of
 from walt_jax.data.video import ClipError
 
-SCENES = "scenes"  # folders of the work folder
+SCENES = "scenes"  # sub-folders of the work folder
 RECORDS = "inputs"
 
 
 def cut_one(line: str, config: PrepareConfig, work: str) -> None:
-    """Writes the kept scenes of a video, then its record: what has a record is done.
+    """Writes the kept scenes of a video, then its record, which marks the video as done.
 
     Args:
         line: a `RawVideo` as JSON.
         config: see `PrepareConfig`.
-        work: a folder, local or remote, which gets `scenes/` and `inputs/`.
+        work: the work folder, local or remote, which gets `scenes/` and `inputs/`.
     """
     work, fields = epath.Path(work), json.loads(line)
     video = RawVideo(fields["name"], fields["uri"], tuple(fields["captions"]))
@@ -38,7 +38,7 @@ def cut_one(line: str, config: PrepareConfig, work: str) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             _cut_into(record, video, config, work, Path(folder))
-    except ClipError as error:  # what was written of it has no row in any record, so it is in no shard
+    except ClipError as error:  # scenes written so far are in no record, so they get into no shard
         record.update(reason=str(error), dropped_by="unreadable", scenes=[])
     if record["reason"] is None and not any(scene["kept"] for scene in record["scenes"]):
         record.update(reason="none of its scenes is kept", dropped_by="scenes")
@@ -46,7 +46,7 @@ def cut_one(line: str, config: PrepareConfig, work: str) -> None:
 
 
 def _cut_into(record: dict[str, Any], video: RawVideo, config: PrepareConfig, work: epath.Path, folder: Path) -> None:
-    """Fills the record in. Nothing but the file itself raises a ClipError."""
+    """Fills in the record. A ClipError is always about the video."""
     path = _fetch(video.uri, folder)
     record["size_bytes"] = path.stat().length
     height, width, _ = next(frames_of(path)).shape
@@ -64,7 +64,7 @@ def _cut_into(record: dict[str, Any], video: RawVideo, config: PrepareConfig, wo
     shrunk = config.short_side is not None and config.short_side < min(height, width)
     cover = (config.short_side, config.short_side) if shrunk else None
     captioner = open_captioner(config)
-    # The second reading, for at most the pixels of one frame at a time: a film does not fit into memory.
+    # Reads the video again, frame by frame: a film does not fit into memory.
     frames, position = None, 0
     for row, scene in zip(rows, scenes, strict=True):
         if row["reason"] is None:
@@ -105,11 +105,11 @@ def _row(video: RawVideo, index: int, scene: Scene, fps: Fraction) -> dict[str, 
 
 
 class _Shown:
-    """Hands a scene's frames through; keeps their size, and `count` of them, spread evenly.
+    """Passes a scene's frames through; keeps their size, and `count` evenly spaced frames.
 
     Attributes:
         height, width: of the mp4, whose sides are even.
-        chosen: uint8 [h, w, 3] each.
+        chosen: the kept frames, uint8 [h, w, 3] each.
     """
 
     def __init__(self, frames: Iterable[np.ndarray], length: int, count: int):
@@ -126,7 +126,7 @@ class _Shown:
 
 
 def _fetch(uri: str, folder: Path) -> epath.Path:
-    """A local path to the video; a remote one is copied once, since it is read several times."""
+    """A local path to the video; remote ones are copied, since they are read several times."""
     path, local = epath.Path(uri), epath.Path(folder / "video")
     if not path.is_file():
         raise ClipError("there is no such file")

@@ -1,4 +1,4 @@
-"""Opens untrusted files and gives their frames packet by packet, within limits."""
+"""Opens untrusted files and decodes them packet by packet, within limits."""
 
 import contextlib
 import io
@@ -16,12 +16,12 @@ from etils import epath
 
 from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
 
-# A frame after damage is garbage where so many of its pixels have one colour, to within so many levels of 255. Decoders
-# fill in what they lost: grey, green, or whatever their memory held.
+# A frame after damage is garbage if more than this fraction of its pixels has one colour, within this many levels of
+# 255. Decoders replace lost content by grey, green, or whatever was in their memory.
 GARBAGE_FRACTION, GARBAGE_LEVELS = 0.4, 10
-GARBAGE_SIDE = 64  # of the picture that is looked at, in pixels
+GARBAGE_SIDE = 64  # pixels; frames are shrunk to this for the check
 
-# FFmpeg counts a row's padding as pixels; frames that pass are measured exactly.
+# FFmpeg's limit counts the padding of rows as pixels; sizes are checked exactly later.
 ROW_PADDING = 128
 
 
@@ -29,20 +29,20 @@ ROW_PADDING = 128
 def opened(
     path: epath.PathLike | bytes, limits: DecodeLimits, watch: Stopwatch
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The container of a file, or of its content, and its first video stream that can be decoded.
+    """Opens a file, or its bytes: the container, and its first video stream that can be decoded.
 
     Raises:
       ClipError: the file is no video, or its pictures are too large.
     """
     with _readable(path) as file:
-        # FFmpeg decodes a picture to find out what a stream is, so its limit must stand before that.
+        # FFmpeg decodes a picture while it probes a stream, so its limit must be set before.
         options = {"max_pixels": str(limits.pixels + ROW_PADDING * limits.longest_side)}
         try:
             if not file.read(1):
                 raise ClipError("empty file")
             file.seek(0)
-            # An open file rather than a path: remote files work, and a name with a colon is not taken for a protocol.
-            # No protocols: a file that is a list of other files or addresses must not make us read those.
+            # An open file rather than a path: supports remote files, and names with a colon are no protocols. The empty
+            # whitelist keeps playlists from opening other files or addresses.
             container = av.open(
                 _Watched(file, watch),
                 options=options,
@@ -53,7 +53,7 @@ def opened(
         except (av.FFmpegError, OSError, ValueError) as error:
             raise ClipError(f"not a video: {_message(error)}") from error
         with container:
-            # The cover picture of a sound file is a video stream too.
+            # Cover pictures of sound files are video streams too.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise ClipError("no video stream")
@@ -67,25 +67,25 @@ def opened(
 
 
 def packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets up to where the container ends or breaks off; an empty one at the end asks for the rest."""
-    with contextlib.suppress(IndexError):  # PyAV at the end of a file in which a new stream turned up
+    """The stream's packets; the last one is empty and flushes the decoder, unless the file is truncated."""
+    with contextlib.suppress(IndexError):  # PyAV's at the end of a file if a new stream appeared
         yield from container.demux(stream)
 
 
 def decoded(
     packets: Iterator[av.Packet], stream: av.VideoStream, limits: DecodeLimits, watch: Stopwatch
 ) -> Iterator[av.VideoFrame]:
-    """Every frame that can be had of a stream; `container.decode` would stop at the first bad packet.
+    """Every frame of a stream that decodes; `container.decode` stops at the first bad packet.
 
-    Frames that decode to garbage are left out: after damage, up to the next undamaged key frame, those that are mostly
-    of one colour where the last undamaged frame was not.
+    Garbage is left out: frames between reported damage and the next undamaged key frame that are mostly of one colour,
+    unless the last undamaged frame was too.
 
     Raises:
       ClipError: no frame decodes, or a limit is reached.
     """
     count, empty, found, reason = 0, 0, False, None
     damaged, good, good_is_flat = False, None, None
-    # Where the container breaks off, the decoder still holds frames; None asks for them.
+    # None flushes the decoder, which still holds frames if the container is truncated.
     packets = itertools.chain(packets, [None])
     while True:
         watch.check()
@@ -123,7 +123,7 @@ def decoded(
 
 
 def _is_flat(frame: av.VideoFrame) -> bool:
-    """Whether most of a picture has one colour."""
+    """Whether a picture is mostly of one colour."""
     small = VideoReformatter().reformat(
         frame, GARBAGE_SIDE, GARBAGE_SIDE, "rgb24", interpolation=Interpolation.POINT, threads=1
     )
@@ -132,15 +132,15 @@ def _is_flat(frame: av.VideoFrame) -> bool:
 
 
 def _check_refused(error: Exception, context: av.VideoCodecContext, limits: DecodeLimits) -> None:
-    """Raises ClipError where a packet did not decode since its picture is too large."""
+    """Raises ClipError if a packet did not decode because its picture is too large."""
     limits.check_size(context.width, context.height)
-    # Most decoders forget the size that FFmpeg refused them.
+    # Most decoders reset the size that FFmpeg refused.
     if isinstance(error, av.ArgumentError) and not context.width:
         raise ClipError(f"too large: a picture may have {limits.pixels} pixels")
 
 
 class _Watched:
-    """A file of which no read starts after the time is up. What it raises comes out of FFmpeg's calls."""
+    """A file whose reads raise ClipError after the timeout; FFmpeg's calls pass it on."""
 
     def __init__(self, file: BinaryIO, watch: Stopwatch):
         self._file, self._watch = file, watch
@@ -159,7 +159,7 @@ def _readable(path: epath.PathLike | bytes) -> BinaryIO:
             mode = os.stat(path).st_mode
             if stat.S_ISDIR(mode):
                 raise ClipError("a folder, not a file")
-            if not stat.S_ISREG(mode):  # opening a pipe waits for a writer, and a device need not end
+            if not stat.S_ISREG(mode):  # opening a pipe blocks, and a device may be endless
                 raise ClipError("a pipe or a device, not a file")
         return epath.Path(path).open("rb")
     except OSError as error:

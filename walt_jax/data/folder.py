@@ -12,21 +12,21 @@ from walt_jax.data.suffixes import SUFFIXES
 from walt_jax.data.video import ClipInfo
 from walt_jax.errors import UserError
 
-# What data sets write in a table's split column.
+# Values of a table's split column.
 SPLIT_COLUMN = {"train": "train", "val": "held_out", "validation": "held_out", "test": "held_out"}
 
 
 def is_data_set(path: epath.PathLike) -> bool:
-    """Whether a folder holds a data set in TFDS's format rather than files, see `records`."""
+    """Whether a folder holds a data set in TFDS's format, see `records`, rather than media files."""
     return (epath.Path(path) / "dataset_info.json").exists()
 
 
 class Folder(Store):
-    """The clips of a folder, whatever is made of them.
+    """The clips of a folder of videos and images.
 
-    Which files: those with a video's or a picture's suffix, in sub-folders too, without captions; or, where the folder
-    holds a `metadata.csv` or a `metadata.jsonl` with `file_name` (relative to the folder) and `caption`, one clip for
-    each of its rows. A sub-folder may hold such a table of its own.
+    With a `metadata.csv` or `metadata.jsonl` in the folder or in sub-folders, the clips are its rows: `file_name`,
+    relative to the table, and `caption`. Without a table they are all files with a known suffix, found recursively,
+    without captions.
     """
 
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
@@ -64,7 +64,7 @@ class Folder(Store):
         return [file for file, info in found.items() if isinstance(info, str)]
 
     def _rows(self, files: list[str], tables: list[tuple[str, epath.Path]], columns: Mapping[str, float]) -> list[Row]:
-        """A row for each clip. Where a table can't be used, that is a problem, and all files are clips."""
+        """A row for each clip. An unusable table is a problem; then all files are clips."""
         if not tables:
             return [Row(file) for file in files]
         rows = []
@@ -86,7 +86,7 @@ class Folder(Store):
         return [row for row in rows if row.file not in missing]
 
     def _warn_of_left_out(self, files: list[str], named: set[str], tables: list[tuple[str, epath.Path]]) -> None:
-        """Warns where only sub-folders have tables, or where tables leave out most files."""
+        """Warns if only sub-folders have tables, or if tables leave out most files."""
         out = [file for file in files if file not in named]
         top = any(not prefix for prefix, _ in tables)
         if out and tables and (not top or len(out) > len(files) / 2):
@@ -98,7 +98,7 @@ class Folder(Store):
 
 
 def _read_rows(table: epath.Path, captions: Mapping[str, float], may_lack: bool) -> list[Row]:
-    """The rows of a table; a sub-folder's may lack a caption's column."""
+    """The rows of a table; `may_lack`: whether caption columns may be missing, as in sub-folders."""
     columns, lines = read_table(table)
     if not lines:
         raise UserError(f"{table} names no clip: add a line file_name,caption and a row for each clip, or remove it.")

@@ -1,4 +1,4 @@
-"""Encoded clips as a data set: latents and captions in ArrayRecord shards, which TFDS reads as well."""
+"""Data sets of latents: encoded clips with captions in ArrayRecord shards, which TFDS reads too."""
 
 import io
 import json
@@ -34,10 +34,13 @@ REMEDY = "restore it from a copy, or remove the folder and make it with --mode=e
 
 
 class Encoded(NamedTuple):
-    """A clip: its latents, float32, normalised, and its caption, "" where it has none.
+    """An encoded clip.
 
-    `embeddings` are of the caption's tokens, where an encoder that is not trained has read it. `low_res` are the
-    low-resolution latents that a super-resolution stage reads.
+    Attributes:
+        latents: float32, normalised.
+        caption: "" if there is none.
+        embeddings: of the caption's tokens, if a frozen text encoder is used.
+        low_res: the low-resolution latents that a super-resolution stage reads.
     """
 
     latents: Float[np.ndarray, "t h w c"]
@@ -54,33 +57,32 @@ def write_latents(
     empty: Callable[[], Float[np.ndarray, "n e"]] | None = None,
     notes: Mapping[str, str] = {},
 ) -> dict[str, Any]:
-    """Writes a data set shard by shard; one that was begun is gone on with, a complete one is left as it is.
+    """Writes a data set shard by shard. Resumes an incomplete one; leaves a complete one as it is.
 
     Args:
         out: the folder, local or remote. It gets the shards, TFDS's metadata, `sizes.npy`, with embeddings
             `empty.npy`, and, last, `encode.json`.
-        identity: what the latents depend on (JSON): those of another identity are not mixed with them. With "low_res"
-            in it, clips have low-resolution latents.
-        count: clips that are to be tried.
-        encoded: the clips of some of the numbers 0 … count - 1, in the order of numbers; those that can't be used are
-            left out.
-        empty: the embeddings of the empty caption, where clips have embeddings.
-        notes: text files by their names, which the folder gets before the first shard.
+        identity: all that the latents depend on (JSON); a folder with another identity is refused. With "low_res" in
+            it, clips have low-resolution latents.
+        count: number of clips to try.
+        encoded: encodes the clips of a range of the numbers 0 … count - 1, in order, without the unusable ones.
+        empty: computes the embeddings of the empty caption, if clips have embeddings.
+        notes: text files by name, written before the first shard.
 
     Returns:
         What `encode.json` holds: {"identity", "clips", "latents_bytes"}.
 
     Raises:
-        UserError: if the folder holds other latents, another process writes to it, or no clip is usable.
+        UserError: if the folder holds something else, another process is writing to it, or no clip is usable.
     """
     check_reachable(out)
     out, identity = epath.Path(out), {**identity, "count": count}
-    if (out / REPORT).exists():  # complete: it need not be writable
+    if (out / REPORT).exists():  # complete; the folder need not be writable
         _check_same(out, identity)
         return _read_report(out / REPORT)
     with only_writer(out, "--out"):
         _check_same(out, identity)
-        if (out / REPORT).exists():  # another process was quicker
+        if (out / REPORT).exists():  # another process has completed it meanwhile
             return _read_report(out / REPORT)
         _begin(out, identity, notes)
         return _write(out, identity, count, encoded, empty)
@@ -105,7 +107,7 @@ def _write(
     without = None if empty is None else empty()
     sizes = []
     for shard in range(shards):
-        done = work / f"{shard:05}.npy"  # the last thing written of a shard
+        done = work / f"{shard:05}.npy"  # written after the shard
         if not done.exists():
             numbers = range(shard * CLIPS_PER_SHARD, min(count, (shard + 1) * CLIPS_PER_SHARD))
             clips = list(encoded(numbers))
@@ -137,21 +139,21 @@ def _write(
 
 
 class LatentClips:
-    """The clips of a data set that `write_latents` has written.
+    """The clips of a data set written by `write_latents`.
 
     Args:
         path: its folder.
-        cache_bytes: clips are kept in memory up to this.
-        tokenizer: the digest of the one whose latents they should be; None takes those of any.
-        text: the digest of the encoder whose embeddings the clips should have; None where they aren't read.
-        low_res: the digest of the tokenizer whose low-resolution latents the clips should have; None likewise.
+        cache_bytes: maximum size of the cache.
+        tokenizer: digest of the expected tokenizer; None accepts any.
+        text: digest of the expected text encoder; None if embeddings are not read.
+        low_res: digest of the expected low-resolution tokenizer; None if low-resolution latents are not read.
 
     Attributes:
         sizes: (t, h, w) of each clip's latents.
-        empty: embeddings of the empty caption, where clips have embeddings.
+        empty: embeddings of the empty caption, if clips have embeddings.
 
     Raises:
-        UserError: if the folder holds no complete data set, or latents of another tokenizer, or other embeddings.
+        UserError: if the folder holds no complete data set, or one of another tokenizer or text encoder.
     """
 
     sizes: Int[np.ndarray, "n 3"]
@@ -178,7 +180,7 @@ class LatentClips:
                 raise ValueError(f"{SIZES} has the shape {self.sizes.shape} for {len(self._examples)} clips")
             if "embeddings" in builder.info.features:
                 self.empty = _load(path / EMPTY).astype(builder.info.features["embeddings"].np_dtype)
-        except Exception as error:  # whatever files of different data sets make TFDS stumble over
+        except Exception as error:  # damaged files raise many kinds in TFDS
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is damaged ({short_reason(error)}): {REMEDY}.") from error
@@ -209,7 +211,7 @@ class LatentClips:
             example = self._examples[index]
             latents = np.asarray(example["latents"], np.float32)
             clip = Encoded(latents, example["caption"].decode(), example.get("embeddings"), example.get("low_res"))
-        except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
+        except Exception as error:  # damaged shards raise many kinds in ArrayRecord and protobuf
             raise UserError(
                 f"Clip {index} of {self.path} can't be read, a shard is damaged ({short_reason(error)}): {REMEDY}."
             ) from error
@@ -235,7 +237,7 @@ def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
 
 
 def _read_report(path: epath.Path) -> dict[str, Any]:
-    """What `encode.json` holds.
+    """The content of `encode.json`.
 
     Raises:
         UserError: if it is damaged.
@@ -257,7 +259,7 @@ def _features(channels: int | None, low_res: bool, empty: Float[np.ndarray, "n e
     import tensorflow_datasets as tfds
 
     kinds = {
-        # Several unknown lengths need an encoding.
+        # TFDS supports several unknown dimensions only with an encoding.
         "latents": tfds.features.Tensor(
             shape=(None, None, None, channels),
             dtype=np.float32,

@@ -1,4 +1,4 @@
-"""How much a single file may cost to decode: what keeps decompression bombs and endless files out."""
+"""Limits on decoding a single file, against decompression bombs and endless files."""
 
 import dataclasses
 import time
@@ -6,25 +6,25 @@ from typing import Literal
 
 
 class ClipError(Exception):
-    """A file that cannot give frames. The message is the short reason, without the file's path."""
+    """A file can't be decoded. The message is the short reason, without the file's path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLimits:
-    """What a file may ask for; a file that asks for more is a `ClipError`. The defaults let 8K films through.
+    """Limits on a file; a file that exceeds one is a `ClipError`. The defaults allow 8K films.
 
     Attributes:
-      longest_side: pixels, of a picture as it is stored.
-      shortest_side: pixels, of an upright picture; a source leaves out what is smaller (`Store`). Reading a file
-        directly takes any size.
-      hdr: what becomes of high dynamic range, PQ and HLG: "tone_map" (see `hdr`), or "refuse".
-      pixels: of one picture; a larger one is refused before memory is taken for it, also in the middle of a file.
-      seconds: of the clip's clock, up to the last frame that is asked for; without a rate, frames are not timed.
-      packets: compressed ones, of the video stream.
-      empty_packets: in a row without a frame.
-      clip_bytes: of the array that `read_clip` returns.
-      wall_seconds: for a whole `read_clip` or `describe`, and for each frame of a `read_frames`. It is looked at
-        between packets and reads; `Watchdog` also ends a call that hangs within one.
+      longest_side: maximum side of a stored picture, in pixels.
+      shortest_side: minimum side of an upright picture, in pixels. Sources skip smaller files (`Store`); reading a file
+        directly accepts any size.
+      hdr: high dynamic range, PQ and HLG: "tone_map" (see `hdr`) or "refuse".
+      pixels: maximum of one picture; larger ones are refused before memory is allocated, also in the middle of a file.
+      seconds: maximum time stamp up to the last frame that is read; not checked without a frame rate.
+      packets: maximum number of compressed packets of the video stream.
+      empty_packets: maximum number of consecutive packets without a frame.
+      clip_bytes: maximum size of the array that `read_clip` returns.
+      wall_seconds: timeout of `read_clip` and `describe`, and of each frame of `read_frames`. Checked between packets
+        and reads; `Watchdog` also ends calls that hang within one.
     """
 
     longest_side: int = 2**14
@@ -38,7 +38,7 @@ class DecodeLimits:
     wall_seconds: float = 600
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises ClipError where a picture is too large."""
+        """Raises ClipError if a picture is too large."""
         if max(width, height) > self.longest_side:
             raise ClipError(f"too large: {width} x {height} pixels, where a side may have {self.longest_side}")
         if width * height > self.pixels:
@@ -46,7 +46,7 @@ class DecodeLimits:
 
 
 class Stopwatch:
-    """Raises ClipError once more than a number of seconds have passed."""
+    """Its `check` raises ClipError once `seconds` have passed."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds

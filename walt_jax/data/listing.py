@@ -1,4 +1,4 @@
-"""Lists what is in folders, and reads the tables of captions there."""
+"""Lists folders, and reads their tables of captions."""
 
 import csv
 import io
@@ -11,10 +11,9 @@ from etils import epath
 
 from walt_jax.errors import UserError
 
-TABLES = ("metadata.csv", "metadata.jsonl")  # of a folder, the first that is there
+TABLES = ("metadata.csv", "metadata.jsonl")  # the first that exists in a folder is read
 
-
-# What epath needs to read a scheme.
+# Remote schemes, and the package that each needs.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
 
@@ -52,13 +51,13 @@ def utf8(name: str) -> str:
 
 
 class Listing(NamedTuple):
-    """What is in a folder and its sub-folders.
+    """The content of a folder and its sub-folders; all lists are sorted, all names relative to the folder.
 
     Attributes:
-        files: those with a wanted suffix, by their names relative to the folder, sorted.
-        others: those with another suffix, sorted.
-        misnamed: those whose names are not UTF-8, folders among them; their other bytes as \\xNN.
-        tables: (name of the folder that it is in, with a slash at the end, or "", and the table), sorted.
+        files: files with one of the suffixes.
+        others: other files.
+        misnamed: files and folders whose names are not UTF-8, with the offending bytes as \\xNN.
+        tables: (its folder's name with a slash at the end, or "" for the top one; the table's path).
     """
 
     files: list[str]
@@ -68,9 +67,9 @@ class Listing(NamedTuple):
 
 
 def walk(folder: epath.Path, suffixes: Sequence[str]) -> Listing:
-    """Finds files by their suffix, and tables, in a folder and its sub-folders, local or remote.
+    """Lists a folder recursively, local or remote.
 
-    Hidden ones are systems' own. A link that leads back to a folder on the way to it is left alone.
+    Hidden files are skipped, and so are links to a folder above.
     """
     found = Listing([], [], [], [])
     _walk(folder, "", tuple(suffixes), found, frozenset())
@@ -93,7 +92,7 @@ def _walk(folder: epath.Path, prefix: str, suffixes: tuple[str, ...], found: Lis
         if (printable := utf8(path.name)) != path.name:  # neither JSON nor the terminal can take such a name
             found.misnamed.append(prefix + printable)
             continue
-        # By the name first: on a remote disk, each `is_dir` is a message.
+        # Suffix first: on a remote disk each `is_dir` is a request.
         if path.suffix.lower() in suffixes:
             found.files.append(prefix + path.name)
         elif path.is_dir():
@@ -103,10 +102,10 @@ def _walk(folder: epath.Path, prefix: str, suffixes: tuple[str, ...], found: Lis
 
 
 def read_table(table: epath.Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The columns of a metadata.csv or metadata.jsonl, which are those of its first line, and its rows.
+    """The columns of a metadata.csv or metadata.jsonl, taken from its first line, and its rows.
 
     Raises:
-        UserError: it is neither.
+        UserError: it can't be parsed.
     """
     text = read_text(table)
     try:
@@ -123,7 +122,7 @@ def read_table(table: epath.Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def _read_csv(table: epath.Path, reader: csv.DictReader) -> tuple[list[str], list[dict[str, Any]]]:
-    """The columns and rows of a table that is separated by commas."""
+    """The columns and rows of a comma-separated table."""
     columns, rows = list(reader.fieldnames or ()), []
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(columns) == 1 and separator in columns[0]:
@@ -145,7 +144,7 @@ def read_text(file: epath.Path) -> str:
         UserError: it is not UTF-8.
     """
     try:
-        # utf-8-sig: spreadsheet programs put a byte-order mark in front.
+        # utf-8-sig: spreadsheet programs write a byte-order mark.
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error

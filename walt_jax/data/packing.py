@@ -1,4 +1,4 @@
-"""Packs: clips of any size beside each other in sequences of one length (NaViT, Dehghani et al. 2023)."""
+"""Packing: clips of any size concatenated into sequences of one length (NaViT, Dehghani et al. 2023)."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from walt_jax.data.stream import Numbered, Stream
 
 
 class Item(NamedTuple):
-    """A clip to be packed: its index in its data set, how many tokens it has, and its number in the order."""
+    """A clip to be packed: its index in its data set, its number of tokens, and its number in the order."""
 
     index: int
     tokens: int
@@ -18,19 +18,22 @@ class Item(NamedTuple):
 
 
 def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list[Item]]:
-    """One pack, and what still waits: the clip that has waited longest, and those that fill the rest best.
+    """Chooses a pack: the clip that has waited longest, and the others that leave the least padding.
 
-    Which ones is a knapsack problem, solved exactly: of `waiting` clips and so many tokens it takes their product of
-    steps. Of equally full packs it is one of the fewest clips.
+    The choice is a knapsack problem, solved exactly by dynamic programming in O(len(waiting) · tokens). Of equally full
+    packs, one with the fewest clips is chosen.
 
     Args:
-        waiting: at least one clip, none of more than `tokens`, in the order of their coming.
-        tokens: of a pack.
-        clips: most of a pack.
+        waiting: at least one clip, none of more than `tokens`, oldest first.
+        tokens: length of a pack.
+        clips: maximum number of clips in a pack.
+
+    Returns:
+        The pack, and the clips that are left.
     """
     first, rest = waiting[0], waiting[1:]
     room = tokens - first.tokens
-    # The fewest clips that have exactly so many tokens, and for each clip where it made them fewer.
+    # fewest[n]: the fewest clips with exactly n tokens. taken[i, n]: whether clip i is the last one added to them.
     fewest = np.full(room + 1, clips, np.int64)
     fewest[0] = 0
     taken = np.zeros((len(rest), room + 1), bool)
@@ -53,15 +56,15 @@ def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list
 class Packed(grain.IterDataset):
     """Endless batches of packs: lists of lists of `Item`.
 
-    The position of an iterator, to be kept in a checkpoint, includes the clips that wait.
+    The state of an iterator includes the clips that wait.
 
     Args:
         items: by number.
-        batch_size: packs a batch.
-        tokens: of a pack.
-        clips: most of a pack.
-        buffer: clips that wait, among which the pack is chosen.
-        share: which of the items are this host's.
+        batch_size: packs per batch.
+        tokens: length of a pack.
+        clips: maximum number of clips in a pack.
+        buffer: number of waiting clips from which a pack is chosen.
+        share: this host's part of the order.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Raw video to a data set of scenes: ArrayRecord shards that TFDS reads, made on any runner of Apache Beam.
+"""Makes a data set of scenes from raw video: ArrayRecord shards that TFDS reads, with any runner of Apache Beam.
 
-A video's scenes are written first, and last of all the record that says what became of them. What has a record is
-done: a stopped run goes on with the others. Which scene lies where in which shard is a function of all records alone,
-and every file appears whole or not at all. So whatever was stopped, tried again or done twice, each scene is in the
-data set once, and the same videos make the same shards.
+For each video its scenes are written first, then a record that lists them. Videos with a record are done: a stopped run
+resumes with the others. The order of scenes in shards depends on the records only, and all files are written
+atomically. So each scene is in the data set once, however often work was stopped or repeated, and the same videos give
+the same shards.
 """
 
 import collections
@@ -32,22 +32,22 @@ from walt_jax.workdir import CONFIG, flatten, read_config
 DATASET = "scenes"
 SPLIT = "train"
 REPORT = "prepare.json"
-READ_THREADS = 16  # of small files, enough to hide a remote disk's latency
+READ_THREADS = 16  # for small files; hides the latency of a remote disk
 
 
 def prepare(config: PrepareConfig, out: epath.PathLike) -> str:
-    """Makes the data set of the config's videos, or goes on making it.
+    """Makes the data set of the config's videos; resumes an incomplete one.
 
     Args:
         config: see `PrepareConfig`.
         out: the folder of the data set, local or remote. It gets the shards, TFDS's metadata and `prepare.json`.
 
     Returns:
-        A sentence that says what was written.
+        A summary, one sentence.
 
     Raises:
-        UserError: a package is missing, the source can't be listed, the folder holds something else, no scene is kept,
-            or the pipeline fails.
+        UserError: a package is missing, the source can't be listed, the folder holds something else, another process is
+            writing to it, no scene is kept, or the pipeline fails.
     """
     _check_installed()
     out = epath.Path(out)
@@ -58,11 +58,10 @@ def prepare(config: PrepareConfig, out: epath.PathLike) -> str:
 
 
 def features() -> dict[str, Any]:
-    """What an example of the data set holds, as TFDS features; docs are in the data set itself.
+    """TFDS's features of an example, with their documentation.
 
-    `video` are the bytes of an mp4 (H.264, upright, no sound), of `height` × `width` pixels and `frames` frames at
-    `fps` frames a second; `source` is where it comes from, from `start_seconds` to `end_seconds`; `captions` may be
-    empty.
+    `video` is an mp4 (H.264, upright, no sound) of `frames` frames of `height` × `width` pixels at `fps` frames per
+    second, cut from `source` between `start_seconds` and `end_seconds`; `captions` may be empty.
     """
     import tensorflow_datasets as tfds
 
@@ -84,7 +83,7 @@ def features() -> dict[str, Any]:
 
 def _check_installed() -> None:
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # Beam warns on import of what it could do with Google's packages
+    logging.disable(logging.WARNING)  # Beam's import warns about missing optional packages
     try:
         import apache_beam  # noqa: F401
         import scenedetect  # noqa: F401
@@ -103,7 +102,7 @@ def _prepare(config: PrepareConfig, out: epath.Path) -> str:
         _check_same(out, before, knobs)
     else:
         check_new(out)
-    open_captioner(config)  # now rather than in every worker
+    open_captioner(config)  # raises here rather than in every worker
     videos, again = list_raw(config.source)
     work = out / WORK
     if (out / REPORT).exists():
@@ -145,7 +144,7 @@ def _check_same(out: epath.Path, before: dict[str, Any], knobs: dict[str, Any]) 
 
 
 def _check_complete(out: epath.Path, report: dict[str, Any], videos: list[RawVideo]) -> None:
-    """A complete data set stays as it is: its shards are numbered, so nothing can be added to it."""
+    """Refuses another listing of the source: the names of shards contain their number, so none can be added."""
     old, new = {row["input"] for row in report["inputs"]}, {video.name for video in videos}
     if old != new:
         raise UserError(
@@ -158,7 +157,7 @@ def _check_complete(out: epath.Path, report: dict[str, Any], videos: list[RawVid
 
 
 def _cut(config: PrepareConfig, videos: list[RawVideo], work: epath.Path) -> list[dict[str, Any]]:
-    """Cuts up what has not been yet; returns the records of all videos, in turn."""
+    """Cuts the videos that have no record; returns all records, in the order of `videos`."""
     folder = work / RECORDS
     folder.mkdir(parents=True, exist_ok=True)
     done = {path.name for path in folder.iterdir()}
@@ -174,7 +173,7 @@ def _cut(config: PrepareConfig, videos: list[RawVideo], work: epath.Path) -> lis
 
 
 def _divide(scenes: list[dict[str, Any]], shard_bytes: int) -> list[list[dict[str, Any]]]:
-    """Lists of scenes in turn, one a shard, each of about `shard_bytes` of video; none empty."""
+    """Divides scenes, in order, into non-empty lists of about `shard_bytes` of video, one for each shard."""
     shards, size = [], 0
     for scene in scenes:
         if not shards or size + scene["size_bytes"] > shard_bytes:
@@ -189,7 +188,7 @@ def _write_shards(config: PrepareConfig, shards: list[list[dict[str, Any]]], out
     work = out / WORK
     plan = work / "plan.json"
     wanted = json.dumps([[scene["file"] for scene in shard] for shard in shards])
-    if not plan.exists() or plan.read_text() != wanted:  # shards of another listing of the source
+    if not plan.exists() or plan.read_text() != wanted:  # they may be of another listing of the source
         for path in out.glob(f"{DATASET}-{SPLIT}.array_record-*"):
             path.unlink()
         publish(plan, wanted, work)
@@ -212,7 +211,9 @@ def _write_shard(line: str, out: str) -> None:
     kinds = tfds.features.FeaturesDict(features())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "shard"
-        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # as TFDS: each example by itself
+        writer = array_record_module.ArrayRecordWriter(
+            str(file), "group_size:1"
+        )  # as in TFDS: examples are read one by one
         for scene in shard["scenes"]:
             example = {name: scene[name] for name in kinds if name in scene}
             video = (out / WORK / SCENES / scene["file"]).read_bytes()
@@ -223,7 +224,7 @@ def _write_shard(line: str, out: str) -> None:
 
 
 def _report(config: PrepareConfig, records: list[dict], again: list[str], shards: list[list[dict]]) -> dict[str, Any]:
-    """What `prepare.json` holds: totals, then a row for every input and for every scene."""
+    """The content of `prepare.json`: totals, then a row for every input and for every scene."""
     shard_of = {scene["file"]: index for index, shard in enumerate(shards) for scene in shard}
     inputs = [{**record, "scenes": len(record["scenes"])} for record in records]
     inputs += [{"input": name, "reason": "listed again", "dropped_by": "duplicate", "scenes": 0} for name in again]

@@ -1,4 +1,4 @@
-"""Lists raw videos: those of a folder, with their captions, or those that a text file names."""
+"""Lists raw videos: of a folder, with captions, or of a text file with paths."""
 
 import dataclasses
 import hashlib
@@ -15,12 +15,12 @@ TABLE = "metadata.csv"
 
 @dataclasses.dataclass(frozen=True)
 class RawVideo:
-    """A video to be cut up.
+    """A video to be cut into scenes.
 
     Attributes:
-        name: relative to the folder, or the line of the list, by which it is told from all others.
-        uri: where it is.
-        captions: of its `metadata.csv`; there may be none.
+        name: unique: the path relative to the folder, or the line of the list.
+        uri: path or URI.
+        captions: of `metadata.csv`, if any.
     """
 
     name: str
@@ -29,21 +29,21 @@ class RawVideo:
 
     @property
     def key(self) -> str:
-        """A file name for what belongs to the video; in its order, videos are shuffled."""
+        """A hash of the name: prefix of the video's files. Sorting by it shuffles videos."""
         return hashlib.sha256(self.name.encode()).hexdigest()[:32]
 
 
 def list_raw(source: epath.PathLike) -> tuple[list[RawVideo], list[str]]:
-    """The videos of a folder or of a text file with a path or URI a line, each once, in the order of their names.
+    """The videos of a folder, or of a text file with one path or URI per line: each once, sorted by name.
 
     Args:
-        source: local or remote. Of a folder, sub-folders too, but nothing hidden.
+        source: local or remote. Folders are searched recursively, without hidden files.
 
     Returns:
-        The videos, and the names that were listed again.
+        The videos, and the names that were listed more than once.
 
     Raises:
-        UserError: there is no such folder or file, it can't be read, or names no video.
+        UserError: there is no such folder or file, it can't be read, or it has no video.
     """
     source = epath.Path(source)
     if source.is_dir():
@@ -69,7 +69,7 @@ def _of_folder(folder: epath.Path) -> list[RawVideo]:
 
 
 def _captions(table: epath.Path) -> dict[str, list[str]]:
-    """The captions of each file that the table names, in turn; none where there is no table."""
+    """The captions of each file in the table, in the order of its rows; {} if there is no table."""
     if not table.exists():
         return {}
     columns, rows = read_table(table)

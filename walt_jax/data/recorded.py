@@ -1,4 +1,4 @@
-"""Records which clips an order was made of, so that the order stays when files are added or removed later."""
+"""Records the clips of an order, so that a resumed run keeps its order when files were added or removed."""
 
 import dataclasses
 import hashlib
@@ -20,8 +20,7 @@ class RecordedClips:
     """The clips of a mixture, in the order of their indices.
 
     Attributes:
-        names: of each source that is read from files: its path, and its clips' names (`StoredClips.names`); of drawn
-            ones None.
+        names: for each source, its path and its clips' names (`StoredClips.names`); None for drawn clips.
         weights: the mixture's.
     """
 
@@ -37,7 +36,7 @@ class RecordedClips:
 
     @classmethod
     def load(cls, path: epath.PathLike, remedy: str) -> Self:
-        """Reads what `to_json` wrote.
+        """Reads a file with the content of `to_json`.
 
         Raises:
             UserError: if the file is missing or damaged.
@@ -57,15 +56,17 @@ class RecordedClips:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def apply(self, mixture: Mixture) -> tuple[Mixture, list[str]]:
-        """The mixture with the recorded clips at their recorded indices, and a sentence on each source that differs.
-
-        Clips that were removed are skipped; those that were added are not read.
+        """Restores the recorded order.
 
         Args:
-            mixture: of the same sources.
+            mixture: the current clips of the same sources.
+
+        Returns:
+            The mixture with the recorded clips at their recorded indices, and a sentence for each source that differs.
+            Removed clips are unusable, added ones are left out.
 
         Raises:
-            UserError: if a source has none of its recorded clips any more.
+            UserError: if none of a source's recorded clips exists any more.
         """
         sources, sentences = [], []
         for source, recorded in zip(mixture.sources, self.names, strict=True):
@@ -79,10 +80,10 @@ class RecordedClips:
 
 
 def _changes(path: str, before: tuple[str, ...], now: list[str]) -> str:
-    """What was added and removed.
+    """A sentence on added and removed clips.
 
     Raises:
-        UserError: if nothing is left.
+        UserError: if all were removed.
     """
     old, new = set(before), set(now)
     removed, added = [name for name in before if name not in new], [name for name in now if name not in old]

@@ -17,11 +17,11 @@ REMEDY = "restore it from a copy, or prepare the data set anew"
 
 
 class Records(Store):
-    """The clips of a data set, as `--mode=prepare` and TFDS write it: encoded videos or images, one an example.
+    """The clips of a data set written by `--mode=prepare` or TFDS: one encoded video or image per example.
 
-    An example has `video` or `image`, encoded; the captions' columns, texts or labels; or `captions`, several of equal
-    weight; and perhaps `source`, what it was cut from, which is held out as a whole. Splits are the data set's where it
-    has several. Each example is looked at once when the data set is opened, several at a time.
+    Features of an example: `video` or `image`, encoded; caption features, texts or class labels, or else `captions`, a
+    list of texts of equal weight; optionally `source`, the video that it was cut from, which is held out as a whole. If
+    the data set has several splits, they are used. Opening the data set checks every example, in several threads.
     """
 
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
@@ -47,7 +47,7 @@ class Records(Store):
     def content(self, file: str) -> bytes:
         try:
             return self._example(file)[self._feature]
-        except Exception as error:  # whatever a damaged shard makes ArrayRecord and protobuf stumble over
+        except Exception as error:  # damaged shards raise many kinds in ArrayRecord and protobuf
             raise ClipError(f"a shard is damaged: {short_reason(error)}") from error
 
     def is_gone(self, file: str) -> bool:
@@ -58,7 +58,7 @@ class Records(Store):
         return self._examples[split][int(number)]
 
     def _read(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
-        """Sets rows and what each example holds."""
+        """Checks all examples; sets `rows` and `info`."""
         files = [f"{split}/{number}" for split, examples in self._examples.items() for number in range(len(examples))]
 
         def check(file: str) -> tuple[Row, ClipInfo | str]:

@@ -1,4 +1,4 @@
-"""Cuts a video into scenes, measures them, and says which are not worth training on."""
+"""Finds the scenes of a video, measures them, and decides which are dropped."""
 
 import dataclasses
 import itertools
@@ -12,33 +12,33 @@ from walt_jax.data.prepare_config import PrepareConfig
 from walt_jax.data.store import WATCHDOG
 from walt_jax.data.video import DEFAULT_LIMITS, ClipError, frame_rate
 
-SHORT_SIDE = 144  # of the pictures that are looked at, in pixels
+SHORT_SIDE = 144  # pixels; frames are measured at this size
 SAMPLES_PER_SECOND = 4
 
 # Two cuts closer than this are a flash, not a scene: PySceneDetect's usual 15 frames at 25 a second.
 SHORTEST_SHOT_SECONDS = 0.6
 
-# Nothing changes while fewer pixels than STILL_PIXELS change by more than STILL_LEVELS of 255. Compression by
-# itself changes many pixels a little; the smallest thing that moves changes some of them a lot.
+# Two samples are equal if less than the fraction STILL_PIXELS of pixels differ by more than STILL_LEVELS of 255:
+# compression changes many pixels a little, motion of the smallest object changes a few of them a lot.
 STILL_LEVELS = 8
 STILL_PIXELS = 1e-3
 
-BLACK_LEVELS = 24  # compressed black is seldom 0
+BLACK_LEVELS = 24  # of 255; compressed black is rarely 0
 
-# A bar ends in a straight edge: next to it, at least this share of the content's line is lit, on average over time.
+# A bar ends in a straight edge: next to it, at least this share of the content's line is not black, averaged over time.
 EDGE_FRACTION = 0.5
-EDGE_LINES = 3  # compression blurs an edge over so many
+EDGE_LINES = 3  # lines over which compression blurs an edge
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A stretch of a video between two cuts.
+    """A part of a video between two cuts, or a piece of one.
 
     Attributes:
-        start, end: frames [start, end) of the video at the rate that it was read with.
-        motion: mean length of the optical flow, in short sides of the picture a second.
-        static_fraction: the share of its time in which nothing changes, in [0, 1].
-        border_fraction: the share of the picture that is black bars, in [0, 1], see `_border`.
+        start, end: frames [start, end) of the video at the rate at which it was read.
+        motion: mean length of the optical flow, in short sides of the picture per second.
+        static_fraction: share of time in which nothing changes, in [0, 1].
+        border_fraction: share of the picture that is black bars, in [0, 1], see `_border`.
     """
 
     start: int
@@ -51,10 +51,7 @@ class Scene:
 def frames_of(
     path: epath.PathLike, fps: Fraction | None = None, cover: tuple[int, int] | None = None
 ) -> Iterator[np.ndarray]:
-    """`read_frames`, but whatever goes wrong in a file is a ClipError: one file out of millions must not end a run.
-
-    It is decoded in a separate process, so that neither a crash nor a hang of the decoder's does.
-    """
+    """`read_frames` in a separate process. All errors are ClipErrors: one bad file of millions must not end a run."""
     try:
         yield from WATCHDOG.read_frames(path, fps, cover)
     except ClipError:
@@ -69,16 +66,16 @@ def rate_of(path: epath.PathLike) -> Fraction:
 
 
 def find_scenes(path: epath.PathLike, fps: Fraction, cut_threshold: float | None, max_seconds: float) -> list[Scene]:
-    """The scenes of a video in their order; together they are all of it.
+    """The scenes of a video in order; together they cover it.
 
     Args:
         path: of the video.
         fps: frames per second at which it is read.
         cut_threshold: see `PrepareConfig`.
-        max_seconds: longer scenes are divided into equal pieces.
+        max_seconds: longer scenes are split into equal pieces.
 
     Raises:
-        ClipError: the file gives no frame.
+        ClipError: the file can't be read.
     """
     watched = _Watched(frames_of(path, fps, (SHORT_SIDE, SHORT_SIDE)), max(1, round(fps / SAMPLES_PER_SECOND)))
     cuts = _cuts(watched, fps, cut_threshold)
@@ -91,7 +88,7 @@ def find_scenes(path: epath.PathLike, fps: Fraction, cut_threshold: float | None
 
 
 def objection(scene: Scene, fps: Fraction, config: PrepareConfig) -> tuple[str, str] | None:
-    """(which filter, a sentence that says why) a scene is dropped, or None."""
+    """Why a scene is dropped, (filter, sentence); None if it is kept."""
     seconds = float((scene.end - scene.start) / fps)
     if seconds < config.min_seconds:
         return "length", f"{seconds:.2f} s are fewer than min_seconds={config.min_seconds:g}"
@@ -113,7 +110,7 @@ def objection(scene: Scene, fps: Fraction, config: PrepareConfig) -> tuple[str, 
 
 
 def _cuts(frames: Iterable[np.ndarray], fps: Fraction, threshold: float | None) -> list[int]:
-    """The first frames of all shots but the first; reads all frames."""
+    """The first frame of every shot but the first; consumes `frames`."""
     if threshold is None:
         for _ in frames:
             pass
@@ -131,28 +128,28 @@ def _cuts(frames: Iterable[np.ndarray], fps: Fraction, threshold: float | None) 
 
 
 def _pieces(start: int, end: int, longest: int) -> list[int]:
-    """The ends of equal pieces of [start, end), none longer than `longest` frames, with `start` in front."""
+    """The boundaries of equal pieces of [start, end) of at most `longest` frames, with `start` and `end`."""
     count = -(-(end - start) // max(1, longest))
     return [start + (end - start) * piece // count for piece in range(count + 1)]
 
 
 class _Watched:
-    """Hands frames through, and keeps of every `stride`th what scenes are measured by.
+    """Passes frames through, and measures every `stride`-th.
 
     Attributes:
-        count: how many frames there were.
+        count: number of frames so far.
     """
 
     def __init__(self, frames: Iterable[np.ndarray], stride: int):
         self._frames, self._stride = frames, stride
         self.count = 0
-        self._flows, self._still = [], []  # between a sample and the one before
-        self._lit = []  # the share of each row, and of each column, of a sample that is not black
+        self._flows, self._still = [], []  # between consecutive samples
+        self._lit = []  # of each sample, the share of each row and of each column that is not black
 
     def __iter__(self) -> Iterator[np.ndarray]:
         import cv2
 
-        cv2.setNumThreads(1)  # the runner's workers share the cores already
+        cv2.setNumThreads(1)  # the runner already uses all cores
         before = None
         for frame in self._frames:
             if self.count % self._stride == 0:
@@ -168,7 +165,7 @@ class _Watched:
             yield frame
 
     def scene(self, start: int, end: int, fps: Fraction) -> Scene:
-        """The scene of frames [start, end). One that is too short for two samples counts as a still picture."""
+        """The scene of frames [start, end). One with fewer than two samples counts as static."""
         first, last = -(-start // self._stride), (end - 1) // self._stride
         flows, still = self._flows[first:last], self._still[first:last]
         lit = self._lit[first : last + 1]
@@ -183,7 +180,7 @@ class _Watched:
 
 
 def _flow(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean length of Farnebäck's optical flow between two grey pictures, in short sides."""
+    """Mean length of Farnebäck's optical flow between two grey pictures, in short sides of the picture."""
     import cv2
 
     flow = cv2.calcOpticalFlowFarneback(
@@ -195,8 +192,8 @@ def _flow(before: np.ndarray, after: np.ndarray) -> float:
 def _border(rows: np.ndarray, columns: np.ndarray) -> float:
     """The share of a picture that is black bars.
 
-    A bar is black in every sample, as wide or as high as the picture, and ends in a straight edge of the content. Black
-    around a logo, a shape or a simulator's drawing has no such edge, or one that moves: it is content.
+    A bar is black in every sample, spans the whole width or height, and ends in a straight edge of the content. Black
+    background of logos, shapes or simulators has no such edge, or a moving one: it counts as content.
 
     Args:
         rows, columns: [samples, lines], the share of each line that is not black.

@@ -1,4 +1,4 @@
-"""Frames from the middle of a file without decoding what comes before, where that gives the same frames."""
+"""Reads frames from the middle of a file by seeking to a key frame, if that gives the same frames as decoding all."""
 
 import array
 import dataclasses
@@ -14,14 +14,14 @@ from walt_jax.data.clock import LONGEST_GAP_SECONDS, NeedsAllFrames, resample
 from walt_jax.data.decode import decoded, packets
 from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
 
-# Codecs whose key frames are marked. Elsewhere (GIF, WebP, APNG, screen codecs), a picture is painted over the last.
+# Codecs with reliable key frames. In others (GIF, WebP, APNG, screen codecs) pictures are drawn over the previous one.
 CODECS = frozenset(
     ["h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores", "theora"]
 )
 
 
 def has_key_frames(stream: av.VideoStream) -> bool:
-    """Whether there may be a key frame besides the first, as far as the header says."""
+    """Whether, by the header, there may be a second key frame."""
     entries = stream.index_entries
     complete = stream.frames and len(entries) >= stream.frames
     second = itertools.islice((entry for entry in entries if entry.is_keyframe), 1, None)
@@ -38,26 +38,26 @@ def resample_from(
 ) -> Iterator[tuple[av.VideoFrame, int]]:
     """`clock.resample` from the last key frame before output frame `start`.
 
-    Reading the packets up to there costs a hundredth of decoding them, and shows whether the clock runs evenly. Then
-    every frame from the key frame on must be the one that the packets announce.
+    Packets up to the key frame are read, which costs a hundredth of decoding them, to check their time stamps. From the
+    key frame on, the decoded frames must match the packets' time stamps.
 
     Yields:
-      The file's first frame with 0; then the frames from the key frame on, of which the first counts for all output
+      The file's first frame with 0; then the frames from the key frame on, the first of which is paired with all output
       frames up to its end.
 
     Raises:
-      NeedsAllFrames: there is no such key frame, stamps are odd, something does not decode, or seeking leads elsewhere.
-        It may come late; the frames up to there are right.
+      NeedsAllFrames: there is no such key frame, stamps are irregular, a packet does not decode, or seeking leads
+        elsewhere. It may be raised late; frames yielded before are right.
     """
     depth = stream.codec_context.reorder_depth
     try:
         first, key = _first_and_key(container, stream, start / fps, limits, watch)
         yield first, 0
         container.seek(key.dts, stream=stream)
-        stream.codec_context.reorder_depth = depth  # seeking made the decoder forget
+        stream.codec_context.reorder_depth = depth  # seeking resets it
         frames = _announced(_from(packets(container, stream), key), stream, key, limits, watch)
         yield from resample(frames, fps, limits.seconds, start=(key.pts - first.pts) * stream.time_base)
-    except (av.FFmpegError, OSError, ClipError) as error:  # which decoding from the start may live with, or names
+    except (av.FFmpegError, OSError, ClipError) as error:  # decoding from the start either copes or names it
         raise NeedsAllFrames from error
 
 
@@ -76,12 +76,12 @@ def _first_and_key(
     limits: DecodeLimits,
     watch: Stopwatch,
 ) -> tuple[av.VideoFrame, _Key]:
-    """The first frame, and the last later key frame that appears at most `seconds` after it."""
+    """The first frame, and the last other key frame that appears at most `seconds` after it."""
     reader = packets(container, stream)
     try:
         again, ahead = itertools.tee(reader)
         first = next(decoded(ahead, stream, limits, watch))
-        del ahead  # or every packet would be kept for it
+        del ahead  # otherwise `tee` would keep every packet
         if first.pts is None or first.time_base != stream.time_base:
             raise NeedsAllFrames
         latest = first.pts + int(seconds / stream.time_base)
@@ -111,7 +111,7 @@ def _first_and_key(
 
 
 def _from(packets: Iterator[av.Packet], key: _Key) -> Iterator[av.Packet]:
-    """The packets from a key frame's on, where a seek led to it or before it."""
+    """The packets from a key frame's on, after a seek to it or to a point before it."""
     for packet in packets:
         if packet.size and (packet.pts, packet.dts) == (key.pts, key.dts) and packet.is_keyframe:
             yield packet
@@ -125,7 +125,7 @@ def _from(packets: Iterator[av.Packet], key: _Key) -> Iterator[av.Packet]:
 def _announced(
     packets: Iterator[av.Packet], stream: av.VideoStream, key: _Key, limits: DecodeLimits, watch: Stopwatch
 ) -> Iterator[av.VideoFrame]:
-    """The frames from the key frame on, one for each packet, in the order of their stamps."""
+    """The frames from the key frame on, checked to be one for each packet, in the order of their stamps."""
     due = []
 
     def announce() -> Iterator[av.Packet]:
@@ -139,7 +139,7 @@ def _announced(
 
     for frame in decoded(announce(), stream, limits, watch):
         if frame.pts is not None and frame.pts < key.pts:
-            continue  # shown before the key frame though stored after it: it leans on frames that were left out
+            continue  # shown before the key frame but stored after it: it depends on skipped frames
         if not due or frame.pts != heapq.heappop(due) or (frame.pts == key.pts and not frame.key_frame):
             raise NeedsAllFrames
         yield frame

@@ -1,4 +1,4 @@
-"""What clips are made into: how many frames, how far apart, and of which size."""
+"""Shapes of clips: number of frames, stride and size."""
 
 import dataclasses
 import math
@@ -8,20 +8,21 @@ import numpy as np
 
 from walt_jax.config import Positive
 
-MOST_ELONGATED = 3.0  # sides of a clip that keeps its aspect ratio; of what is longer, a part is shown
+MOST_ELONGATED = 3.0  # maximum aspect ratio with `side`; videos beyond it are cropped
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipShape:
-    """One of the shapes that clips come in.
+    """A shape of clips.
 
     Attributes:
-        frames: of a clip; 1 is an image.
-        height, width: in pixels: the clip is cropped to these.
-        side: instead of these: the clip keeps its aspect ratio as nearly as `unit` allows, and has about side² pixels.
+        frames: number of frames; 1 is an image.
+        height, width: in pixels; clips are cropped to these.
+        side: instead of height and width: clips keep their aspect ratio, as far as `unit` allows, with about side²
+            pixels.
         stride: every stride-th frame is taken.
-        weight: how often a clip gets this shape, over the sum of all weights.
-        unit: (height, width) of which the sizes are multiples where `side` is given.
+        weight: with which this shape is drawn, not normalised.
+        unit: (height, width) in pixels; with `side`, sizes are multiples of it.
     """
 
     frames: int
@@ -37,28 +38,28 @@ class ClipShape:
             raise ValueError("a shape has a side, or a height and a width")
 
     def sizes(self) -> set[tuple[int, int]]:
-        """The (height, width) of all clips of this shape, whatever they are made from."""
+        """All (height, width) that clips of this shape can have."""
         if self.side is None:
             return {(self.height, self.width)}
         return {self.size(aspect, 1.0) for aspect in np.geomspace(1 / MOST_ELONGATED, MOST_ELONGATED, 1001)}
 
     @property
     def nominal(self) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip that is made from a square video."""
+        """(frames, height, width) of a clip of a square video."""
         return (self.frames, *self.size(1, 1))
 
     @property
     def span(self) -> int:
-        """How many frames lie between the first and the last, these included."""
+        """The number of source frames from the first to the last, inclusive."""
         return 1 + (self.frames - 1) * self.stride
 
     def size(self, height: float, width: float) -> tuple[int, int]:
-        """The (height, width) of a clip of this shape that is made from a video of so many pixels."""
+        """The (height, width) of this shape's clip of a video of `height` × `width` pixels."""
         if self.side is None:
             return self.height, self.width
         aspect = min(max(height / width, 1 / MOST_ELONGATED), MOST_ELONGATED)
         tall, wide = self.side * math.sqrt(aspect), self.side / math.sqrt(aspect)
-        # Of the four sizes around it, the one whose aspect ratio and number of pixels are nearest.
+        # Of the four neighbouring multiples of `unit`, the nearest in aspect ratio and number of pixels.
         sizes = [
             (max(1, rows) * self.unit[0], max(1, columns) * self.unit[1])
             for rows in (math.floor(tall / self.unit[0]), math.ceil(tall / self.unit[0]))
@@ -69,16 +70,15 @@ class ClipShape:
 
 @dataclasses.dataclass(frozen=True)
 class ShapeConfig:
-    """One of the shapes that a stage's clips come in.
+    """One of the shapes of a stage's clips.
 
     Attributes:
-        frames: of a clip, instead of the data's; 1 is an image.
-        height, width: of a clip, instead of the data's.
+        frames: number of frames; the data's if not set. 1 is an image.
+        height, width: in pixels; the data's if not set.
         side: instead of height and width: clips keep their aspect ratio and have about side² pixels.
         stride: every stride-th frame is taken.
-        batch_size: clips a batch, instead of the stage's.
-        weight: of this shape among the stage's: how often a clip gets it, over the sum of all weights. Clips that are
-            too short for it get another one.
+        batch_size: clips per batch; the stage's if not set.
+        weight: with which this shape is drawn for a clip, not normalised. Clips too short for it get another shape.
     """
 
     frames: Positive | None = None
@@ -96,13 +96,13 @@ class ShapeConfig:
             raise ValueError("side keeps the aspect ratio, height and width set it; give one or the other")
 
     def resolve(self, frames: int, height: int, width: int, unit: tuple[int, int]) -> ClipShape:
-        """The shape, with the data's numbers where it has none of its own."""
+        """The shape, with the data's values for those that are not set."""
         size = {"side": self.side} if self.side else {"height": self.height or height, "width": self.width or width}
         return ClipShape(self.frames or frames, stride=self.stride, weight=self.weight, unit=unit, **size)
 
 
 def drawn_order(shapes: Sequence[ClipShape], rng: np.random.Generator) -> list[int]:
-    """The order in which a clip tries the shapes: the first one by weight, the others in case it is too short."""
+    """The order in which shapes are tried for a clip: drawn by weight; later ones are for clips that are too short."""
     if len(shapes) == 1:
         return [0]
     weights = np.array([shape.weight for shape in shapes])

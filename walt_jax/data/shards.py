@@ -1,4 +1,4 @@
-"""Making a data set of ArrayRecord shards: its folder, its examples' bytes, and the names and metadata TFDS reads."""
+"""Data sets of ArrayRecord shards in TFDS's format: the folder, serialised examples, shard names and metadata."""
 
 import contextlib
 import json
@@ -11,27 +11,27 @@ from etils import epath
 from walt_jax.errors import UserError
 from walt_jax.workdir import OURS, locked
 
-WORK = "work"  # in the output folder until the data set is complete
+WORK = "work"  # sub-folder for unfinished work, removed when the data set is complete
 
 
 def only_writer(out: epath.Path, flag: str) -> contextlib.AbstractContextManager[None]:
     """Refuses a second writer of a local folder, see `workdir.locked`.
 
-    A remote folder has no lock: two writers of the same data set write equal files, each whole, and the one that ends
-    later may fail when the other removes the unfinished work; the same command then goes on.
+    Remote folders have no lock. Two writers of the same data set write equal files atomically; the slower one may fail
+    when the other removes `work`, and can be started again.
     """
     return contextlib.nullcontext() if "://" in str(out) else locked(Path(out), flag)
 
 
 def check_new(out: epath.Path) -> None:
-    """Checks that a folder is empty, except for what a process killed at the beginning leaves.
+    """Checks that a folder is empty, apart from files of a process that was killed right after its start.
 
     Raises:
-        UserError: if it holds anything else.
+        UserError: if it is not.
     """
 
     def ours(path: epath.Path) -> bool:
-        if path.name == WORK:  # `publish` writes hidden files there before it renames them
+        if path.name == WORK:  # has only hidden temporary files of `publish`
             return path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())
         return path.name in OURS
 
@@ -41,7 +41,7 @@ def check_new(out: epath.Path) -> None:
 
 
 def serialize(features: Any, example: Mapping[str, Any]) -> bytes:
-    """An example's bytes: the same in each process.
+    """An example's bytes, equal in every process.
 
     Args:
         features: a TFDS `FeaturesDict`.
@@ -50,12 +50,12 @@ def serialize(features: Any, example: Mapping[str, Any]) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2
 
     proto = tf_example_pb2.Example.FromString(features.serialize_example(example))
-    # An example is a map, whose order is otherwise another one in each process.
+    # By default, protobuf serialises a map in an order that differs between processes.
     return proto.SerializeToString(deterministic=True)
 
 
 def template(out: epath.Path, dataset: str, split: str) -> Any:
-    """TFDS's template of the shards' names in a folder."""
+    """TFDS's template for the names of the shards in a folder."""
     import tensorflow_datasets as tfds
 
     return tfds.core.ShardedFileTemplate(
@@ -66,15 +66,15 @@ def template(out: epath.Path, dataset: str, split: str) -> Any:
 def write_metadata(
     out: epath.Path, dataset: str, split: str, features: dict[str, Any], lengths: Sequence[int], num_bytes: int
 ) -> None:
-    """Writes the metadata of a data set of one split.
+    """Writes TFDS's metadata of a data set with one split.
 
     Args:
-        out: the folder of its shards.
-        dataset: its name.
-        split: the split's.
-        features: what an example holds, as TFDS features.
-        lengths: examples of each shard.
-        num_bytes: of all.
+        out: the folder of the shards.
+        dataset: name of the data set.
+        split: name of the split.
+        features: TFDS's features of an example.
+        lengths: number of examples of each shard.
+        num_bytes: total size.
     """
     import tensorflow_datasets as tfds
 
@@ -90,11 +90,11 @@ def write_metadata(
 
 
 def open_data_set(path: epath.Path, remedy: str) -> Any:
-    """TFDS's builder of a data set whose metadata can be read and whose shards hold what the metadata says.
+    """Opens a data set with TFDS; checks its metadata and the number of examples in each shard.
 
     Args:
         path: its folder.
-        remedy: what to do about a damaged one.
+        remedy: what to do about a damaged data set, for the error message.
 
     Raises:
         UserError: if a file is damaged or missing.
@@ -108,7 +108,7 @@ def open_data_set(path: epath.Path, remedy: str) -> Any:
         splits = {name: (split.filepaths, split.shard_lengths) for name, split in builder.info.splits.items()}
         if not splits:
             raise ValueError("it has no split")
-    except Exception as error:  # whatever a damaged file makes TFDS and protobuf stumble over
+    except Exception as error:  # damaged files raise many kinds in TFDS and protobuf
         raise UserError(
             f"{path} can't be read as an ArrayRecord data set, its dataset_info.json or features.json may be damaged "
             f"({short_reason(error)}): {remedy}."
@@ -126,16 +126,16 @@ def _check_shard(file: epath.Path, length: int, remedy: str) -> None:
         raise UserError(f"{file} is not there: {remedy}.")
     try:
         reader = array_record_module.ArrayRecordReader(str(file))
-        found = reader.num_records()  # 0 where the file is cut or no ArrayRecord
+        found = reader.num_records()  # 0 if the file is truncated or no ArrayRecord
         reader.close()
-    except Exception:  # closing a reader tells what opening it met
+    except Exception:  # errors of opening are raised by `close`
         found = 0
     if found != length:
         raise UserError(f"{file} is damaged, it holds {found} of {length} examples: {remedy}.")
 
 
 def read_object(file: epath.Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Reads a JSON object from a file.
 
     Raises:
         UserError: if it is missing or damaged.
@@ -152,5 +152,5 @@ def read_object(file: epath.Path, remedy: str) -> dict[str, Any]:
 
 
 def short_reason(error: Exception) -> str:
-    """The first line of an error, at most 120 characters; its type where it says nothing."""
+    """The first line of an error's message, at most 120 characters; its type if there is no message."""
     return (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__

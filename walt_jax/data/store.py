@@ -1,4 +1,4 @@
-"""Files that clips are in, whatever is made of them: decoded within limits, short ones kept."""
+"""Stores of encoded clips: files that are checked once, decoded within limits, and cached if they are small."""
 
 import abc
 import dataclasses
@@ -17,16 +17,15 @@ from walt_jax.data.video import DEFAULT_LIMITS, ClipInfo, covering, describe
 from walt_jax.data.watchdog import Watchdog
 from walt_jax.errors import UserError
 
-# A clip of up to so many bytes, decoded, is decoded whole and kept while there is room; of others just the frames that
-# are needed.
+# Clips up to this decoded size are decoded whole and cached while there is room; of larger ones only the needed window
+# is decoded.
 WHOLE_CLIP_BYTES = 2**26
 
-# Enough to hide the latency of a network disk; decoding itself is bound by the cores.
-CHECK_THREADS = 4
+CHECK_THREADS = 4  # hides the latency of a network disk
 
 T = TypeVar("T")
 
-# What hangs or crashes is cut off. One for all stores: its processes are shared.
+# One for all stores, so that they share its workers.
 WATCHDOG = Watchdog()
 
 
@@ -35,10 +34,10 @@ class Row:
     """A clip of a store.
 
     Attributes:
-        file: its name there.
-        captions: each with how often it is taken, over the sum; none is empty.
-        split: where the store decides.
-        group: what it was cut from, with others that are to be in the same split.
+        file: its name in the store.
+        captions: (text, weight) each; weights are not normalised, no text is empty.
+        split: "train" or "held_out", if the store defines splits.
+        group: the video that it was cut from; all clips of a group belong to the same split.
     """
 
     file: str
@@ -48,20 +47,20 @@ class Row:
 
 
 class Store(abc.ABC):
-    """Files that clips are in.
+    """Files of encoded clips.
 
-    Short clips are kept decoded while the cache has room. Copies in other processes start with an empty one, and keep
-    their own account of what they skipped.
+    Small clips are cached decoded. Copies in other processes start with an empty cache and track skipped files
+    separately.
 
     Attributes:
-        path: where it is.
-        rows: its clips whose files can be read.
-        info: what each file's header says.
-        reasons: why files are left out, so far.
-        problems: sentences, for each of which training stops.
-        warnings: sentences, with which training goes on.
-        checked: how many files were opened.
-        unreadable: how many of them can't be read.
+        path: of the folder.
+        rows: the clips whose files can be read.
+        info: header information of each usable file.
+        reasons: why files are skipped, so far.
+        problems: sentences; training stops on any.
+        warnings: sentences that are printed; training goes on.
+        checked: number of files that were opened.
+        unreadable: how many of these can't be read.
         gone: files that have vanished since they were checked, as keys.
     """
 
@@ -77,18 +76,18 @@ class Store(abc.ABC):
         limits: DecodeLimits = DEFAULT_LIMITS,
         refuse: bool = True,
     ):
-        """Lists what is there and checks that each file opens and that its first frame decodes.
+        """Lists the files, and checks that each opens and that its first frame decodes.
 
         Args:
-            path: local or remote.
-            captions: columns or features that hold captions, and how often each is taken where it isn't empty.
-            cache_bytes: of decoded clips, in all.
-            max_bad_fraction: the share of unreadable files, in [0, 1], up to which they are skipped.
-            limits: what a file may ask for.
-            refuse: whether a problem is an error; if not, `problems` lists it.
+            path: of the folder, local or remote.
+            captions: columns or features that hold captions, with weights.
+            cache_bytes: maximum size of the cache of decoded clips.
+            max_bad_fraction: maximum share of files, in [0, 1], that may be unreadable or vanish.
+            limits: see `DecodeLimits`.
+            refuse: whether a problem raises an error; if not, `problems` lists it.
 
         Raises:
-            UserError: what is there is not as described, or too much of it can't be read.
+            UserError: the folder's content has another format, or too many files can't be read.
         """
         self.path = epath.Path(path)
         self.limits = limits
@@ -105,21 +104,21 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def _open(self, captions: Mapping[str, float], max_bad_fraction: float) -> None:
-        """Sets `rows` and `info`, and gives the reasons for what is left out."""
+        """Sets `rows` and `info`, and enters skipped files in `reasons`."""
 
     @abc.abstractmethod
     def content(self, file: str) -> epath.PathLike | bytes:
-        """What `video.read_clip` reads of a file."""
+        """A file's path or bytes, for `video.read_clip`."""
 
     @abc.abstractmethod
     def is_gone(self, file: str) -> bool:
         """Whether a file that was checked is not there any more."""
 
     def lose(self, file: str) -> None:
-        """Enters a file in `gone`.
+        """Enters a vanished file in `gone`.
 
         Raises:
-            UserError: with it, more files are gone or unreadable than `max_bad_fraction` allows.
+            UserError: more files have vanished or are unreadable than `max_bad_fraction` allows.
         """
         self.gone[file] = None
         bad = self.unreadable + len(self.gone)
@@ -134,20 +133,20 @@ class Store(abc.ABC):
             self.problems.append(problem)
 
     def look(self, content: epath.PathLike | bytes) -> ClipInfo | str:
-        """What a file holds, or why it can't be read."""
+        """Header information of a file, or the reason why it can't be read."""
         try:
             return WATCHDOG.call(self.limits.wall_seconds, describe, content, self.limits)
         except ClipError as error:
             return str(error)
 
     def keep(self, found: Mapping[str, ClipInfo | str], max_bad_fraction: float, unit: str, remedy: str) -> None:
-        """Sets `info` to the files that can be used, and enters the others in `reasons`, `unreadable` and `problems`.
+        """Sets `info` to the usable files, and enters the others in `reasons`, `unreadable` and `problems`.
 
         Args:
-            found: what each file holds, or why it can't be read.
+            found: of each file, the result of `look`.
             max_bad_fraction: see `__init__`.
-            unit: what the files are called, plural.
-            remedy: what to do about unreadable ones.
+            unit: what to call the files in messages, plural.
+            remedy: what to do about unreadable files.
         """
         bad = {file: info for file, info in found.items() if isinstance(info, str)}
         self.reasons.update(bad)
@@ -171,7 +170,7 @@ class Store(abc.ABC):
                 self.info[file] = info
 
     def check_all(self, check: Callable[[str], T], files: Sequence[str], unit: str) -> dict[str, T]:
-        """What a function says of each file, in the files' order. It is called in several threads."""
+        """Calls a function on each file in several threads; the results have the files' order."""
         with futures.ThreadPoolExecutor(CHECK_THREADS) as pool:
             said = tqdm.tqdm(
                 pool.map(check, files),
@@ -186,22 +185,36 @@ class Store(abc.ABC):
 
     @property
     def skipped(self) -> list[dict[str, str]]:
-        """What is left out and why, so far: a list of {`file`, `reason`}."""
+        """The files skipped so far: a list of {`file`, `reason`}."""
         return [{"file": file, "reason": reason} for file, reason in list(self.reasons.items())]
 
     def read(self, file: str, cover: tuple[int, int], fps: float | None, start: int, count: int) -> np.ndarray:
-        """Frames of a file, uint8 [t, h, w, 3], t ≤ count, covering (height, width).
+        """Decodes a window of a file.
+
+        Args:
+            file: its name in the store.
+            cover: minimum (height, width) in pixels, see `video.read_clip`.
+            fps: frames per second; None takes every frame.
+            start: first frame.
+            count: maximum number of frames.
+
+        Returns:
+            uint8 [t, h, w, 3], t ≤ count.
 
         Raises:
-            ClipError: the file does not give them.
+            ClipError: the file can't be read, or ends before `start`.
         """
         return WATCHDOG.read_clip(self.content(file), fps, count, cover=cover, start=start, limits=self.limits)
 
     def whole(self, file: str, cover: tuple[int, int], fps: float | None, span: int) -> np.ndarray | None:
-        """All frames of a file that its header promises, at least `span` if it has them; None where that is too much.
+        """A whole decoded clip, from the cache if it is there; None if it is too large for the cache.
+
+        Args:
+            file, cover, fps: see `read`.
+            span: minimum number of frames to try to read, even if the header says that there are fewer.
 
         Raises:
-            ClipError: the file gives none.
+            ClipError: the file can't be read.
         """
         key = (file, cover, fps)
         clip = self._cache.get(key)
@@ -215,20 +228,20 @@ class Store(abc.ABC):
         return clip
 
     def length(self, file: str, fps: float | None) -> int:
-        """How many frames a file has at a rate, as its header says."""
+        """The number of frames of a file at a frame rate, by its header."""
         info = self.info[file]
         return max(1, round(info.seconds * fps)) if fps else info.frames
 
 
 def _raise(now: float, bad: int, of: int) -> str:
-    """The remedy that lets so many bad files through."""
+    """The remedy that allows this number of bad files."""
     return f"raise --config.data.max_bad_fraction, now {now:g}, to {math.ceil(1000 * bad / of) / 1000:g}"
 
 
 class _Cache:
-    """Arrays up to a number of bytes in all; what comes later is not kept. Threads may share it.
+    """Arrays up to a total size. Thread-safe.
 
-    None makes place for another: where all clips don't fit, an epoch would come back to each one when it has just gone.
+    Nothing is evicted: if not all clips fit, each would be evicted just before the next epoch needs it.
     """
 
     def __init__(self, limit_bytes: int):
@@ -238,7 +251,7 @@ class _Cache:
         self.bytes = 0
 
     def __reduce__(self):
-        # What is pickled to another process: neither a lock nor a gigabyte of frames.
+        # Pickled to another process it is empty: no lock, no gigabyte of frames.
         return _Cache, (self._limit_bytes,)
 
     def has_room(self, size: int) -> bool:
@@ -249,6 +262,6 @@ class _Cache:
 
     def put(self, key: Any, array: np.ndarray) -> None:
         with self._lock:
-            if key not in self._arrays and self.has_room(array.nbytes):  # another thread may have been quicker
+            if key not in self._arrays and self.has_room(array.nbytes):  # another thread may have added it
                 self._arrays[key] = array
                 self.bytes += array.nbytes
