@@ -1,1 +1,1 @@
-"""Captioned clips in: sources, decoding, and the Grain pipeline that feeds training. NumPy only."""
+"""Captioned clips: sources, decoding, and the Grain pipeline that feeds training. NumPy only."""

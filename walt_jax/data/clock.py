@@ -95,7 +95,7 @@ def _until(
             gap = statistics.median(gaps) if gaps else duration or DEFAULT_GAP_SECONDS
         time += gap
         # Containers round time stamps to ticks (1 ms in Matroska, 10 ms in GIF), so a frame may be up to a tick late.
-        # Without this tolerance, 30 fps read at 30 fps repeats some frames and drops others. Gaps of one tick are exact.
+        # Without this tolerance, 30 fps read at 30 fps repeats some frames and drops others. One-tick gaps are exact.
         rounded = frame.time_base is not None and gap > 2 * frame.time_base
         yield frame, time - frame.time_base if rounded else time
 

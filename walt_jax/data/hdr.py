@@ -1,10 +1,10 @@
-"""High dynamic range to standard: PQ and HLG pictures as BT.709 ones, by formulas of the ITU.
+"""Tone mapping: high dynamic range (PQ, HLG) to BT.709, by formulas of the ITU.
 
 1. Y'CbCr of BT.2020 to R'G'B' (BT.2020, table 4).
 2. PQ or HLG to light in cd/m² (BT.2100, tables 4 and 5; HLG on a display of 1,000 cd/m², system gamma 1.2).
-3. The highlights of 1,000 cd/m² are compressed to 203, HDR's reference white (BT.2408), by the curve of BT.2390, §5.4.
-   It is applied to the largest of R, G and B, and scales all three, which keeps hues. Below 92 cd/m² nothing changes.
-4. Primaries of BT.2020 to BT.709 (BT.2087); what lies outside is clipped.
+3. Up to 1,000 cd/m² is compressed to 203, HDR's reference white (BT.2408), by the curve of BT.2390, §5.4. The curve is
+   applied to the largest of R, G and B and scales all three, which keeps hues. Below 92 cd/m² nothing changes.
+4. Primaries of BT.2020 to BT.709 (BT.2087); colours outside are clipped.
 5. Light to R'G'B' for a display of gamma 2.4 (BT.1886).
 """
 
@@ -27,12 +27,12 @@ TO_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0
 
 
 def transfer_of(frame: av.VideoFrame) -> str | None:
-    """ "PQ" or "HLG"; None for standard dynamic range."""
+    """The transfer function, "PQ" or "HLG"; None for standard dynamic range."""
     return TRANSFERS.get(frame.color_trc)
 
 
 def tone_map(yuv: Float[np.ndarray, "h w 3"], transfer: str) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture in standard dynamic range.
+    """Maps a picture to standard dynamic range.
 
     Args:
         yuv: Y' in [0, 1], Cb and Cr in [-0.5, 0.5], of BT.2020 with non-constant luminance.
@@ -49,8 +49,8 @@ def tone_map(yuv: Float[np.ndarray, "h w 3"], transfer: str) -> UInt8[np.ndarray
 
 
 def normalised(planes: UInt16[np.ndarray, "h w 3"], color_range: int) -> Float[np.ndarray, "h w 3"]:
-    """Y', Cb and Cr of 16 bits, [h, w, 3], as numbers in [0, 1] and [-0.5, 0.5]."""
-    values = planes.astype(np.float32) / 256  # in steps of 8 bits
+    """16-bit Y', Cb, Cr to [0, 1], [-0.5, 0.5], [-0.5, 0.5]."""
+    values = planes.astype(np.float32) / 256  # in 8-bit levels
     black, luma, chroma = (0, 255, 255) if color_range == ColorRange.JPEG else (16, 219, 224)
     return np.concatenate([(values[..., :1] - black) / luma, (values[..., 1:] - 128) / chroma], -1)
 

@@ -1,4 +1,4 @@
-"""Writes what people look at: videos, and sheets of stills with their captions."""
+"""Writes videos, and contact sheets of frames with captions."""
 
 import functools
 import io
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from walt_jax.errors import UserError
 
-# The sheets' measures, in pixels. Frames smaller than READABLE are enlarged by a whole factor.
+# Layout of sheets, in pixels. Frames with a side below READABLE are enlarged by an integer factor.
 READABLE = 96
 MARGIN = 8
 GAP = 2
@@ -31,13 +31,13 @@ INK = (20, 20, 20)
 
 
 def write_video(path: epath.PathLike, frames: np.ndarray, fps: float) -> None:
-    """Writes a clip as H.264 (`.mp4`) or as an endless animated picture (`.gif`); equal frames give equal bytes.
+    """Writes a clip as H.264 (`.mp4`) or as a looping GIF (`.gif`); equal frames give equal bytes.
 
-    H.264 holds even sizes only, so an odd side grows by one repeated line of pixels. GIF holds 256 colours, shared by
-    the whole clip, and times in hundredths of a second, at least two; equal frames in a row become one that stays.
+    H.264 needs even sizes: an odd side is padded by repeating the last line of pixels. GIF has 256 colours, one palette
+    for the whole clip, and times in hundredths of a second, at least two; equal consecutive frames are merged.
 
     Args:
-      path: where to, local or remote; the suffix chooses the format.
+      path: local or remote; the suffix chooses the format.
       frames: uint8 [t, h, w, 3], RGB.
       fps: frames per second.
 
@@ -58,14 +58,14 @@ def contact_sheet(
     columns: int = 2,
     scale: int | None = None,
 ) -> Image.Image:
-    """One cell a clip: frames spread evenly over its time side by side, and the caption under them.
+    """A grid with a cell per clip: evenly spaced frames in a row, and the caption below.
 
     Args:
       clips: uint8 [t, h, w, 3] each; sizes and lengths may differ.
-      captions: one a clip; what does not fit in three lines is cut off with an ellipsis.
-      frames_per_clip: at most so many stills of each; a shorter clip shows all that it has.
-      columns: cells side by side.
-      scale: the whole factor by which pixels are enlarged; None enlarges small clips until they can be made out.
+      captions: one per clip; text beyond three lines is cut off with an ellipsis.
+      frames_per_clip: maximum number of frames of a clip.
+      columns: cells per row.
+      scale: integer factor of enlargement; None enlarges small clips to at least READABLE pixels.
     """
     strips = [_strip(clip, frames_per_clip, scale) for clip in clips]
     width = max(strip.width for strip in strips)
@@ -79,11 +79,11 @@ def compare_sheet(
     frames_per_clip: int = 5,
     scale: int | None = None,
 ) -> Image.Image:
-    """For each (title, [(label, clip), ...]) the title, then its clips one under another, aligned in time.
+    """For each (title, [(label, clip), ...]): the title, then its clips below each other, aligned in time.
 
     Args:
       rows: clips are uint8 [t, h, w, 3], such as an original, its reconstruction and their difference.
-      frames_per_clip: at most so many stills of each.
+      frames_per_clip: maximum number of frames of a clip.
       scale: as in `contact_sheet`.
     """
     rows = [(title, [(label, _strip(clip, frames_per_clip, scale)) for label, clip in clips]) for title, clips in rows]
@@ -99,7 +99,7 @@ def compare_sheet(
 
 
 def write_video_stream(path: epath.PathLike, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
-    """Writes frames as they come as H.264, in the memory of a few; the file is there when it is complete.
+    """Encodes an iterator of frames as H.264, with memory for a few frames; the file is written atomically.
 
     Args:
       path: a local path that ends in .mp4.
@@ -107,10 +107,10 @@ def write_video_stream(path: epath.PathLike, frames: Iterable[np.ndarray], fps: 
       fps: frames per second.
 
     Returns:
-      How many frames there were.
+      The number of frames.
     """
     path = Path(path)
-    # In the same folder, so that renaming it is all that is left to do.
+    # In the same folder, so that renaming is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
         count = _encode_mp4(Path(folder) / path.name, frames, fps)
         os.replace(Path(folder) / path.name, path)
@@ -125,7 +125,7 @@ def _mp4(frames: np.ndarray, fps: float) -> bytes:
 
 
 def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
-    # Moving the index to the front ("faststart") makes FFmpeg read its own output again, which takes a real file.
+    # To move the index to the front ("faststart"), FFmpeg reads its output again, which needs a real file.
     options = {"movflags": "faststart", "fflags": "bitexact"}
     stream, count = None, 0
     with av.open(str(file), "w", format="mp4", options=options) as container:
@@ -137,11 +137,11 @@ def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction)
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
-                # Players guess the matrix of an untagged file from its size.
+                # Without the tag, players guess the matrix from the size.
                 stream.codec_context.colorspace = Colorspace.SMPTE170M
                 stream.codec_context.color_range = ColorRange.MPEG
-                # x264's bytes depend on its threads, and at some widths, such as 112, its macroblock tree reads memory
-                # that it never wrote.
+                # For equal bytes: x264's output depends on its threads, and at some widths, such as 112, its macroblock
+                # tree reads uninitialised memory.
                 stream.options = {"crf": "12", "threads": "1", "mbtree": "0"}
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
@@ -152,11 +152,11 @@ def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction)
 
 
 def _gif(frames: np.ndarray, fps: float) -> bytes:
-    # One palette for all, since one a frame would make still colours flicker; made from as many frames as is quick.
+    # One palette for all frames, since palettes per frame flicker; computed from a subset of frames, to be fast.
     chosen = frames[_evenly(len(frames), max(16, PALETTE_PIXELS // frames[0, ..., 0].size))]
     palette = Image.fromarray(np.concatenate(list(chosen))).quantize(256, dither=Image.Dither.NONE)
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    # Differences of rounded times, so that rounding errors do not add up; viewers slow down what is under 20 ms.
+    # Differences of rounded times, so that rounding errors don't accumulate; viewers slow down frames under 20 ms.
     times = np.round(100 / fps * np.arange(len(frames) + 1))
     milliseconds = [int(10 * max(2, ticks)) for ticks in np.diff(times)]
     out = io.BytesIO()
@@ -167,12 +167,12 @@ def _gif(frames: np.ndarray, fps: float) -> bytes:
 
 
 def _evenly(length: int, count: int) -> np.ndarray:
-    """At most `count` indices below `length`, from the first to the last, in equal steps."""
+    """At most `count` evenly spaced indices in [0, length), with both ends."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int)
 
 
 def _strip(clip: np.ndarray, count: int, scale: int | None) -> Image.Image:
-    """Up to `count` stills of a clip in a row, enlarged without smoothing."""
+    """Up to `count` frames of a clip in a row, enlarged without smoothing."""
     stills = clip[_evenly(len(clip), count)]
     _, height, width, _ = stills.shape
     scale = scale or max(1, -(-READABLE // min(height, width)))
@@ -184,12 +184,12 @@ def _strip(clip: np.ndarray, count: int, scale: int | None) -> Image.Image:
 def _font() -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype("DejaVuSans.ttf", FONT_SIZE)
-    except OSError:  # not installed; Pillow's own font has few letters beyond ASCII
+    except OSError:  # not installed; Pillow's own font has little beyond ASCII
         return ImageFont.load_default(FONT_SIZE)
 
 
 def _text(text: str, width: int) -> Image.Image:
-    """The text in lines of at most `width` pixels; the last ends in an ellipsis where it does not all fit."""
+    """The text, wrapped to `width` pixels; cut off with an ellipsis after CAPTION_LINES."""
     fits = _font().getlength
     lines, words = [], text.split()
     while words and len(lines) < CAPTION_LINES:
@@ -210,7 +210,7 @@ def _text(text: str, width: int) -> Image.Image:
 
 
 def stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
-    """The images one under another, on the left."""
+    """The images below each other, left-aligned."""
     height = sum(image.height for image in images) + gap * (len(images) - 1)
     sheet = Image.new("RGB", (max(image.width for image in images), height), BACKGROUND)
     y = 0
@@ -221,7 +221,7 @@ def stack(images: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def _side_by_side(images: Sequence[Image.Image], step: int, gap: int = MARGIN) -> Image.Image:
-    """The images side by side, starting every `step` + `gap` pixels."""
+    """The images in a row, one every `step` + `gap` pixels."""
     width = (step + gap) * (len(images) - 1) + images[-1].width
     sheet = Image.new("RGB", (width, max(image.height for image in images)), BACKGROUND)
     for i, image in enumerate(images):
@@ -230,7 +230,7 @@ def _side_by_side(images: Sequence[Image.Image], step: int, gap: int = MARGIN) -
 
 
 def _frame(image: Image.Image) -> Image.Image:
-    """The image with a margin all around."""
+    """The image with a margin."""
     sheet = Image.new("RGB", (image.width + 2 * MARGIN, image.height + 2 * MARGIN), BACKGROUND)
     sheet.paste(image, (MARGIN, MARGIN))
     return sheet

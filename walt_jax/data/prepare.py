@@ -211,9 +211,7 @@ def _write_shard(line: str, out: str) -> None:
     kinds = tfds.features.FeaturesDict(features())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "shard"
-        writer = array_record_module.ArrayRecordWriter(
-            str(file), "group_size:1"
-        )  # as in TFDS: examples are read one by one
+        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # as TFDS: single examples are read
         for scene in shard["scenes"]:
             example = {name: scene[name] for name in kinds if name in scene}
             video = (out / WORK / SCENES / scene["file"]).read_bytes()

@@ -1,4 +1,4 @@
-"""The one list of file name suffixes that are taken for videos and images, by every mode."""
+"""The file name suffixes of videos and images, for all modes."""
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".ts", ".mts", ".m2ts"),

@@ -1,4 +1,4 @@
-"""Reads a video file into an array of frames: any format, any frame rate, and whatever decodes of a damaged file."""
+"""Reads a video file into an array of frames: any format, any frame rate; of a damaged file all frames that decode."""
 
 import contextlib
 import dataclasses
@@ -20,32 +20,32 @@ from walt_jax.data.decode import decoded, opened, packets
 from walt_jax.data.limits import ClipError, DecodeLimits, Stopwatch
 from walt_jax.data.seek import has_key_frames, resample_from
 
-# Frames per second. A header that says more means its clock's ticks; one that says less is checked against the stamps.
+# Frames per second. A header above the highest rate gives clock ticks, not frames; one below the lowest is not trusted.
 HIGHEST_RATE = 240
 LOWEST_HEADER_RATE = 1
 LOWEST_RATE = Fraction(1, 1000)
 MEASURED_PACKETS = 1000
 
-# swscale widens the bicubic kernel when it shrinks a picture, so this is antialiased. The flags are for exactness:
-# without full chroma interpolation white comes out as 253.
+# Antialiased: swscale widens the bicubic kernel when it shrinks a picture. The flags are for exactness: without full
+# chroma interpolation white becomes 253.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 DEFAULT_LIMITS = DecodeLimits()
 
-EXIF = 31  # FFmpeg's number of this kind of side data
+EXIF = 31  # FFmpeg's number of this type of side data
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipInfo:
-    """What a file holds. Its first frame decodes at this size; how much more of it does is not known.
+    """Header information of a file. Its first frame decodes at this size; later ones are not checked.
 
     Attributes:
-      frames: how many, at least 1: packets where `counted`, else what the header says.
-      fps: frames per second on average.
+      frames: number of frames, at least 1: of packets if `counted`, else the header's.
+      fps: mean frames per second.
       height: in pixels, upright.
       width: in pixels, upright.
-      seconds: how long they last.
-      counted: whether packets were counted since the header says nothing.
+      seconds: duration.
+      counted: whether packets were counted, since the header has no number of frames.
     """
 
     frames: int
@@ -67,25 +67,25 @@ def read_clip(
 ) -> np.ndarray:
     """Decodes a video, an animated picture or a still picture, or a window of it.
 
-    The clock is the time stamps, not the rate in the header: output frame k is the one on screen k / fps seconds after
-    the first frame, and the last frame stays as long as it says. Frames come upright, and alpha is dropped. A packet
-    that does not decode loses only its own frames; the frame before stays on screen in their place.
+    Time is measured by time stamps, not by the header's rate: output frame k is the frame that is shown k / fps seconds
+    after the first one; the last frame is shown for its own duration. Frames are upright, without alpha. If a packet
+    does not decode, only its own frames are lost; the previous frame is shown in their place.
 
     Args:
-      path: a file of any format that FFmpeg reads, local or remote (`etils.epath`), or its content.
+      path: a file of any format that FFmpeg reads, local or remote (`etils.epath`), or its bytes.
       fps: output frames per second; None gives every decoded frame once.
-      max_frames: stops decoding when there are as many.
-      short_side: the output's shorter side in pixels; the aspect ratio is kept. None keeps the size.
-      cover: (height, width) in pixels instead of `short_side`: the smallest output with the aspect ratio kept that is
-        at least so high and so wide; `short_side=s` means `cover=(s, s)`.
-      start: leaves out so many output frames. With an fps, decoding begins at the key frame before where the file's
-        stamps allow it, and the frames are those that reading all of it gives. (A file may hide it when more than
-        LONGEST_GAP_SECONDS of frames before the window do not decode: the window is then right by the stamps.)
-      limits: what the file may ask for.
+      max_frames: maximum number of output frames.
+      short_side: short side of the output in pixels; the aspect ratio is kept. None keeps the size.
+      cover: (height, width) in pixels instead of `short_side`: the output keeps its aspect ratio and is as small as
+        possible, but not smaller than this; `short_side=s` means `cover=(s, s)`.
+      start: number of output frames to skip. With `fps`, decoding starts at the key frame before, if the file's stamps
+        allow it, and gives the same frames as decoding all. (One exception: if more than LONGEST_GAP_SECONDS before the
+        window don't decode, the window follows the stamps instead.)
+      limits: see `DecodeLimits`.
 
     Returns:
-      uint8 [t, h, w, 3], RGB, with t ≥ 1. Where the size changes within the file, later frames are stretched to the
-      first one's.
+      uint8 [t, h, w, 3], RGB, with t ≥ 1. If the size changes within the file, later frames are resized to the first
+      one's size.
 
     Raises:
       ClipError: the file gives no frame, ends before `start`, or exceeds the limits.
@@ -93,7 +93,7 @@ def read_clip(
     if short_side is not None:
         cover = (short_side, short_side)
     pictures = _pictures(path, fps, cover, start, limits, Stopwatch(limits.wall_seconds))
-    shape, pixels = (), bytearray()  # grows in place, where stacking a list would hold everything twice
+    shape, pixels = (), bytearray()  # grows in place; stacking a list needs twice the memory
     for picture in itertools.islice(pictures, max_frames):
         shape = picture.shape
         if len(pixels) + picture.nbytes > limits.clip_bytes:
@@ -109,21 +109,21 @@ def read_frames(
     start: int = 0,
     limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> Iterator[np.ndarray]:
-    """`read_clip` frame by frame, in the memory of a few: uint8 [h, w, 3] each, at least one.
+    """`read_clip` as an iterator, with memory for a few frames: uint8 [h, w, 3] each, at least one.
 
     Raises:
-      ClipError: as `read_clip`, on reading the first; where a limit is exceeded later, then.
+      ClipError: as `read_clip`, at the first frame, or when a limit is exceeded.
     """
     watch = Stopwatch(limits.wall_seconds)
     for picture in _pictures(path, fps, cover, start, limits, watch):
         yield picture
-        watch.restart()  # what the caller does with a frame is not the file's fault
+        watch.restart()  # the caller's time does not count
 
 
 def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> ClipInfo:
-    """Size, length and rate of a file, at the cost of its first frame.
+    """Size, length and rate of a file; decodes only the first frame.
 
-    The length is the header's and thus an estimate; where the header has none, all packets are read and counted.
+    The length is the header's, an estimate; if there is none, all packets are read and counted.
 
     Raises:
       ClipError: the first frame does not decode, or the file exceeds the limits.
@@ -135,7 +135,7 @@ def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS
         frame = next(decoded(ahead, stream, limits, watch))
         _check_hdr(frame, limits)
         height, width = _orientation(frame).size(frame)
-        del ahead  # or every packet would be kept for it
+        del ahead  # otherwise `tee` would keep every packet
         frames, seconds = stream.frames, (stream.duration or 0) * (stream.time_base or 0)
         counted = frames < 1 or seconds <= 0
         if counted:
@@ -145,7 +145,7 @@ def describe(path: epath.PathLike | bytes, limits: DecodeLimits = DEFAULT_LIMITS
 
 
 def frame_rate(path: epath.PathLike) -> Fraction:
-    """Frames per second: the header's where it can be true, else by the median gap of the time stamps.
+    """Frames per second: the header's if it is plausible, else by the median gap of the time stamps.
 
     Raises:
       ClipError: the file is no video.
@@ -158,7 +158,7 @@ def frame_rate(path: epath.PathLike) -> Fraction:
             return rate
         reader = packets(container, stream)
         stamps, longest = [], 1 / LOWEST_RATE
-        with contextlib.suppress(av.FFmpegError, OSError):  # where the file breaks off
+        with contextlib.suppress(av.FFmpegError, OSError):  # a truncated file
             for packet in itertools.islice(reader, MEASURED_PACKETS):
                 watch.check()
                 if packet.size and packet.pts is not None:
@@ -178,7 +178,7 @@ def _pictures(
     limits: DecodeLimits,
     watch: Stopwatch,
 ) -> Iterator[np.ndarray]:
-    """Output frames from `start` on, from the cheapest route that gives what decoding everything would."""
+    """Output frames from `start` on: by seeking if possible, else by decoding everything, with equal results."""
     fps = None if fps is None else Fraction(fps)
     yielded = 0
     for first in (start, 0):
@@ -197,9 +197,9 @@ def _pictures(
 def _shown(
     path: epath.PathLike, fps: Fraction | None, start: int, limits: DecodeLimits, watch: Stopwatch
 ) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Frames in the order in which they are shown, each with how many output frames it fills.
+    """Frames in the order in which they are shown, each with the number of output frames that show it.
 
-    They are those that matter to output frames from `start` on; the first frame is always among them.
+    With `start`, frames that aren't needed may be missing, but never the first one.
     """
     with opened(path, limits, watch) as (container, stream):
         if start and fps and has_key_frames(stream):
@@ -216,16 +216,16 @@ def _shown(
 def _convert(
     shown: Iterator[tuple[av.VideoFrame, int]], cover: tuple[int, int] | None, skip: int, limits: DecodeLimits
 ) -> Iterator[np.ndarray]:
-    """The pictures of output frames from number `skip` on, at the size that the first frame decides.
+    """The pictures of output frames from number `skip` on; the first frame determines the size.
 
     Raises:
-      NeedsAllFrames: a frame does not convert, and the one that stays on screen in its place was skipped.
-      ClipError: no frame converts, or one is of high dynamic range and the limits refuse that.
+      NeedsAllFrames: a frame does not convert, and the one that is shown in its place was skipped.
+      ClipError: no frame converts, or one has a high dynamic range and the limits refuse that.
     """
     reformatter = VideoReformatter()
     picture, size, skipped, orientation, rotation = None, None, False, None, None
     for frame, count in shown:
-        if orientation is None or frame.rotation != rotation:  # quick to see, where the orientation is not
+        if orientation is None or frame.rotation != rotation:  # cheap to compare; the orientation is not
             orientation, rotation = _orientation(frame), frame.rotation
         size = size or covering(*orientation.size(frame), cover)
         _check_hdr(frame, limits)
@@ -236,7 +236,7 @@ def _convert(
             continue
         try:
             picture = _to_rgb(frame, size, orientation, reformatter)
-        except av.FFmpegError as error:  # damage that only shows now: as if the frame had not decoded
+        except av.FFmpegError as error:  # damage found this late is treated as if the frame had not decoded
             if picture is None and skipped:
                 raise NeedsAllFrames from error
             if picture is None:
@@ -247,9 +247,9 @@ def _convert(
 def _count(
     packets: Iterator[av.Packet], stream: av.VideoStream, limits: DecodeLimits, watch: Stopwatch
 ) -> tuple[int, Fraction]:
-    """How many frames a stream's packets announce, at least 1, and how many seconds they last."""
+    """The number of frames by a stream's packets, at least 1, and their duration in seconds."""
     count, gaps, total, latest, duration = 0, 0, Fraction(0), None, None
-    # Where the file breaks off, so does the count.
+    # A truncated file is counted up to its end.
     with contextlib.suppress(av.FFmpegError, OSError):
         for packet in itertools.islice(packets, limits.packets):
             watch.check()
@@ -260,19 +260,19 @@ def _count(
                 gaps, total = gaps + 1, total + gap
             count, latest, duration = count + 1, packet.dts, packet.duration
     count = max(count, 1)
-    if gaps:  # the last frame, and those next to a broken stamp, last as long as the others
+    if gaps:  # frames without a valid gap, such as the last one, get the mean
         return count, total * count / gaps
     gap = duration * stream.time_base if duration and stream.time_base else DEFAULT_GAP_SECONDS
     return count, count * gap
 
 
 class _Orientation(NamedTuple):
-    """What makes a stored picture upright, applied in this order: one of EXIF's eight orientations.
+    """The operations that make a stored picture upright, in this order: one of EXIF's eight orientations.
 
     Attributes:
-      transposed: rows become columns.
-      upended: the rows come in reverse.
-      mirrored: the columns come in reverse.
+      transposed: swap rows and columns.
+      upended: reverse the rows.
+      mirrored: reverse the columns.
     """
 
     transposed: bool
@@ -285,17 +285,17 @@ class _Orientation(NamedTuple):
 
 
 def _orientation(frame: av.VideoFrame) -> _Orientation:
-    """How a frame is stored, by its display matrix, which FFmpeg also makes of what EXIF says."""
+    """A frame's orientation by its display matrix, which FFmpeg derives from EXIF too."""
     try:
-        # Of a picture of one pixel: a frame and its side data hold on to each other until garbage is collected.
+        # On a copy of one pixel: a frame and its side data reference each other until the garbage collector runs.
         small = VideoReformatter().reformat(frame, 1, 1, "gray8", interpolation=Interpolation.POINT, threads=1)
         matrix = _side_data(small).get(SideData.DISPLAYMATRIX)
-    except (ValueError, av.FFmpegError):  # other data that PyAV has no name for: then it is turned, but not mirrored
+    except (ValueError, av.FFmpegError):  # side data unknown to PyAV: rotation works, mirroring doesn't
         turns = round(frame.rotation / 90) % 4
         return _Orientation(turns % 2 == 1, turns in (1, 2), turns in (2, 3))
     if matrix is None:
         return _Orientation(False, False, False)
-    # What is at column x and row y appears at column ax + cy and row bx + dy.
+    # Column x, row y is displayed at column ax + cy, row bx + dy.
     a, b, c, d = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         return _Orientation(True, b < 0, c < 0)
@@ -303,16 +303,16 @@ def _orientation(frame: av.VideoFrame) -> _Orientation:
 
 
 def _side_data(frame: av.VideoFrame) -> Mapping[SideData, Any]:
-    """A frame's side data without EXIF: where PyAV does not know that, it gives none of it.
+    """A frame's side data. Without EXIF if PyAV does not know that type: one unknown type makes all inaccessible.
 
     Raises:
-      ValueError: there is something else that PyAV does not know.
+      ValueError: there is another type that PyAV does not know.
     """
     try:
         return frame.side_data
     except ValueError:
         graph = av.filter.Graph()
-        graph.threads = 1  # starting more takes longer than all the rest
+        graph.threads = 1  # starting threads takes longer than the work
         ends = graph.add_buffer(None, frame.width, frame.height, frame.format, time_base=frame.time_base or Fraction(1))
         for name, options in (("sidedata", f"mode=delete:type={EXIF}"), ("buffersink", None)):
             following = graph.add(name, options)
@@ -324,7 +324,7 @@ def _side_data(frame: av.VideoFrame) -> Mapping[SideData, Any]:
 
 
 def covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[int, int]:
-    """The size (height, width) to which a picture is resized so that it just covers `cover`."""
+    """The smallest size (height, width) that keeps the aspect ratio and is at least `cover`."""
     if cover is None:
         return height, width
     scale = max(cover[0] / height, cover[1] / width)
@@ -332,7 +332,7 @@ def covering(height: int, width: int, cover: tuple[int, int] | None) -> tuple[in
 
 
 def _check_hdr(frame: av.VideoFrame, limits: DecodeLimits) -> None:
-    """Raises ClipError where a frame is of high dynamic range and the limits refuse that."""
+    """Raises ClipError if a frame has a high dynamic range and the limits refuse that."""
     transfer = hdr.transfer_of(frame)
     if transfer and limits.hdr == "refuse":
         raise ClipError(f"high dynamic range ({transfer}), which limits.hdr refuses")

@@ -1,4 +1,4 @@
-"""How fast clips come out of their files, beside PyAV alone on the same files and as many threads."""
+"""Benchmarks decoding by the data pipeline against plain PyAV, on the same files with the same number of threads."""
 
 import contextlib
 import dataclasses
@@ -28,21 +28,21 @@ CLIPS, ROUNDS = 64, 3
 def benchmark_decoding(
     config: DataConfig, shapes: tuple[ClipShape, ...], seed: int, tokens: Callable[[tuple[int, int, int]], int]
 ) -> list[dict[str, Any]]:
-    """Times the first clips of an epoch, in turn through the pipeline and with PyAV; nothing is kept decoded.
+    """Times the first clips of an epoch, alternately with the pipeline and with PyAV; without the cache.
 
-    PyAV is asked for the same windows: it seeks to each one's start, decodes until there are as many frames as long a
-    time apart, and resizes them to the same size. It believes in headers and stamps, crops nothing, and a clip that is
-    broken or too short just gives fewer frames.
+    PyAV reads the same windows: it seeks to the start of each, decodes the same number of frames at the same rate, and
+    resizes them to the same size. It trusts headers and stamps and does not crop; of damaged or short clips it reads
+    fewer frames.
 
     Args:
-        config: of folders.
+        config: of data in folders.
         shapes: of clips.
         seed: of the order.
-        tokens: of a clip of (frames, height, width).
+        tokens: the number of tokens of a clip of (frames, height, width).
 
     Returns:
-        Two rows {"name", "seconds_median", "clips_per_second", "frames_per_second", "threads"}; the pipeline's clips
-        are put onto the device, and it has "tokens_per_second".
+        Two rows {"name", "seconds_median", "clips_per_second", "frames_per_second", "threads"}. The pipeline's includes
+        the transfer to the device, and has "tokens_per_second".
     """
     data = Data(dataclasses.replace(config, cache_bytes=0))
     mixture = data.source("train", shapes)
@@ -89,7 +89,7 @@ def benchmark_decoding(
 
 
 def _bare(source: StoredClips, draw: Draw, fps: float, seed: int) -> int:
-    """Decodes a clip with PyAV alone; returns how many frames it has got."""
+    """Decodes a clip with plain PyAV; returns the number of frames."""
     rng = np.random.default_rng([seed, draw.number])
     shape = source.shapes[drawn_order(source.shapes, rng)[0]]
     file, frames = source.file(draw.index), 0
@@ -100,7 +100,7 @@ def _bare(source: StoredClips, draw: Draw, fps: float, seed: int) -> int:
         if start:
             container.seek(int(start / fps * av.time_base))
         for frame in container.decode(video=0):
-            # As many as one a tick of the asked rate; the picture on screen at each tick.
+            # For each tick of `fps`, the picture that is shown then.
             while frames < shape.span and (frame.time or 0) * fps >= start + frames:
                 if frames % shape.stride == 0:
                     height, width = shape.size(frame.height, frame.width)

@@ -1,4 +1,4 @@
-"""Which files training reads and which it leaves out, and why: for people, and for `files.json` and `data.json`."""
+"""Reports which files training reads, and which it skips and why: on the console, in `files.json` and `data.json`."""
 
 import re
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import Any
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.pipeline import Data, Mixture
 
-NAMED = 3  # files that stand for all that have the same reason
+NAMED = 3  # files that are named for each reason
 
 
 def report_files(data: Data, mixtures: Sequence[Mixture]) -> dict[str, Any]:
-    """What became of every file so far.
+    """The state of every file so far.
 
     Args:
-        data: the config's.
-        mixtures: of the splits that are read.
+        data: the config's data.
+        mixtures: the splits that are read.
 
     Returns:
         {"clips_kept", "clips_skipped" [{"file", "reason"}], "files_kept" [{"file", "frames", "fps", "height", "width",
@@ -65,7 +65,7 @@ def find_short(mixtures: Sequence[Mixture]) -> None:
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """Lines for people: warnings, how many clips are kept, and how many files are skipped for each reason."""
+    """Lines for the console: warnings, the number of clips kept, and of files skipped for each reason."""
     skipped = found["clips_skipped"]
     lines = [f"warning: {warning}" for warning in found["training"]["warnings"]]
     lines.append(f"{found['clips_kept']:,} clips kept, {len(skipped):,} files skipped")
@@ -79,7 +79,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Whether training would start on these files."""
+    """A sentence that says whether training would start on these files."""
     training = found["training"]
     if training["problems"]:
         return "training would stop: " + " ".join(training["problems"])

@@ -1,4 +1,4 @@
-"""What training would read: which clips there are, what they become, how packs fill, and how fast that is."""
+"""`--mode=data`: which clips training would read, their shapes, how full packs are, and how fast reading is."""
 
 import io
 import itertools
@@ -25,21 +25,21 @@ from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.pack_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
 
-LEAST, MOST = 1024, 4096  # clips that are read, so that packs are many and large data sets take no hours
+LEAST, MOST = 1024, 4096  # bounds of the number of clips that are read: enough packs, but no hours for large data sets
 SHOWN_CLIPS, SHOWN_PACKS = 24, 24
 
 
 def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str, Any]:
-    """Reads the last stage's clips as training would, an epoch at least where it isn't too long.
+    """Reads the last stage's clips as training would: at least an epoch, within LEAST and MOST clips.
 
     Args:
         config: see `RunConfig`.
-        data: the config's; where it refuses nothing, neither does this.
-        sheet: a PNG to draw clips, packs and histograms into.
+        data: the config's data; with `refuse=False`, problems are reported instead of raised.
+        sheet: the PNG to write, with clips, packs and histograms.
 
     Returns:
-        What `data_files.report_files` returns, and {"tokens_valid_fraction", "clips_per_second", "frames_per_second",
-        "clips_read", "sources", "shapes", "packs", "protocol"}; without the second part where no clip can be read.
+        The result of `data_files.report_files` and {"tokens_valid_fraction", "clips_per_second", "frames_per_second",
+        "clips_read", "sources", "shapes", "packs", "protocol"}; only the first part if no clip can be read.
 
     Raises:
         UserError: if there is no such folder.
@@ -52,14 +52,14 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     count = min(max(LEAST, len(source)), MOST)
     shown, sizes, timed = [], [], None
     began = time.perf_counter()
-    # Captions as they are, in the place of ids.
+    # Texts instead of ids.
     clips = stream(Clips(source, config.seed + len(config.stages) - 1, encode=list), Share())
     for clip in tqdm.tqdm(itertools.islice(clips, count), "reading clips", count, unit="clip", dynamic_ncols=True):
         sizes.append(clip["video"].shape[:3])
         if len(shown) < min(SHOWN_CLIPS, len(source)):
             shown.append(clip)
         if len(sizes) == min(len(source), count):
-            # Of the first epoch: later ones find short clips decoded.
+            # Only the first epoch is timed: later ones find short clips in the cache.
             timed = {"clips": len(sizes), "frames": sum(size[0] for size in sizes)}
             seconds = time.perf_counter() - began
     find_short([source])
@@ -110,7 +110,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
 
 
 def _packs(waiting: list[Item], tokens: int, clips: int) -> list[list[Item]]:
-    """Packs as training makes them, as long as there are enough clips to choose from."""
+    """Packs as training makes them, while there are enough waiting clips to choose from."""
     packs = []
     while len(waiting) >= WAITING:
         pack, left = fill(waiting[:WAITING], tokens, clips)
@@ -120,7 +120,7 @@ def _packs(waiting: list[Item], tokens: int, clips: int) -> list[list[Item]]:
 
 
 def _of(path: str, data: Data, mixture: Mixture) -> tuple[float, int]:
-    """The weight and the clips of a part of the data in a mixture; 0 where it gives none."""
+    """The weight and the number of clips of a source in a mixture; 0 if it is not in it."""
     store = data.stores.get(path)
     for source, weight in zip(mixture.sources, mixture.weights, strict=True):
         if getattr(source, "store", None) is store:
@@ -131,9 +131,9 @@ def _of(path: str, data: Data, mixture: Mixture) -> tuple[float, int]:
 def _plots(
     packs: Sequence[Sequence[Item]], sizes: Sequence[tuple[int, int, int]], tokens: int, mixtures: Sequence[Mixture]
 ) -> Image.Image:
-    """Packs as rows of blocks, a clip each; histograms of the files' lengths, sizes and rates."""
+    """Packs as rows with a block for each clip; histograms of the files' lengths, sizes and rates."""
     rows = min(len(packs), SHOWN_PACKS)
-    # Two figures: a gap between rows of one is a share of its rows' heights, however few packs there are.
+    # Two figures: in one, the gap between its rows would grow with the height of the packs.
     figure = Figure(figsize=(12, 2.4 + 0.8), dpi=100)
     pictures = []
     if rows:

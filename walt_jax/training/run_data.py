@@ -1,4 +1,4 @@
-"""What a run reads: the clips of its stages, as they are or encoded."""
+"""The data of a run: the clips of its stages, as pixels or as latents."""
 
 import collections
 import dataclasses
@@ -36,14 +36,14 @@ RECORDED = "clips.json"  # next to a stage's checkpoints and in a data set of la
 
 
 class RunData:
-    """The clips' side of a run.
+    """The data of a run.
 
     Args:
         config: see `RunConfig`.
-        workdir: where encoded clips are kept.
-        codec: encodes them.
-        text: reads their captions.
-        low_res: reads the base stage's tokenizer, where the denoiser upscales; None where it doesn't.
+        workdir: where latents are cached.
+        codec: encodes clips.
+        text: encodes captions.
+        low_res: reads the base stage's tokenizer, if the denoiser upscales; else None.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class RunData:
         self.files = Data(config.data)
 
     def check(self) -> None:
-        """Opens all that will be read.
+        """Opens all data that the run will read.
 
         Raises:
-            UserError: if it can't be.
+            UserError: if some of it can't be read, or latents don't fit on the disk.
         """
         self.unseen()
         for name in self._config.trained_stages:
@@ -84,24 +84,24 @@ class RunData:
             )
 
     def report_files(self) -> dict[str, Any]:
-        """What became of every file of the data, held-out clips that are too short among them."""
+        """The state of every file of the data, of both splits; clips that are too short are found."""
         mixtures = [self.source(self._config.trained_stages[-1]), self.unseen()]
         find_short(mixtures)
         return report_files(self.files, mixtures)
 
     def unseen(self) -> Source:
-        """Clips that training never sees: of drawn ones all combinations, at places, sizes and speeds of their own."""
+        """Held-out clips; of drawn ones all combinations, with other positions, sizes and speeds than in training."""
         split = "all" if self._config.data.source == "drawn" else "held_out"
         return self.files.source(split, (self._config.clip_shape(),))
 
     def source(self, name: str) -> Mixture:
-        """The clips that a stage trains on, as they are now."""
+        """The current training clips of a stage."""
         return self.files.source("train", self._config.clip_shapes(name))
 
     def _recorded(self, name: str) -> Mixture:
-        """The clips that a stage trains on, as it has them in its order: recorded next to its checkpoints.
+        """The training clips of a stage, as recorded next to its checkpoints.
 
-        A stage keeps its order when files are added or removed between two runs; a warning says which.
+        If files were added or removed since the stage began, its order stays, and a warning lists them.
         """
         mixture, folder = self.source(name), self._workdir / "checkpoints" / name
         file = folder / RECORDED
@@ -114,15 +114,15 @@ class RunData:
         return mixture
 
     def gone(self) -> list[str]:
-        """Files that have vanished since they were checked."""
+        """The files that have vanished since they were checked."""
         return [str(store.path / file) for store in self.files.stores.values() for file in list(store.gone)]
 
     def of_nominal_size(self) -> Source:
-        """The clips to train on, each in the data's own shape."""
+        """The training clips in the data's own shape."""
         return self.files.source("train", (self._config.clip_shape(),))
 
     def batches(self, name: str) -> grain.IterDataset:
-        """A stage's batches of clips, of one shape each."""
+        """A stage's batches of clips of equal shape."""
         batches = Batches(self.clips(name), self._config.batch_sizes(name))
         if self._config.stages[name].task == "tokenizer":
             return batches
@@ -134,7 +134,7 @@ class RunData:
         return batches
 
     def clips(self, name: str) -> Clips:
-        """A stage's clips, in its shapes."""
+        """A stage's clips in its shapes, by their number in the order."""
         encode = self._text.captions().encode if self._config.stages[name].task == "denoiser" else None
         return Clips(self._recorded(name), self._seed(name), encode, self._config.data.caption_dropout)
 
@@ -142,24 +142,24 @@ class RunData:
         return self._config.seed + list(self._config.stages).index(name)
 
     def to_encode(self, name: str) -> tuple[int, int]:
-        """How many clips a stage encodes before its first step, and how many bytes their latents have, on average."""
+        """The number of clips that a stage encodes before its first step, and the expected size of their latents."""
         count = self._config.stages[name].cached_clips or len(self.source(name))
         return count, round(count * self._config.latents_bytes(name))
 
     def encode(self, out: epath.PathLike, name: str, count: int, tokenizer: TrainedTokenizer) -> dict[str, Any]:
-        """Writes the latents of `count` clips of a stage, or of each one once where that is 0.
+        """Writes a data set of latents of a stage's clips.
 
         Args:
             out: the folder of the data set, see `data.latents`.
             name: of the stage.
-            count: in the stage's order: windows and crops are drawn anew each epoch.
-            tokenizer: of another run, perhaps.
+            count: number of clips, in the stage's order; windows and crops are drawn again each epoch. 0: one epoch.
+            tokenizer: encodes the clips.
 
         Returns:
-            What `encode.json` holds.
+            The content of `encode.json`.
 
         Raises:
-            UserError: if the folder holds something else, or nothing can be encoded.
+            UserError: if the folder holds something else, or no clip can be encoded.
         """
         config, source, seed = self._config, self.source(name), self._seed(name)
         recorded = RecordedClips.of(source)
@@ -167,7 +167,7 @@ class RunData:
             recorded = RecordedClips.load(epath.Path(out) / RECORDED, REMEDY)
             source, changes = recorded.apply(source)
             _warn(changes, f"since {out} was begun", "added ones are not encoded; that takes a new data set")
-        clips = Clips(source, seed, encode=list)  # captions as they are, instead of ids
+        clips = Clips(source, seed, encode=list)  # texts instead of ids
         count = count or len(source)
         data = {knob: getattr(config.data, knob) for knob in ("source", "captions", "fps")}
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
@@ -176,7 +176,7 @@ class RunData:
         read = embed = empty = None
         if (text := self._text.digest()) is not None:
             identity["text"] = text
-            read = functools.cache(self._text.frozen)  # it is large, and need not be read where all is done
+            read = functools.cache(self._text.frozen)  # large; not loaded if all is encoded already
             embed, empty = (lambda captions: read().each(captions)), (lambda: read().each([""])[0])
         small = self._low_res()
         if small is not None:
@@ -185,7 +185,7 @@ class RunData:
         with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress:
 
             def encoded(numbers: range) -> Iterable[Encoded]:
-                progress.update(numbers.start - progress.n)  # done before, or not usable
+                progress.update(numbers.start - progress.n)  # also counts clips that were done before or are unusable
                 some = numbered(clips, numbers)
                 return encoded_clips(self._encode(tokenizer), some, progress.update, embed, low_res)
 
@@ -195,10 +195,10 @@ class RunData:
         return lambda video: self._codec.encode(tokenizer, video)[0]
 
     def encoded(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
-        """A stage's batches of clips that are encoded before its first step: of one size each, or packs of several.
+        """A stage's batches of cached latents: of equal size, or packs. Encodes them first if they aren't cached.
 
         Raises:
-            UserError: if there are clips of other sizes than the stage's.
+            UserError: if there are latents of other sizes than the stage's.
         """
         config, stage = self._config, self._config.stages[name]
         path = stage.latents or latents_path(self._workdir, name)
@@ -224,7 +224,7 @@ class RunData:
         return packs_of_latents(clips, read_caption, self._packing(name))
 
     def packs(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
-        """A stage's batches of packs, whose clips are encoded each time."""
+        """A stage's batches of packs of clips that are encoded for each batch."""
         config, text = self._config, self._text.frozen()
         embed = empty = None
         if text is not None:
@@ -241,7 +241,7 @@ class RunData:
             return [by_number[clip["number"]] for clip in clips]
 
         return packs_of_clips(
-            Clips(self._recorded(name), self._seed(name), encode=list),  # captions as they are, instead of ids
+            Clips(self._recorded(name), self._seed(name), encode=list),  # texts instead of ids
             lambda size: config.tokenizer.latent_shape(*size)[:3],
             sizes,
             encode,
@@ -263,7 +263,7 @@ class RunData:
         )
 
     def _sizes(self, name: str) -> dict[Size, int]:
-        """Clips a batch, for each size of a stage's latents; of shapes of equal size the first one's."""
+        """Clips per batch for each size of a stage's latents; of shapes with equal sizes, the first one's."""
         shapes = zip(self._config.clip_shapes(name), self._config.batch_sizes(name), strict=True)
         sizes: dict[Size, int] = {}
         for shape, batch_size in shapes:
