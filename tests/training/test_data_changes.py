@@ -50,7 +50,7 @@ def run_data(folder, **data):
     knobs["data"].update(source=str(folder), frames=5, height=16, width=16, fps=8.0, cache_bytes=0, **data)
     config = build(RunConfig, knobs, "config")
     text = types.SimpleNamespace(digest=lambda: None)
-    return RunData(config, folder.parent / "run", Codec(), text)
+    return RunData(config, folder.parent / "run", Codec(), text, low_res=lambda: None)
 
 
 def levels(batches, count):

@@ -41,6 +41,7 @@ from walt_jax.training.run_config import (
 )
 from walt_jax.training.run_data import RECORDED, RunData
 from walt_jax.training.run_text import RunText
+from walt_jax.training.state import TrainState
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
 from walt_jax.workdir import CONFIG, read_config, write_atomically
