@@ -101,7 +101,7 @@ class Run:
             shapes = jax.eval_shape(task.init, jax.random.key(0))
             optimizer = make_optimizer(stage.optimizer, stage.steps, shapes[0])
             params, moving = map(unboxed, shapes)
-            create = functools.partial(TrainState.create, task=task, optimizer=optimizer)
+            create = functools.partial(TrainState.create, task=task, optimizer=optimizer, ema_decay=stage.ema_decay)
             needed = tree_bytes(jax.eval_shape(create, params, moving)) + tree_bytes(params)  # the gradients
             if memory is not None and needed > memory:
                 count = sum(leaf.size for leaf in jax.tree.leaves(params))
