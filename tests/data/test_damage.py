@@ -167,7 +167,7 @@ def test_a_source_whose_name_is_not_utf8(mode, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line", [DEEP, '{"a":' * 100_000, "[1,", "9" * 5000])
-def test_json_lines_that_are_none(line, tmp_path):
+def test_invalid_json_lines_are_a_sentence(line, tmp_path):
     table = latents_lib.epath.Path(tmp_path / "metadata.jsonl")
     table.write_text(line)
     with pytest.raises(UserError, match=r"metadata\.jsonl has a line that is no JSON"):

@@ -1,4 +1,4 @@
-"""What is told of the data is what training reads: every file is kept or skipped, and packs are as full as said."""
+"""The report of `--mode=data` agrees with what training reads: files kept and skipped, and how full packs are."""
 
 import json
 import pathlib
