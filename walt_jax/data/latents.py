@@ -146,7 +146,7 @@ class LatentClips:
         cache_bytes: maximum size of the cache.
         tokenizer: digest of the expected tokenizer; None accepts any.
         text: digest of the expected text encoder; None if embeddings are not read.
-        low_res: digest of the expected low-resolution tokenizer; None if low-resolution latents are not read.
+        low_res: digest of the expected base tokenizer; None if low-resolution latents are not read.
 
     Attributes:
         sizes: (t, h, w) of each clip's latents.

@@ -43,7 +43,7 @@ class RunData:
         workdir: where latents are cached.
         codec: encodes clips.
         text: encodes captions.
-        low_res: reads the base stage's tokenizer, if the denoiser upscales; else None.
+        low_res: reads the base stage's tokenizer, if the denoiser upscales; returns None if it doesn't.
     """
 
     def __init__(
