@@ -1,4 +1,4 @@
-"""Files that break decoders: bombs, endless ones, what is no file at all, and many of them for a long time."""
+"""Untrusted files: decompression bombs, endless files, files that are no video, and memory over many decodes."""
 
 import io
 import os

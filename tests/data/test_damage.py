@@ -15,6 +15,7 @@ from walt_jax.data.listing import check_reachable, read_table, walk
 from walt_jax.data.media import write_video
 from walt_jax.data.pipeline import Data, DataConfig
 from walt_jax.data.records import Records
+from walt_jax.data.shapes import ClipShape
 from walt_jax.data.shards import serialize, write_metadata
 from walt_jax.errors import UserError
 
@@ -138,6 +139,18 @@ def test_a_shard_that_is_damaged_inside_is_skipped_within_the_limit(records, tmp
     assert "a shard is damaged" in store.reasons["train/0"]
 
 
+def test_a_shard_that_is_emptied_while_a_run_reads_stops_it(records, tmp_path):
+    shutil.copytree(records, tmp_path / "set")
+    data = Data(DataConfig(str(tmp_path / "set"), 5, 16, 16, cache_bytes=0))
+    source = data.source("train", (ClipShape(5, 16, 16),)).sources[0]
+    assert source.sample(0, np.random.default_rng(0)) is not None
+    (file,) = (tmp_path / "set").glob("*.array_record-*")
+    empty(file)
+    with pytest.raises(UserError, match=r"1 of 3 files in .* have vanished since they were checked"):
+        for index in range(len(source)):
+            source.sample(index, np.random.default_rng(0))
+
+
 def test_names_that_are_not_utf8_are_skipped_with_a_reason(tmp_path):
     for name in (b"good.mp4", b"b\xffd.mp4", b"d\xe9r"):
         (os.mkdir if name == b"d\xe9r" else lambda path: open(path, "wb").close())(
@@ -167,7 +180,7 @@ def test_a_source_whose_name_is_not_utf8(mode, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line", [DEEP, '{"a":' * 100_000, "[1,", "9" * 5000])
-def test_json_lines_that_are_none(line, tmp_path):
+def test_invalid_json_lines_are_a_sentence(line, tmp_path):
     table = latents_lib.epath.Path(tmp_path / "metadata.jsonl")
     table.write_text(line)
     with pytest.raises(UserError, match=r"metadata\.jsonl has a line that is no JSON"):

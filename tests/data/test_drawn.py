@@ -1,4 +1,4 @@
-"""Drawn clips show what their caption says, wholly inside the frame, the same for the same generator."""
+"""Drawn clips show what their caption says, inside the frame, and are a function of the generator."""
 
 import collections
 from unittest import mock
@@ -35,7 +35,7 @@ def test_nine_of_72_are_held_out_and_every_word_is_in_both_splits():
         counts = collections.Counter(getattr(combination, word) for combination in held_out)
         assert set(counts) == set(values)
         assert max(counts.values()) - min(counts.values()) <= 1  # spread evenly
-        # Each pair of words is trained in some combination, so what is held out is the triple alone.
+        # Each pair of words is trained in some combination, so only the triple is held out.
     for a, b in (("colour", "shape"), ("colour", "direction"), ("shape", "direction")):
         pairs = {(getattr(c, a), getattr(c, b)) for c in train}
         assert len(pairs) == len({(getattr(c, a), getattr(c, b)) for c in COMBINATIONS})

@@ -1,4 +1,4 @@
-"""Rates of token dropping have the mean that was asked for; what is kept is a part of the clip in its order."""
+"""Token dropping: rates have the requested mean, kept tokens are a sorted subset of the clip's."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A folder as a source: which clips it has, what is held out, what a sample is, and what it says when it can't."""
+"""A folder as a source: its clips, the held-out ones, samples, and error messages."""
 
 import collections
 import dataclasses
@@ -128,7 +128,7 @@ def test_a_single_clip_is_on_both_sides(tmp_path):
     assert len(source(tmp_path)) == len(source(tmp_path, "held_out")) == 1
 
 
-def test_a_split_that_there_is_not(clips):
+def test_an_unknown_split_is_refused(clips):
     with pytest.raises(ValueError, match="split is 'test'"):
         source(clips, "test")
 
@@ -276,7 +276,7 @@ def test_a_sides_sizes_are_whole_units_of_about_its_pixels(height, width, side, 
         assert 0.8 < rows / columns / aspect < 1.25
 
 
-def test_a_sides_sizes_are_all_known_beforehand():
+def test_sizes_lists_all_sizes_of_a_side():
     shape = ClipShape(1, side=96, unit=(16, 16))
     sizes = shape.sizes()
     assert {shape.size(h, w) for h in range(1, 200, 7) for w in range(1, 200, 7)} <= sizes
@@ -345,7 +345,7 @@ def test_links_in_a_circle_and_folders_named_like_files(tmp_path):
     assert {row.file for row in data.store.rows} == {"deep/a.gif", "line\nbreak.gif"}
 
 
-def test_threads_get_what_one_would(clips):
+def test_threads_read_what_one_thread_reads(clips):
     data = source(clips, cache_bytes=40_000)
 
     def sample(i):
@@ -480,7 +480,7 @@ def test_real_clips():
     assert data.store.skipped == []
 
 
-def test_real_trouble():
+def test_real_bad_files():
     if not (SHARED / "bad").is_dir():
         pytest.skip(f"no {SHARED / 'bad'} on this machine")
     with pytest.raises(UserError, match=r"13 of 40 files .* first being audio_only\.mp4 \(no video stream\)"):

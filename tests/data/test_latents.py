@@ -1,4 +1,4 @@
-"""A data set of latents holds each clip once, however often its making was stopped, and says whose latents they are."""
+"""A data set of latents has each clip once, however often writing was stopped, and knows its tokenizer."""
 
 import json
 
@@ -49,7 +49,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_each_clip_is_there_as_it_was(tmp_path):
+def test_each_clip_reads_back(tmp_path):
     report = write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
     clips = LatentClips(tmp_path / "out", tokenizer="abc")
     assert len(clips) == report["clips"] == len(KEPT)
@@ -70,7 +70,7 @@ def test_tfds_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", range(0, 11, 2))
-def test_stopped_and_gone_on_with_it_is_the_same_to_the_byte(stop_at, tmp_path):
+def test_stopped_and_resumed_it_is_the_same_to_the_byte(stop_at, tmp_path):
     write_latents(tmp_path / "whole", IDENTITY, 11, Encoder())
     stopped = Encoder(stop_at)
     with pytest.raises(KeyboardInterrupt):
@@ -98,7 +98,7 @@ def test_an_examples_bytes_are_those_of_any_process(tmp_path):
         assert sorted(names, key=record.index) == names
 
 
-def test_one_killed_right_after_its_folder_was_made_is_gone_on_with(tmp_path):
+def test_one_killed_right_after_its_folder_was_made_is_resumed(tmp_path):
     (tmp_path / "out/work").mkdir(parents=True)
     (tmp_path / "out/work/.0123abcd").write_text('{"ident')  # a file that was being written
     write_latents(tmp_path / "out", IDENTITY, 11, Encoder())
@@ -143,7 +143,7 @@ def test_other_latents_are_not_mixed_with_them(tmp_path):
         LatentClips(out, tokenizer="other")
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds mine.txt and no data set that was begun; choose an empty folder"):
         write_latents(tmp_path, IDENTITY, 11, Encoder())
@@ -155,7 +155,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         LatentClips(tmp_path)
 
 
-def test_nothing_usable_is_told(tmp_path):
+def test_no_usable_clip_is_an_error(tmp_path):
     with pytest.raises(UserError, match="None of the 2 clips"):
         write_latents(tmp_path / "out", IDENTITY, 2, lambda numbers: [])
 

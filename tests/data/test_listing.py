@@ -1,4 +1,4 @@
-"""Listing folders, for data sets and for raw video alike."""
+"""Listing folders, for data sets and for raw video."""
 
 import pytest
 from etils import epath

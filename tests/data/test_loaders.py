@@ -1,4 +1,4 @@
-"""The race of loaders: all read the same windows, and what is written about it is complete."""
+"""The benchmark of loaders: all read the same windows, and its report is complete."""
 
 import json
 import pathlib

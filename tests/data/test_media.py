@@ -1,4 +1,4 @@
-"""What is written for people can be read back, is equal for equal frames, and has everything on it."""
+"""Written videos and sheets can be read back, are equal for equal frames, and are complete."""
 
 import numpy as np
 import pytest

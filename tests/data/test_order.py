@@ -1,4 +1,4 @@
-"""The global order: every clip once an epoch over all hosts, also where their number changes on the way."""
+"""The global order: every clip once an epoch over all hosts, also when the number of hosts changes."""
 
 import collections
 
@@ -34,7 +34,7 @@ def test_epochs_and_seeds_differ_and_runs_do_not():
     assert epochs[0] != [other[number].index for number in range(50)]
 
 
-def test_sources_take_turns_by_weight_and_each_has_its_own_epochs():
+def test_sources_are_interleaved_by_weight_and_each_has_its_own_epochs():
     order = Order([7, 11], [3.0, 1.0], seed=0)
     drawn = [order[number] for number in range(4 * 77)]
     counts = collections.Counter((draw.source, draw.index) for draw in drawn)
@@ -62,7 +62,7 @@ def test_a_change_of_hosts_neither_loses_nor_repeats(data):
 
 
 @given(HOSTS, st.integers(0, 20))
-def test_the_same_hosts_go_on_as_if_nothing_had_been(hosts, taken):
+def test_the_same_hosts_resume_unchanged(hosts, taken):
     shares = [Share(host, hosts) for host in range(hosts)]
     again = redistribute([Progress(share, taken, []) for share in shares], hosts)
     for before, after in zip(shares, again, strict=True):

@@ -1,4 +1,4 @@
-"""Packs hold each clip once an epoch, overflow nothing, let no clip starve, waste little, and go on where stopped."""
+"""Packs have each clip once an epoch, never overflow, starve no clip, waste little, and can be resumed."""
 
 import collections
 import itertools
@@ -56,7 +56,7 @@ def fullest(waiting, tokens, clips):
 
 @settings(max_examples=150, deadline=None)
 @given(FEW, st.integers(1, 6))
-def test_no_pack_is_fuller(sizes, clips):
+def test_no_other_choice_fills_a_pack_more(sizes, clips):
     waiting = waiting_list(sizes)
     pack, _ = fill(waiting, TOKENS, clips)
     assert (sum(item.tokens for item in pack), len(pack)) == fullest(waiting, TOKENS, clips)
@@ -84,7 +84,7 @@ def test_by_hand():
 
 
 def test_two_equal_clips_are_not_taken_for_one():
-    """An index comes again in the next epoch, and may wait beside itself."""
+    """An index comes again in the next epoch, and may then wait twice."""
     same = Item(0, 6)
     assert fill([same, same, same, same], 20, 4) == ([same, same, same], [same])
 
@@ -130,7 +130,7 @@ def test_each_clip_comes_once_an_epoch(sizes, buffer):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, TOKENS), st.integers(1, 12))
 def test_no_clip_starves(odd, buffer):
-    """One clip that never fits beside the others: it goes when it is the oldest."""
+    """A clip that fits with no other is packed when it is the oldest."""
     sizes = [10] * 9 + [odd]
     batches = taken(packed(sizes, 1, TOKENS, 2, buffer), 30)
     places = [number for number, batch in enumerate(batches) for item in batch[0] if item.index == 9]

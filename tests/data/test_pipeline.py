@@ -1,4 +1,4 @@
-"""Batches have each clip once an epoch, depend on seed and position alone, and go on where they were stopped."""
+"""Batches have each clip once an epoch, depend only on seed and position, and can be resumed."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ from walt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Numbered:
-    """Clips whose first pixel is their index, beside one drawn from the generator; some can't be used."""
+    """Clips whose first pixel is their index and the second is drawn from the generator; some are unusable."""
 
     count: int
     unusable: tuple[int, ...] = ()
@@ -167,7 +167,7 @@ def test_a_dropped_caption_changes_nothing_about_the_clip():
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 12), st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 1000))
-def test_clips_of_several_shapes_wait_for_their_like_and_a_state_remembers_them(before, sizes, seed):
+def test_clips_wait_until_a_batch_of_their_shape_is_full_and_a_state_has_them(before, sizes, seed):
     source = Several(11, unusable=(2,))
     iterator = iter(batches(source, sizes, seed, encode))
     for _ in range(before):
@@ -191,7 +191,7 @@ def test_hosts_together_have_each_clip_once_an_epoch(hosts):
 
 
 def test_another_number_of_hosts_goes_on_with_what_is_left():
-    """Three hosts stop with clips that wait; two go on. What a clip is depends on its number alone."""
+    """Three hosts stop with waiting clips; two resume. A clip depends only on its number."""
     source = Several(30)
     whole = {}
     clips = Clips(Mixture((source,), (1.0,)), 7, encode)
@@ -228,9 +228,9 @@ def test_several_sources_are_one_and_take_turns_by_weight(tmp_path):
     plain = Data(DataConfig(f"{tmp_path / 'a'}, {tmp_path / 'b'}", 5, 8, 8)).source("train", shapes)
     assert len(plain) == 10 and len(plain.sources) == 2 and plain.weights == (5.0, 5.0)
     assert plain.sample(9, np.random.default_rng(0))["video"].shape == (5, 8, 8, 3)
-    given = Data(DataConfig(f"{tmp_path / 'a'}*3, {tmp_path / 'b'}, drawn", 5, 8, 8)).source("train", shapes)
-    assert given.weights == (3.0, 1.0, 1.0)
-    order = Clips(given, 0)._order
+    weighted = Data(DataConfig(f"{tmp_path / 'a'}*3, {tmp_path / 'b'}, drawn", 5, 8, 8)).source("train", shapes)
+    assert weighted.weights == (3.0, 1.0, 1.0)
+    order = Clips(weighted, 0)._order
     assert collections.Counter(order[number].source for number in range(50)) == {0: 30, 1: 10, 2: 10}
 
 

@@ -1,4 +1,4 @@
-"""`--mode=prepare`: each scene is in the data set once, whatever happens; what is not has a reason."""
+"""`--mode=prepare`: each good scene is in the data set once, whatever happens; all others have a reason."""
 
 import collections
 import dataclasses
@@ -67,7 +67,7 @@ def raw_videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few(raw_videos, tmp_path_factory):
-    """Two of them, with three scenes, for what needs no more."""
+    """Two of the videos, with three scenes, for quicker tests."""
     folder = tmp_path_factory.mktemp("few")
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(raw_videos / name, folder / name)
@@ -92,7 +92,7 @@ def content(out):
 
 @pytest.fixture(scope="module")
 def whole(raw_videos, tmp_path_factory):
-    """A data set that was made in one go."""
+    """A data set made without interruption."""
     out = tmp_path_factory.mktemp("whole") / "out"
     prepare(config_of(raw_videos), out)
     return out
@@ -169,11 +169,11 @@ def test_it_reads_back_without_tensorflow(whole):
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """Not caught by anything."""
 
 
 def test_stopped_anywhere_it_makes_the_same_data_set(whole, raw_videos, tmp_path, monkeypatch):
-    """Ends the run at each file that it would write, in turn, as a kill would; files are whole or not there."""
+    """Stops the run before each file that it writes, one after the other, as a kill does; files are atomic."""
     publish, done = beam.publish, collections.Counter()
     writes = 0
 
@@ -243,7 +243,7 @@ def test_killed_and_started_again_as_a_command(raw_videos, whole, tmp_path, caps
 
 
 def test_inputs_that_go_and_come_between_runs(raw_videos, tmp_path, monkeypatch):
-    """A stopped run takes the source as it is when it goes on: no shard of the earlier listing stays."""
+    """A resumed run uses the current listing of the source: no shard of an earlier one stays."""
     source, out = tmp_path / "raw", tmp_path / "out"
     shutil.copytree(raw_videos, source)
     config = config_of(source, shard_bytes=2**28)  # one shard, so that its name stays
@@ -310,7 +310,7 @@ def test_short_side_and_fps(few, tmp_path):
 
 
 def name_colour(frames, captions):
-    """A captioner: what it gets, in words."""
+    """A captioner that describes its arguments."""
     return [f"{len(frames)} frames of {frames.shape[1:]} {frames.dtype}", *captions]
 
 
@@ -388,7 +388,7 @@ def test_another_config_is_refused_and_another_runner_is_not(whole, raw_videos):
     prepare(config_of(raw_videos, runner_options=("--direct_num_workers=2",)), whole)
 
 
-def test_one_killed_right_after_its_folder_was_made_is_gone_on_with(few, tmp_path):
+def test_one_killed_right_after_its_folder_was_made_is_resumed(few, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/.0123abcd").write_text('{"prep')  # a file that was being written
     prepare(config_of(few), tmp_path)
@@ -419,7 +419,7 @@ def test_a_broken_disk_stops_the_run_and_drops_nothing(few, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"", b"\n\n"])
-def test_lists_that_are_none(text, tmp_path):
+def test_invalid_lists_are_refused(text, tmp_path):
     (tmp_path / "list.txt").write_bytes(text)
     with pytest.raises(UserError, match=r"list\.txt"):
         list_raw(tmp_path / "list.txt")
@@ -432,7 +432,7 @@ def test_the_config_has_the_fields_of_the_dataclass_and_their_defaults():
 
 
 def test_files_that_break_loaders_are_dropped_with_a_reason(tmp_path):
-    """Of the worst kinds, one each."""
+    """One file of each of the worst kinds."""
     if not (SHARED / "bad").exists():
         pytest.skip(f"{SHARED / 'bad'} is not there")
     names = ["audio_only.mp4", "zero_frames_14B.gif", "resolution_change.ts", "rate_23976.mp4", "one_frame_8x8.webm"]

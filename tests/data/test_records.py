@@ -1,4 +1,4 @@
-"""A data set of ArrayRecord shards is a source like the folder that it was made of."""
+"""An ArrayRecord data set is a source like the folder that it was made from."""
 
 import collections
 import io
@@ -87,7 +87,7 @@ def test_examples_are_clips_with_their_captions(scenes):
     assert len(store.skipped) == 1
 
 
-def test_several_are_looked_at_at_a_time_and_nothing_else_changes(scenes, monkeypatch):
+def test_examples_are_checked_in_parallel_with_equal_results(scenes, monkeypatch):
     look, threads = Records.look, set()
 
     def uneven(self, content):
@@ -140,7 +140,7 @@ def test_images_labels_and_the_data_sets_own_splits(tmp_path):
     assert seen == set(range(6))
 
 
-def test_what_is_no_data_set_of_clips(tmp_path):
+def test_data_sets_without_clips_are_refused(tmp_path):
     path = write(tmp_path, tmp_path / "out", {"sound": tfds.features.Text()}, {"train": [{"sound": "a"}]})
     with pytest.raises(UserError, match="has neither a feature video nor image; it has sound"):
         Records(path)

@@ -1,4 +1,4 @@
-"""Scenes: where a video is cut, what is measured of its scenes, and which are dropped."""
+"""Scenes: cuts, measures, and which scenes are dropped."""
 
 import dataclasses
 import os

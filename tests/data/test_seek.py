@@ -1,4 +1,4 @@
-"""Windows of files against the slow obvious twin: decoding everything and cutting the window out."""
+"""Windows of files equal those of the slow twin, which decodes everything."""
 
 import functools
 import pathlib
@@ -18,7 +18,7 @@ from walt_jax.data.video import describe, read_clip, read_frames
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 
-# Chosen for what they are: B-frames, one and many key frames, uneven stamps, damage, several containers and codecs.
+# Chosen for variety: B-frames, one and many key frames, uneven stamps, damage, several containers and codecs.
 FILES = {
     "clips/intel__one-by-one-person-detection.mp4": True,
     "clips/exoplayer__sample_with_increasing_timestamps_320w_240h.mp4": True,

@@ -1,4 +1,4 @@
-"""Reading video: clocks against a slow obvious oracle, orientation, size, damage, and real files from the wild."""
+"""Reading video: time stamps against a slow oracle, orientation, size, damage, and real files."""
 
 import functools
 import gc
@@ -23,7 +23,7 @@ from walt_jax.data.video import ClipError, describe, frame_rate, read_clip
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 
-# What each unreadable file says for itself; every other file of the folder gives frames.
+# The reason of each unreadable file; all others in the folder can be read.
 UNREADABLE = {
     "audio_only.mp4": "no video stream",
     "audio_only.ts": "no video stream",
@@ -92,7 +92,7 @@ def silence():
 
 
 def levels(clip):
-    """Which frame of `write_stamped` each frame of a clip is."""
+    """For each frame of a clip, the number of the frame of `write_stamped`."""
     return np.round(clip.mean((1, 2, 3)) / 12).astype(int).tolist()
 
 
@@ -325,7 +325,7 @@ def test_what_is_not_a_video_says_so(tmp_path, content, reason):
     assert str(path) not in str(error.value)
 
 
-def test_sound_alone_is_no_video(tmp_path):
+def test_sound_without_video_is_refused(tmp_path):
     with av.open(str(tmp_path / "clip.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=8000)
         out.mux(stream.encode(silence()))
@@ -351,7 +351,7 @@ def test_the_cover_of_a_sound_file_is_no_video(tmp_path):
         read_clip(tmp_path / "clip.mp4")
 
 
-def test_names_in_another_encoding_do_no_harm(tmp_path):
+def test_metadata_in_another_encoding_is_ignored(tmp_path):
     with av.open(str(tmp_path / "clip.mkv"), "w") as out:
         out.metadata["title"] = "Muenchen"
         stream = out.add_stream("libx264", rate=25)
@@ -466,7 +466,7 @@ def test_high_dynamic_range_is_mapped_or_refused(name, monkeypatch):
 
 
 def colourfulness(picture):
-    """How far R, G and B of a pixel lie apart, on average."""
+    """Mean difference between the largest and the smallest of R, G and B."""
     return (picture.max(-1).astype(int) - picture.min(-1)).mean()
 
 
@@ -487,7 +487,7 @@ CODECS = {
 
 @functools.cache
 def encoded(codec, content):
-    """A clip whose every eighth frame is a key frame."""
+    """A file in which every eighth frame is a key frame."""
     out, frames = io.BytesIO(), {"moving": MOVING, "dark": DARK, "cards": CARDS}[content]
     with av.open(out, "w", format="matroska") as container:
         stream = container.add_stream(codec, rate=8, options=CODECS[codec])
@@ -499,7 +499,7 @@ def encoded(codec, content):
 
 
 def damaged(content, which, how):
-    """A file in which the key frames of the numbers in `which` have lost all but their first eighth."""
+    """Damages the key frames with the numbers in `which`: only their first eighth is left."""
     out, key_frames = io.BytesIO(), itertools.count()
     with av.open(io.BytesIO(content)) as source, av.open(out, "w", format="matroska") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
@@ -520,7 +520,7 @@ def damaged(content, which, how):
 
 @pytest.mark.parametrize(
     ("codec", "how"),
-    # HEVC's decoder reports no zeros, nor VP9's what is cut.
+    # Not all: HEVC's decoder accepts zeros, VP9's also truncated frames.
     [*((codec, "cut") for codec in CODECS), *((codec, "zeros") for codec in ("libx264", "mpeg4", "mpeg2video"))],
 )
 def test_what_decodes_to_garbage_after_damage_is_left_out(codec, how):

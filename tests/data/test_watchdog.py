@@ -1,4 +1,4 @@
-"""Decoding in processes: what hangs or crashes in C ends in time, and the next call is none the worse."""
+"""Decoding in worker processes: calls that hang or crash in C end in time, and later calls work."""
 
 import concurrent.futures
 import ctypes
@@ -45,7 +45,7 @@ def wait_until(holds, seconds=30):
     return holds()
 
 
-def test_it_reads_what_reading_here_gives(watchdog, tmp_path):
+def test_it_reads_what_the_function_reads(watchdog, tmp_path):
     write_video(tmp_path / "clip.mp4", FRAMES, 8)
     want = read_clip(tmp_path / "clip.mp4", 16, max_frames=7, short_side=16, start=2)
     got = watchdog.read_clip(tmp_path / "clip.mp4", 16, max_frames=7, short_side=16, start=2)
@@ -62,7 +62,7 @@ def test_a_process_serves_many_calls(watchdog):
     assert len({watchdog.call(5, os.getpid) for _ in range(5)}) == 1
     assert watchdog.call(5, os.getpid) != os.getpid()
     pid = watchdog.call(0.5, os.getpid)
-    time.sleep(0.7)  # the alarm of a call that is over does not ring
+    time.sleep(0.7)  # the alarm of a finished call is off
     assert watchdog.call(5, os.getpid) == pid
 
 
@@ -85,7 +85,7 @@ def test_what_hangs_is_stopped_and_replaced(watchdog, function, args):
 
 
 def read_with_a_hanging_decoder(path, **kwargs):
-    """`read_clip` where FFmpeg's decoder never comes back from C; in a worker's process, it is not put back."""
+    """`read_clip` with a decoder that never returns from C; patched for good, in a worker's process."""
     video.decoded = lambda *_: iter([re.match(r"(a*)*b", "a" * 40)])
     return read_clip(path, **kwargs)
 
@@ -107,19 +107,19 @@ def test_what_crashes_says_so(watchdog):
     assert watchdog.call(5, divmod, 7, 2) == (3, 1)
 
 
-def test_a_worker_that_dies_between_calls_is_nobodys_fault(watchdog):
+def test_a_worker_that_dies_between_calls_is_replaced(watchdog):
     pid = watchdog.call(5, os.getpid)
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: gone(pid))
     assert watchdog.call(5, os.getpid) != pid
 
 
-def test_a_worker_that_dies_as_it_gets_a_call_is_nobodys_fault_either():
+def test_a_worker_that_dies_as_it_gets_a_call_is_replaced():
     with Watchdog() as watchdog, concurrent.futures.ThreadPoolExecutor(3) as pool:
         pids = [future.result() for future in [pool.submit(watchdog.call, 5, slow_pid) for _ in range(3)]]
-        assert len(set(pids)) == 3  # so that what comes next after a dead one is dead too
+        assert len(set(pids)) == 3  # so that the next worker is dead too
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # alive, but it does not begin
+            os.kill(pid, signal.SIGSTOP)  # alive, but never begins
         call = pool.submit(watchdog.call, 30, os.getpid)
         time.sleep(0.3)
         for pid in pids:
@@ -152,7 +152,7 @@ def test_workers_that_never_begin_are_an_error(watchdog):
 
 
 class Unreadable:
-    """What takes the process that unpickles it with it."""
+    """Kills the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (3,)
@@ -162,7 +162,7 @@ class Unreadable:
 
 
 def count_up(stop, path=None):
-    """Numbers and who counts; hangs after 1."""
+    """Yields numbers with the process id; hangs after 1."""
     try:
         for number in range(stop):
             yield number, os.getpid()
@@ -181,7 +181,7 @@ def test_items_come_one_by_one_from_one_process(watchdog):
     assert watchdog.call(5, os.getpid) == pid
 
 
-def test_an_iterator_that_is_left_is_closed_and_its_process_goes_on(watchdog, tmp_path):
+def test_an_abandoned_iterator_is_closed_and_its_process_is_reused(watchdog, tmp_path):
     items = watchdog.iterate(5, count_up, 5, tmp_path / "told")
     _, pid = next(items)
     assert watchdog.call(5, os.getpid) != pid and not (tmp_path / "told").exists()
@@ -218,11 +218,11 @@ def test_a_process_that_dies_between_two_items_ends_the_iterator(watchdog):
     assert watchdog.call(5, divmod, 7, 2) == (3, 1)
 
 
-def test_one_call_at_a_time_is_one_processs_work():
+def test_sequential_calls_use_one_process():
     with Watchdog() as watchdog, concurrent.futures.ThreadPoolExecutor(2) as pool:
         pids = {future.result() for future in [pool.submit(watchdog.call, 5, slow_pid) for _ in range(2)]}
         assert len(pids) == 2
-        assert len({watchdog.call(5, os.getpid) for _ in range(6)}) == 1  # so the other one's memory does not grow
+        assert len({watchdog.call(5, os.getpid) for _ in range(6)}) == 1  # the other one's memory does not grow
 
 
 def test_threads_share_it(watchdog):

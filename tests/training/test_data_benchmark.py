@@ -1,4 +1,4 @@
-"""The pipeline and PyAV alone are timed on the same work."""
+"""The pipeline and plain PyAV are timed on the same work."""
 
 import numpy as np
 import pytest

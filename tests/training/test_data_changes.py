@@ -14,6 +14,7 @@ from walt_jax.data import latents as latents_lib
 from walt_jax.data.latents import LatentClips
 from walt_jax.data.media import write_video
 from walt_jax.errors import UserError
+from walt_jax.evaluation.evaluate import EvaluationConfig, _unseen_clips
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_data import RunData
 
@@ -50,7 +51,7 @@ def run_data(folder, **data):
     knobs["data"].update(source=str(folder), frames=5, height=16, width=16, fps=8.0, cache_bytes=0, **data)
     config = build(RunConfig, knobs, "config")
     text = types.SimpleNamespace(digest=lambda: None)
-    return RunData(config, folder.parent / "run", Codec(), text, lambda: None)
+    return RunData(config, folder.parent / "run", Codec(), text, low_res=lambda: None)
 
 
 def levels(batches, count):
@@ -169,3 +170,17 @@ def test_files_that_vanish_are_counted_and_stop_the_run_above_the_limit(allowed,
     )
     with pytest.raises(UserError, match=sentence):
         levels(batches, 80)
+
+
+def test_held_out_clips_that_vanish_are_replaced_in_the_evaluation(folder):
+    rows = [f"{file.name},,{'val' if number < 2 else 'train'}" for number, file in enumerate(sorted(folder.iterdir()))]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,caption,split", *rows]) + "\n")
+    unseen, config = run_data(folder, max_bad_fraction=1.0).unseen().sources[0], EvaluationConfig(clips=1)
+    for name, level in zip(unseen.names, (10, 30), strict=True):
+        clips, captions = _unseen_clips(unseen, config)
+        assert len(clips) == len(captions) == 1 and np.median(clips[0]) == pytest.approx(level, abs=2)
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="held_out split"):
+        _unseen_clips(unseen, config)
+    with pytest.raises(UserError, match="No held-out clip can be read any more"):
+        _unseen_clips(unseen, config)

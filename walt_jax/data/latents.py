@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
         latents: float32, normalised.
         caption: "" if there is none.
         embeddings: of the caption's tokens, if a frozen text encoder is used.
-        low_res: low-resolution latents, if a super-resolution stage reads them.
+        low_res: the low-resolution latents that a super-resolution stage reads.
     """
 
     latents: Float[np.ndarray, "t h w c"]
@@ -122,7 +122,7 @@ def _write(
         sizes.append(np.load(io.BytesIO(done.read_bytes())))
     every = np.concatenate(sizes)
     if not len(every):
-        raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data tells why.")
+        raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data says why.")
     kinds = _features(int(every[0, 3]), "low_res" in identity, without)
     write_metadata(out, DATASET, SPLIT, kinds, [len(shard) for shard in sizes], num_bytes=0)
     if without is not None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from walt_jax.data.folder import SPLIT_COLUMN
 from walt_jax.data.limits import ClipError
@@ -39,19 +38,25 @@ class Records(Store):
                 split: builder.as_data_source(split, decoders=None if plain else encoded)
                 for split in builder.info.splits
             }
-            self._shards = {split: info.filepaths for split, info in builder.info.splits.items()}
         except (ValueError, OSError, ImportError) as error:
             raise UserError(f"{self.path} can't be read as an ArrayRecord data set ({error}): {REMEDY}.") from error
         self._read(captions, max_bad_fraction)
 
     def content(self, file: str) -> bytes:
         try:
-            return self._example(file)[self._feature]
+            content = self._example(file)[self._feature]
+            if not isinstance(content, bytes):
+                raise ValueError("an example is empty")
+            return content
         except Exception as error:  # damaged shards raise many kinds in ArrayRecord and protobuf
             raise ClipError(f"a shard is damaged: {short_reason(error)}") from error
 
     def is_gone(self, file: str) -> bool:
-        return not all(epath.Path(shard).exists() for shard in self._shards[file.rsplit("/", 1)[0]])
+        try:
+            self.content(file)
+        except ClipError:
+            return True
+        return False
 
     def _example(self, file: str) -> Mapping[str, Any]:
         split, number = file.rsplit("/", 1)

@@ -12,6 +12,7 @@ from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
+from walt_jax.errors import UserError
 from walt_jax.evaluation import drawn_score
 from walt_jax.evaluation.rate_distortion import h264_points, plot
 from walt_jax.evaluation.reconstruction import (
@@ -104,13 +105,21 @@ def _distinct(source: Source, count: int) -> list[str]:
 
 
 def _unseen_clips(source: Source, config: EvaluationConfig) -> tuple[list[Clip], list[str]]:
-    """A random window and crop of each clip, and its caption."""
+    """A random window and crop of each of the first `config.clips` usable clips, and its caption.
+
+    Raises:
+        UserError: if no clip is usable.
+    """
     clips, captions = [], []
-    for index in range(min(config.clips, len(source))):
+    for index in range(len(source)):
         clip = source.sample(index, np.random.default_rng([config.seed, index]))
         if clip is not None:
             clips.append(clip["video"])
             captions.append(clip["caption"])
+        if len(clips) == config.clips:
+            break
+    if not clips:
+        raise UserError("No held-out clip can be read any more; --mode=data says why.")
     return clips, captions
 
 

@@ -421,5 +421,5 @@ class Run:
 
 def _not_served(folder: str, names: list[str]) -> list[str]:
     """What of a checkpoint's folder the trained model does not need."""
-    unneeded = {RECORDED, "state"} | ({"weights"} if "ema" in names else set())
+    unneeded = {RECORDED, "state", "weights"} if "ema" in names else {RECORDED, "state"}
     return [name for name in names if name in unneeded or name.endswith(".tmp")]
