@@ -79,15 +79,15 @@ def test_a_run_on_kept_embeddings_is_the_same_to_the_last_bit(flags, trained, tm
     assert "no captions that this run's config.text has read" in err
 
 
-def test_a_prompt_tells_and_samples_are_alike_alone_or_among_others(trained, tmp_path, cache):
+def test_prompts_matter_and_samples_do_not_depend_on_other_samples(trained, tmp_path, cache):
     prompts = ["--prompt=a red circle moving left", "--prompt=a blue square moving up"]
     for name, some in {"both": prompts, "one": prompts[1:]}.items():
         sample = [f"--workdir={trained}", "--mode=sample", f"--out={tmp_path / name}", *some]
         code, _, err = commands.run(*sample, cache=cache)
         assert code == 0, err
     first, second = sorted((tmp_path / "both").glob("*.mp4"))
-    (alone,) = (tmp_path / "one").glob("*.mp4")
-    assert second.read_bytes() == alone.read_bytes() != first.read_bytes()
+    (single,) = (tmp_path / "one").glob("*.mp4")
+    assert second.read_bytes() == single.read_bytes() != first.read_bytes()
 
 
 def test_clips_that_are_not_encoded_beforehand_have_their_captions_read_as_well(trained):
@@ -103,17 +103,17 @@ def test_clips_that_are_not_encoded_beforehand_have_their_captions_read_as_well(
     np.testing.assert_allclose(text.embeddings[text.mask], plain[text.mask], atol=1e-5)
 
 
-def test_another_vocabulary_than_the_t5s_is_told_at_once(flags, tmp_path):
+def test_another_vocabulary_than_the_t5s_is_refused_at_once(flags, tmp_path):
     folder = tmp_path / "t5"
     shutil.copytree(GOLDEN, folder)
     knobs = json.loads(json.dumps(main.parse([*flags, f"--config.text.pretrained={folder}"]).config.to_dict()))
-    for content, words in {train(MANY, 400): "and the T5 beside it", b"broken": "no sentencepiece model"}.items():
+    for content, words in {train(MANY, 400): "and the T5 beside it", b"broken": "as a sentencepiece model"}.items():
         (folder / "spiece.model").write_bytes(content)
         with pytest.raises(UserError, match=words):
             Run(build(RunConfig, knobs, "config"), tmp_path / "run").check()
 
 
-def test_a_folder_that_holds_no_t5_is_told_at_once(flags, tmp_path, cache):
+def test_a_folder_without_a_t5_is_refused_at_once(flags, tmp_path, cache):
     code, _, err = commands.run(
         *flags, f"--config.text.pretrained={tmp_path / 'nowhere'}", f"--workdir={tmp_path / 'run'}", cache=cache
     )

@@ -89,7 +89,7 @@ def test_classes_are_sampled_by_their_names_only(trained, tmp_path, cache):
     assert len(json.loads((tmp_path / "samples.json").read_text())) == 1
     code, _, err = commands.run(f"--workdir={trained}", "--mode=sample", "--prompt=a dog", out, cache=cache)
     assert code == 1 and "Traceback" not in err
-    assert "'a dog' is none of the 72 classes" in err.splitlines()[-1]
+    assert "'a dog' is not one of the 72 classes" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_pictures_are_sampled_without_training(files, tmp_path, cache):
     assert clips[0].std() > 1 and (clips[0] != clips[1]).any()
     code, _, err = commands.run(*flags(files, tmp_path / "run"), "--mode=sample", "--prompt=5", cache=cache)
     assert code == 1
-    assert "'5' is none of the 5 classes of this run" in err
+    assert "'5' is not one of the 5 classes of this run" in err
 
 
 def test_training_starts_from_them_and_goes_back_to_such_a_file(files, tmp_path, cache):

@@ -1,5 +1,6 @@
-"""Sampling under conditions: observed positions keep the noise of training, and guidance leaves them out."""
+"""Sampling: what is observed keeps the noise of training, guidance leaves it out, low resolution reaches the model."""
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -30,62 +31,136 @@ class Latents:
 
 
 class Recorder(LatentDiffusion):
-    """Notes (label, mask, observed, noisy, time) of each evaluation and answers with a plain wrong prediction."""
+    """Notes {what a condition has, "noisy", "time"} of each evaluation and answers with a plain wrong prediction."""
 
     calls: ClassVar[list] = []
 
+    def answer(self, condition, noisy):
+        return 0.3 * noisy + 1
+
     def denoise(self, params, condition, layout):
+        noted = {name: value for name, value in vars(condition).items() if value is not None}
+
         def answer(noisy, time, estimate):
-            noted = condition.label, condition.observed_mask, condition.observed, noisy, time
-            jax.debug.callback(lambda *values: self.calls.append([np.asarray(x) for x in values]), *noted)
-            return 0.3 * noisy + 1
+            values = {**noted, "noisy": noisy, "time": time}
+            jax.debug.callback(lambda values: self.calls.append(jax.tree.map(np.asarray, values)), values)
+            return self.answer(condition, noisy)
 
         return answer
 
 
-@pytest.fixture
-def draw():
-    def run(sampler, scale):
-        """(what was noted of each evaluation, latents, observed, mask)"""
-        Recorder.calls.clear()
-        model = Recorder(Latents(), None, Denoiser(CONFIG, SHAPE[:3]), DiffusionConfig(Schedule("cosine"), "x0"), SHAPE)
-        observed = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
-        mask = np.zeros((2, *SHAPE[:3], 1), np.float32)
-        mask[0, :1] = mask[1, :2] = 1  # clips differ
-        labels, empty = jnp.array([[1], [2]]), jnp.array([4])
-        config = SamplingConfig(6, sampler, GuidanceConfig(scale=scale))
-        out = model.sample({}, None, labels, empty, np.arange(2, dtype=np.uint32), config, observed, mask)
-        jax.block_until_ready(out)
-        jax.effects_barrier()
-        return Recorder.calls[:], np.asarray(out), observed, mask
+class Labeller(Recorder):
+    """Says that all values are the label, in which a dropped one is 4."""
 
-    return run
+    def answer(self, condition, noisy):
+        return jnp.broadcast_to(condition.label[..., None].astype(jnp.float32), noisy.shape)
+
+
+LABELS, EMPTY, SEEDS = jnp.array([[1], [2]]), jnp.array([4]), np.arange(2, dtype=np.uint32)
+
+
+def draw(kind, sampling, config=CONFIG, base_tokens=0, seeds=SEEDS, **conditions):
+    """(what was noted of each evaluation, latents) of two clips."""
+    Recorder.calls.clear()
+    diffusion = DiffusionConfig(Schedule("cosine"), "x0", base_tokens=base_tokens)
+    model = kind(Latents(), None, Denoiser(config, SHAPE[:3]), diffusion, SHAPE)
+    out = model.sample({}, None, LABELS, EMPTY, seeds, sampling, **conditions)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    return Recorder.calls[:], np.asarray(out)
+
+
+def observed_frames():
+    """(latents, mask) of which the clips' first one or two frames are observed."""
+    observed = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    mask = np.zeros((2, *SHAPE[:3], 1), np.float32)
+    mask[0, :1] = mask[1, :2] = 1
+    return observed, mask
+
+
+def split(calls):
+    """Those with the clips' labels, and those with the empty one."""
+    return [[call for call in calls if (call["label"] == 4).all() == dropped] for dropped in (False, True)]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "unipc"])
-def test_observed_positions_follow_the_forward_process(draw, sampler):
+def test_observed_positions_follow_the_forward_process(sampler):
     """Their noise at each time is the first noise scaled, as in training, however wrong the denoiser is."""
-    calls, out, observed, mask = draw(sampler, 1.0)
-    calls.sort(key=lambda call: -call[-1].max())
+    observed, mask = observed_frames()
+    calls, out = draw(Recorder, SamplingConfig(6, sampler), observed=observed, mask=mask)
+    calls.sort(key=lambda call: -call["time"].max())
     where = np.broadcast_to(mask.reshape(2, 12, 1), (2, 12, 2)) == 1
     clean, schedule, noises = observed.reshape(2, 12, 2), Schedule("cosine"), []
-    for *_, noisy, time in calls:
-        alpha, sigma = (np.asarray(level)[..., None] for level in schedule(jnp.asarray(time)))
-        noises.append(((noisy - alpha * clean) / sigma)[where])
-    assert len({float(call[-1].max()) for call in calls}) >= 5
+    for call in calls:
+        alpha, sigma = (np.asarray(level)[..., None] for level in schedule(jnp.asarray(call["time"])))
+        noises.append(((call["noisy"] - alpha * clean) / sigma)[where])
+    assert len({float(call["time"].max()) for call in calls}) >= 5
     for noise in noises[1:]:
         np.testing.assert_allclose(noise, noises[0], atol=2e-2)
     np.testing.assert_array_equal(out.reshape(2, 12, 2)[where], clean[where])
 
 
-def test_guidance_leaves_observed_positions_out(draw):
-    calls, *_, observed, mask = draw("ddim", 2.0)
-    conditional = [call for call in calls if (call[0] != 4).all()]
-    unconditional = [call for call in calls if (call[0] == 4).all()]
+def test_what_is_not_observed_is_sampled():
+    observed, mask = observed_frames()
+    _, out = draw(Labeller, SamplingConfig(4), observed=observed, mask=mask)
+    expected = np.where(mask == 1, observed, np.asarray(LABELS).reshape(2, 1, 1, 1, 1))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_without_observed_frames_the_mask_is_empty():
+    calls, _ = draw(Recorder, SamplingConfig(2))
+    assert calls
+    for call in calls:
+        assert not call["observed_mask"].any() and not call["observed"].any()
+
+
+def test_guidance_leaves_observed_positions_out():
+    observed, mask = observed_frames()
+    calls, _ = draw(Recorder, SamplingConfig(6, "ddim", GuidanceConfig(scale=2.0)), observed=observed, mask=mask)
+    conditional, unconditional = split(calls)
     assert len(conditional) == len(unconditional) == len(calls) / 2 > 0
-    for _, seen_mask, seen, *_ in conditional:
-        np.testing.assert_array_equal(seen_mask, mask.reshape(2, 12, 1))
-        np.testing.assert_allclose(seen, (observed * mask).reshape(2, 12, 2))
-    for _, seen_mask, seen, *_ in unconditional:
-        assert not seen_mask.any()
-        assert not seen.any()
+    for call in conditional:
+        np.testing.assert_array_equal(call["observed_mask"], mask.reshape(2, 12, 1))
+        np.testing.assert_allclose(call["observed"], (observed * mask).reshape(2, 12, 2))
+    for call in unconditional:
+        assert not call["observed_mask"].any() and not call["observed"].any()
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+def test_so_many_channels_are_guided(channels):
+    """x = x_u + w (x_c − x_u); the other channels are the conditional model's."""
+    guidance = GuidanceConfig(scale=3.0, channels=channels)
+    _, out = draw(Labeller, SamplingConfig(4, "ddim", guidance))
+    label = np.asarray(LABELS).reshape(2, 1, 1, 1, 1) + np.zeros((2, *SHAPE))
+    guided = 4 + 3.0 * (label - 4)
+    expected = np.where(np.arange(2) < (channels or 2), guided, label)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_low_resolution_reaches_both_models_without_noise():
+    config = dataclasses.replace(CONFIG, frame_prediction=False, upscale=2)
+    low_res = np.random.default_rng(1).normal(size=(2, 3, 1, 1, 2)).astype(np.float32)
+    calls, _ = draw(Recorder, SamplingConfig(3, "ddim", GuidanceConfig(scale=2.0)), config, low_res=low_res)
+    assert [len(some) for some in split(calls)] == [len(calls) / 2] * 2
+    for call in calls:
+        np.testing.assert_array_equal(call["low_res"], low_res)
+        np.testing.assert_array_equal(call["low_res_time"], np.zeros((2, 1)))
+
+
+def test_more_tokens_than_the_base_are_sampled_at_more_noise():
+    """Of 12 tokens over 3, σ/α is twice the schedule's: with clean latents of one value the noise left is the first."""
+    calls, _ = draw(Labeller, SamplingConfig(5), base_tokens=3)
+    calls.sort(key=lambda call: -call["time"].max())
+    assert len(calls) == 5
+    for call in calls[1:]:
+        angle = np.arctan(2 * np.tan(np.pi / 2 * call["time"].astype(np.float64)))[..., None]
+        noise = (call["noisy"] - np.cos(angle) * np.asarray(LABELS)[..., None]) / np.sin(angle)
+        np.testing.assert_allclose(noise, calls[0]["noisy"], atol=1e-3)
+
+
+def test_a_clips_randomness_depends_on_its_own_seed():
+    """Also that of samplers which add noise."""
+    _, both = draw(Recorder, SamplingConfig(3, "ddpm"))
+    _, other = draw(Recorder, SamplingConfig(3, "ddpm"), seeds=np.array([0, 7], np.uint32))
+    np.testing.assert_array_equal(both[0], other[0])
+    assert np.abs(both[1] - other[1]).min() > 0

@@ -30,11 +30,11 @@ def test_without_names_whatever_is_asked_for_is_0():
     assert ids.dtype == np.int32
 
 
-def test_an_unknown_name_is_told_with_some_of_the_known():
-    with pytest.raises(UserError, match=r"'bird' is none of the 5 classes of this run \(cat, a dog, Cat, 東京"):
+def test_an_unknown_name_is_refused_with_some_of_the_names():
+    with pytest.raises(UserError, match=r"'bird' is not one of the 5 classes of this run \(cat, a dog, Cat, 東京"):
         Labels(NAMES).encode(["cat", "bird"])
     many = Labels([f"class {number}" for number in range(300)])
-    with pytest.raises(UserError, match=r"'cat' is none of the 300 classes .*class 7, …\)") as caught:
+    with pytest.raises(UserError, match=r"'cat' is not one of the 300 classes .*class 7, …\)") as caught:
         many.encode(["cat"])
     assert "class 8" not in str(caught.value)
     with pytest.raises(UserError, match=r"classes of this run \(one\)"):

@@ -1,4 +1,4 @@
-"""Weights that transformers wrote give transformers' answers; what does not fit is told in a sentence."""
+"""Weights that transformers wrote give transformers' answers; what does not fit is refused in a sentence."""
 
 import json
 import pathlib
@@ -77,17 +77,17 @@ def test_captions_are_read_alike_however_many_are_read_at_once(folder):
     ids = vocabulary.encode(CAPTIONS)
     plain = T5Encoder(CONFIG, VOCAB_SIZE).apply({"params": params}, ids, ids != 0)
     for number, caption in enumerate(CAPTIONS):
-        alone = text.encode([caption])
+        single = text.encode([caption])
         (embeddings,) = text.each([caption])
         for field in ("embeddings", "mask"):
-            row = getattr(alone, field)[0]
+            row = getattr(single, field)[0]
             np.testing.assert_array_equal(row, getattr(many, field)[number])
             np.testing.assert_array_equal(row, getattr(many, field)[number + 9])
             np.testing.assert_array_equal(row, getattr(padded(embeddings, 12), field))
         there = ids[number] != 0
-        np.testing.assert_array_equal(alone.mask[0], there)
-        np.testing.assert_allclose(alone.embeddings[0][there], plain[number][there], atol=1e-5)
-        assert not alone.embeddings[0][~there].any()
+        np.testing.assert_array_equal(single.mask[0], there)
+        np.testing.assert_allclose(single.embeddings[0][there], plain[number][there], atol=1e-5)
+        assert not single.embeddings[0][~there].any()
 
 
 def test_a_batch_is_read_at_once_and_lists_in_one_shape(folder):

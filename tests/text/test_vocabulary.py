@@ -63,7 +63,7 @@ def test_characters_that_the_captions_lack_are_spelled_in_bytes(prompt):
     assert any(decoder.is_byte(piece) for piece in pieces)
 
 
-def test_captions_are_told_apart_and_read_back():
+def test_captions_are_distinguished_and_read_back():
     decoder = sentencepiece.SentencePieceProcessor(model_proto=MODEL)
     ids = VOCABULARY.encode(CAPTIONS)
     assert len(np.unique(ids, axis=0)) == len(CAPTIONS)

@@ -10,18 +10,33 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from walt_jax.errors import UserError
 from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from walt_jax.tokenizer.autoencoder_kl_weights import load_weights, to_diffusers
+from walt_jax.tokenizer.autoencoder_kl_weights import DIFFUSERS, load_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "autoencoder_kl.safetensors"
 CONFIG = AutoencoderKLConfig((8, 12, 16), layers_per_block=2, latent_channels=4, norm_groups=4, scaling_factor=0.3)
 ATTENTION = "mid_block.attentions.0"
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def to_diffusers(params) -> dict[str, np.ndarray]:
+    """The parameters as diffusers' AutoencoderKL names and shapes them, float32; `load_weights` reads them again."""
+    flat = flatten_dict(nn.meta.unbox(params), sep=".")
+    scales = len({ours.split("_")[0] for ours in flat if ours.startswith("encoder.scale")})
+    tensors = {}
+    for ours, value in flat.items():
+        tensor = np.asarray(value, np.float32)
+        if tensor.ndim == 2 and ".mid_attention." not in ours:
+            tensor = tensor[None, None]
+        tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+        tensors[DIFFUSERS.name(ours, scales)] = np.ascontiguousarray(tensor)
+    return tensors
 
 
 def golden() -> dict[str, np.ndarray]:

@@ -308,7 +308,7 @@ def test_videos_that_cannot_be_used_are_in_no_pack():
 
 
 def test_clips_that_suit_neither_are_refused():
-    with pytest.raises(UserError, match=r"latents of 1 × 4 × 6, and the stage's clips have 2 × 4 × 4; give the stage"):
+    with pytest.raises(UserError, match=r"latents of 1 × 4 × 6, but the stage's clips have 2 × 4 × 4; give the stage"):
         dense_batches(CACHED, read, 0.0, {SHAPES[0]: 2}, seed=0)
     with pytest.raises(UserError, match=r"clips of 8 tokens, which overflow packs of 7"):
         packs_of_latents(CACHED, read, Packing(CONFIG, 1, 7, CLIPS, 0))

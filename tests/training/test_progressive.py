@@ -115,7 +115,7 @@ def test_packs_that_are_encoded_each_time_hold_the_latents_that_would_be_cached(
     monkeypatch.setattr(pack_batches, "WAITING", 4)
     tokenizer = trained.tokenizer()
     trained.encode(tmp_path / "latents", tokenizer, 24, "packs")
-    with pytest.raises(UserError, match="--stage=clip is none of the config's stages; choose tokenizer or images or"):
+    with pytest.raises(UserError, match="--stage=clip is not a stage of the config; choose tokenizer or images or"):
         trained.encode(tmp_path / "others", tokenizer, 24, "clip")
     cached = LatentClips(tmp_path / "latents")
     contents = [to_tokens(cached[index].latents[None], (1, 1, 1))[0] for index in range(24)]

@@ -1,4 +1,4 @@
-"""The score of the demo: of samples of every prompt of the drawn grammar, how many show what the prompt says."""
+"""The score of the demo: the share of samples that show what their prompt says."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from walt_jax.evaluation.judge import judge
 
 PROTOCOL = (
     "{count} samples, {each} for each of the {combinations} {split} combinations of colour, shape and direction, with "
-    "seeds {first} to {last}; the share in which the judge of walt_jax/evaluation/judge.py, which is not told the "
-    "prompt, sees {what} in the video file"
+    "seeds {first} to {last}; the share of video files in which walt_jax/evaluation/judge.py, which does not see the "
+    "prompt, finds {what}"
 )
 
 
@@ -21,13 +21,13 @@ def score(
     seeds: Sequence[int],
     files: Sequence[str],
 ) -> tuple[list[dict], list[dict]]:
-    """Judges a sample each.
+    """Judges samples.
 
     Args:
         clips: the samples.
-        combinations: what each was asked to show.
-        seeds: of each.
-        files: where each is kept, to be named with its verdict.
+        combinations: colour, shape and direction of each sample's prompt.
+        seeds: of the samples.
+        files: paths of the samples, for the result.
 
     Returns:
         (metrics, prompts): {"name", "value", "unit", "protocol"} for each share, and for each clip {"prompt",

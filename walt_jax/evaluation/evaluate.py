@@ -1,4 +1,4 @@
-"""Every metric of a run, each with its protocol, in `evaluate.json`; and the pictures for people."""
+"""Computes the metrics of a run, each with its protocol, and draws the pictures that go with them."""
 
 import dataclasses
 import json
@@ -35,14 +35,16 @@ RATE_CLIPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on.
+    """How much is measured.
 
     Attributes:
         clips: at most this many unseen clips are reconstructed, a random window and crop of each.
-        samples_per_prompt: of the drawn grammar's 72 prompts, or of a folder's held-out captions.
-        prompts: of a folder, at most this many captions are sampled; of super-resolution, so many clips are upscaled.
-        perceptual_weights: a safetensors file for LPIPS, see `tokenizer.perceptual`; without one it is left out.
-        seed: of the unseen clips; samples have seeds 0, 1, ….
+        samples_per_prompt: videos sampled for each prompt. Prompts are the 72 captions of the drawn clips, or the
+            held-out captions of a folder.
+        prompts: at most this many captions of a folder are sampled; for super-resolution, at most this many clips are
+            upscaled.
+        perceptual_weights: a safetensors file for LPIPS, see `tokenizer.perceptual`; without it there is no LPIPS.
+        seed: of windows and crops; samples have the seeds 0, 1, ….
     """
 
     clips: Positive
@@ -61,17 +63,18 @@ def evaluate(
     data: DataConfig,
     config: EvaluationConfig,
 ) -> list[dict]:
-    """Measures reconstruction and, on drawn clips, the score of samples; of super-resolution, upscaled unseen clips.
+    """Reconstructs unseen clips and samples videos, and measures both.
 
-    Leaves `evaluate.json`, `reconstructions.png`, `rate_distortion.png` and, where there is a generator, `samples/` in
-    the workdir; for super-resolution also `super_resolution.png`.
+    Samples of the drawn captions are judged. For super-resolution, unseen clips are shrunk and upscaled instead.
+    Writes `evaluate.json`, `reconstructions.png`, `rate_distortion.png` and, with a generator, `samples/` into the
+    workdir; for super-resolution also `super_resolution.png`.
 
     Args:
         workdir: the run's folder.
-        codec, tokenizer: what is to reconstruct.
-        generator: what is to sample, or None for a run that trains only a tokenizer.
+        codec, tokenizer: the trained tokenizer.
+        generator: the trained generator, or None for a run that trains only a tokenizer.
         unseen: clips that were not trained on.
-        data: what the clips are made into.
+        data: size, length and frame rate of the clips.
         config: see `EvaluationConfig`.
 
     Returns:
@@ -92,7 +95,7 @@ def evaluate(
         if data.source == "drawn":
             combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
             files = [f"samples/{row['file']}" for row in rows]
-            # The files, not the arrays: what others see is what is judged.
+            # The compressed files are judged, not the arrays: they are what users see.
             seen = [read_clip(workdir / file) for file in files]
             scores, report["prompts"] = drawn_score.score(seen, combinations, seeds, files)
             metrics += scores
@@ -152,7 +155,7 @@ def _super_resolution(
     explained = {
         "psnr_db": "upscaled clips against the originals",
         "low_res_psnr_db": "upscaled clips, shrunk again, against the shrunk originals",
-        "bicubic_psnr_db": "for comparison: the shrunk originals, enlarged by bicubic interpolation",
+        "bicubic_psnr_db": "for comparison: shrunk originals, enlarged by bicubic interpolation, against the originals",
     }
     where = f"PSNR (8-bit RGB, peak 255), mean over {len(clips)} unseen clips, seeds 0 to {len(clips) - 1}"
     metrics = [
@@ -168,7 +171,7 @@ def _super_resolution(
 
 
 def enlarged(clip: Clip, scale: int) -> Clip:
-    """Each frame by bicubic interpolation."""
+    """Frames enlarged by bicubic interpolation."""
     size = (clip.shape[2] * scale, clip.shape[1] * scale)
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in clip])
 
@@ -182,7 +185,7 @@ def _reconstruction(
     data: DataConfig,
     config: EvaluationConfig,
 ) -> dict:
-    """{"metrics", "reconstructions", "rate_distortion"}: over all clips, of each clip, and the plot's points."""
+    """{"metrics", "reconstructions", "rate_distortion"}: means of all clips, a row for each, the plot's points."""
     features = load_features(config.perceptual_weights) if config.perceptual_weights else None
     reconstructions, rows, codes = measure(codec, tokenizer, clips, captions, features)
     shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)
@@ -201,7 +204,7 @@ def _reconstruction(
             "SSIM (Wang et al. 2004: 8-bit RGB, Gaussian window, σ 1.5), its frames' mean",
         ),
         "lpips": ("reconstruction_lpips", "", "LPIPS (VGG, version 0.1), its frames' mean"),
-        "bits_per_pixel": ("bits_per_pixel", "", "codes at log2 of their number, over frames × height × width"),
+        "bits_per_pixel": ("bits_per_pixel", "", "codes, each of log2(number of codes) bits, per pixel and frame"),
     }
     metrics = []
     for key, (name, unit, what) in protocols.items():
@@ -213,7 +216,7 @@ def _reconstruction(
     if data.source == "drawn":
         metrics[0]["target"] = 30.0
     explained = {
-        "code_usage": "distinct codes over all there are, or over all positions if these are fewer",
+        "code_usage": "number of distinct codes, over the number of possible codes, or of positions if that is smaller",
         "code_perplexity": "exp of the entropy of the codes' frequencies",
     }
     metrics += [

@@ -1,7 +1,8 @@
-"""Says what a clip of the drawn grammar shows. It knows the drawing rules and sees no caption; nothing is learned.
+"""Finds colour, shape and direction in a clip of the drawn grammar, by rules; nothing is learned, no caption is read.
 
-Colour comes from the bright pixels, shape from redrawing each frame's silhouette as every shape of the same area and
-place, direction from the path of the centroid. What is no clear instance is None: a wrong answer to any caption.
+Colour comes from the bright pixels. For the shape, each frame's silhouette is compared with every shape of equal area
+at the same place. The direction is that of the centroid's path. A clip without a clear answer gets None, which is wrong
+for every caption.
 """
 
 import collections
@@ -18,7 +19,7 @@ SMALLEST, LARGEST = 0.10, 0.32  # of a shape's half extent in frame sides; drawn
 OVERLAP = 0.80  # intersection over union with the redrawn shape, mean over frames
 BLURS = (0, 1, 2)  # times that the redrawn shape is smoothed: video compression halves the resolution of colour
 FRAMES_WITH_SHAPE = 0.9
-FRAMES_THAT_AGREE = 0.8  # on its colour, on which it is
+FRAMES_THAT_AGREE = 0.8  # on the colour, and on the shape
 SHORTEST_TRAVEL = 0.10  # in frame sides; drawn ones are at least 0.25
 SIDEWAYS = 0.35  # at most, as a fraction of the travel
 STEADINESS = 0.9  # correlation of the position with time
@@ -26,14 +27,14 @@ STEADINESS = 0.9  # correlation of the position with time
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was seen; None where it is unclear."""
+    """What a clip shows; None where it is unclear."""
 
     colour: str | None
     shape: str | None
     direction: str | None
 
     def right(self, combination: Combination) -> dict[str, bool]:
-        """For each of colour, shape and direction, whether it is what the caption says."""
+        """Whether colour, shape and direction are those of the caption."""
         return {name: getattr(self, name) == getattr(combination, name) for name in ("colour", "shape", "direction")}
 
 
@@ -46,7 +47,7 @@ def judge(clip: UInt8[np.ndarray, "t h w 3"]) -> Verdict:
     rgb = np.array(COLOURS[colour], np.float32) / 255
     silhouettes = np.clip(pixels @ rgb / (rgb @ rgb), 0, 1)
     silhouettes[silhouettes < 0.1] = 0  # compression noise, which far from the shape would pull the centroid
-    silhouettes /= max(np.percentile(silhouettes, 99), 1e-6)  # a dim shape covers its pixels all the same
+    silhouettes /= max(np.percentile(silhouettes, 99), 1e-6)  # a dim shape covers as many pixels
     silhouettes = np.clip(silhouettes, 0, 1)
     areas = silhouettes.sum(axis=(1, 2))
     size = clip.shape[1]
@@ -61,7 +62,7 @@ def judge(clip: UInt8[np.ndarray, "t h w 3"]) -> Verdict:
 
 
 def _colour(pixels: Float[np.ndarray, "t h w 3"]) -> str | None:
-    """The palette's entry that is nearest in most frames; brightness does not count, so that a dim red is red."""
+    """The palette's entry that is nearest in most frames, whatever the brightness: a dim red is red."""
     brightness = pixels.max(-1)
     bright = brightness > BRIGHT * max(np.percentile(brightness, 99), BRIGHT)
     entries = np.array(list(COLOURS.values()), np.float32)
@@ -77,7 +78,7 @@ def _colour(pixels: Float[np.ndarray, "t h w 3"]) -> str | None:
 
 
 def _majority(votes: collections.Counter, frames: int) -> str | None:
-    """What most frames say, if nearly all of them do."""
+    """The answer of most frames, if enough of them agree; else None."""
     ((winner, count),) = votes.most_common(1) or [(None, 0)]
     return winner if count >= FRAMES_THAT_AGREE * frames else None
 
@@ -103,7 +104,7 @@ def _shape(silhouettes: Float[np.ndarray, "t h w"], areas, x, y) -> str | None:
 
 
 def _smooth(images: Float[np.ndarray, "t h w"], times: int) -> Float[np.ndarray, "t h w"]:
-    """Each pixel and its neighbours weighted 1, 2, 1 along both axes, so many times."""
+    """Filters with the weights 1, 2, 1 along both axes, repeatedly."""
     for _ in range(times):
         for axis in (1, 2):
             images = (np.roll(images, 1, axis) + 2 * images + np.roll(images, -1, axis)) / 4

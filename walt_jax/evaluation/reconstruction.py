@@ -1,4 +1,4 @@
-"""How well the tokenizer reconstructs clips that it was not trained on: PSNR, SSIM, LPIPS, and what its codes cost."""
+"""Measures reconstructions: PSNR, SSIM, LPIPS, and the bits that codes take."""
 
 import functools
 import math
@@ -41,7 +41,7 @@ def ssim(original: Clip, reconstruction: Clip) -> float:
 
 
 def in_batches(function: Callable[[np.ndarray], np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The function of each item; the last batch is padded, so that one shape is compiled."""
+    """Applies a function of batches to items; the last batch is padded, so that one shape is compiled."""
     results: list[np.ndarray] = []
     for first in range(0, len(items), BATCH):
         rows = np.minimum(np.arange(first, first + BATCH), len(items) - 1)
@@ -50,7 +50,7 @@ def in_batches(function: Callable[[np.ndarray], np.ndarray], items: Sequence[np.
 
 
 def code_bits(codec: Codec, clip: Clip) -> float | None:
-    """Bits that a clip's codes take, each at log2 of how many there are; None for a head without codes."""
+    """Bits that a clip's codes take, log2(number of codes) each; None for a head without codes."""
     if not codec.codes:
         return None
     positions = math.prod(codec.tokenizer.config.latent_shape(*clip.shape[:3])[:3])
@@ -69,12 +69,12 @@ def measure(
     Args:
         codec, trained: the tokenizer.
         clips: the originals.
-        captions: one a clip, to be named with its figures.
+        captions: one for each clip, for the result.
         features: weights for LPIPS.
 
     Returns:
-        The reconstructions; for each clip {"caption", "psnr_db", "ssim"} and where there are weights "lpips" and where
-        there are codes "bits_per_pixel"; and of all clips' codes together "code_perplexity" and "code_usage".
+        The reconstructions; a row for each clip, {"caption", "psnr_db", "ssim"}, with "lpips" if there are weights and
+        "bits_per_pixel" if there are codes; and {"code_perplexity", "code_usage"} over the codes of all clips.
     """
     latents = in_batches(lambda video: codec.encode(trained, video)[0], clips)
     reconstructions = in_batches(lambda latents: codec.decode(trained, latents)[0], latents)
@@ -97,7 +97,7 @@ def measure(
 
 
 def entropy_bits(symbols: Int[np.ndarray, "..."]) -> float:
-    """What an ideal coder that knows the symbols' frequencies needs for all of them."""
+    """Bits that an ideal coder that knows the symbols' frequencies needs for all of them."""
     _, counts = np.unique(symbols, return_counts=True)
     return float(-(counts * np.log2(counts / symbols.size)).sum())
 
@@ -105,8 +105,8 @@ def entropy_bits(symbols: Int[np.ndarray, "..."]) -> float:
 def rate_distortion(codec: Codec, trained: TrainedTokenizer, clips: Sequence[Clip]) -> list[dict[str, float | str]]:
     """Points (bits a pixel, PSNR) of the tokenizer.
 
-    Codes are one point, with an ideal coder's bits. Continuous latents are rounded to multiples of steps from 2 to
-    1/16, each channel coded by itself with its frequencies over all clips.
+    Codes give one point. Continuous latents are rounded to multiples of a step, and each step from 2 to 1/16 gives a
+    point. Bits are those of an ideal coder; continuous channels are coded separately.
 
     Returns:
         {"codec", "setting", "bits_per_pixel", "psnr_db"} each.
@@ -131,7 +131,7 @@ def rate_distortion(codec: Codec, trained: TrainedTokenizer, clips: Sequence[Cli
 
 
 def reconstruction_sheet(clips: Sequence[Clip], reconstructions: Sequence[Clip], titles: Sequence[str]) -> Image.Image:
-    """Original, reconstruction and their absolute difference, a block of rows for each clip."""
+    """A picture with original, reconstruction and their absolute difference for each clip."""
     rows = []
     for clip, reconstruction, title in zip(clips, reconstructions, titles, strict=True):
         error = np.abs(clip.astype(np.int16) - reconstruction).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A run on one page: `report.html`, from what the modes have left in the workdir so far."""
+"""Writes `report.html`: one page about a run, from the files that the workdir has so far."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ from walt_jax.evaluation.report_curves import curve
 from walt_jax.evaluation.report_page import PAGE
 from walt_jax.workdir import write_atomically
 
-# A page beyond this is slow to open and hard to mail; what does not fit is linked.
+# Larger pages are slow to open and hard to mail; media beyond this are linked instead of embedded.
 EMBEDDED_BYTES = 30 * 2**20
 
 MEDIA_TYPES = {
@@ -88,7 +88,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
 
 class _Media:
-    """Shows files of the workdir: embedded as long as they fit, then linked."""
+    """Shows media files of the workdir: embedded until `EMBEDDED_BYTES` are reached, then linked."""
 
     def __init__(self, workdir: pathlib.Path):
         self._workdir = workdir
@@ -96,7 +96,7 @@ class _Media:
         self._linked = 0
 
     def clip(self, path: pathlib.Path, sizes: tuple[int, int]) -> tuple[str, int]:
-        """A clip that plays by itself, or why there is none; and its width in CSS pixels."""
+        """(HTML of a clip that plays automatically, or of the reason why it can't be shown; its width in CSS pixels)"""
         least, most = sizes
         try:
             _, height, width, _ = read_clip(path, max_frames=1).shape
@@ -113,7 +113,7 @@ class _Media:
         return f"<video {attributes} autoplay loop muted playsinline></video>", shown_width
 
     def sheet(self, path: pathlib.Path, folded: bool = False) -> str:
-        """A picture in its own size or as wide as the page, or that there is none."""
+        """A picture, at most as wide as the page, or a note that it does not exist."""
         name = path.relative_to(self._workdir).as_posix()
         if not path.is_file() or not path.stat().st_size:
             return _absent(name)
@@ -121,7 +121,7 @@ class _Media:
         return f"<details><summary>Contact sheet</summary>{image}</details>" if folded else image
 
     def account(self) -> str:
-        """Whether the page can be moved."""
+        """A sentence on whether the page can be moved without its folder."""
         if self._linked:
             return f"{self._linked} files did not fit into this page and are linked: it needs its folder next to it."
         return "This page is complete in itself: it can be moved or mailed."
@@ -138,7 +138,7 @@ class _Media:
 
 
 def _facts(evaluate: dict, stages: Stages) -> str:
-    """The few numbers to see first."""
+    """The most important numbers, for the head of the page."""
     facts = {}
     prompts = evaluate.get("prompts") or []
     if prompts:
@@ -180,7 +180,7 @@ def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
 
 
 def _super_resolution(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
-    """Low resolution, upscaled and original one under another; a row for each clip."""
+    """The sheet with low resolution, upscaled and original clips; a row for each clip."""
     return media.sheet(workdir / "super_resolution.png") + _clip_rows(evaluate.get("super_resolution") or [])
 
 
@@ -199,7 +199,7 @@ def _clip_rows(rows: list[dict]) -> str:
 
 
 def _judged(evaluate: dict) -> set[str]:
-    """Files that are shown among the judged prompts, so that the gallery need not show them again."""
+    """Files shown with the judged prompts; the gallery leaves them out."""
     return {os.path.normpath(prompt.get("file") or "") for prompt in evaluate.get("prompts") or []}
 
 
@@ -218,7 +218,7 @@ def _target(target: float | str) -> str:
 
 
 def _verdict(metric: dict) -> bool | None:
-    """Whether the target is met; None where there is none, or none that can be compared."""
+    """Whether the target is met; None without a target, or with one that can't be compared."""
     value, target = metric.get("value"), metric.get("target")
     if target is None or not isinstance(value, int | float):
         return None
@@ -231,7 +231,7 @@ def _is_right(prompt: dict) -> bool:
 
 
 def _score_table(groups: dict[str, list[dict]]) -> str:
-    """How many of each group are right, in each attribute and in all."""
+    """A table: how many clips of each group have each attribute right, and all of them."""
     attributes = list(dict.fromkeys(name for group in groups.values() for p in group for name in p.get("right") or {}))
     rows = []
     for name, group in groups.items():
@@ -254,12 +254,12 @@ def _prompt_card(prompt: dict, workdir: pathlib.Path, media: _Media) -> str:
 
 
 def _card(entry: dict, folder: pathlib.Path, media: _Media, sizes: tuple[int, int], wrong: str = "") -> str:
-    """A clip and its prompt, and what is wrong with it."""
+    """A clip with its prompt and what is wrong with it."""
     clip, width = media.clip(folder / str(entry.get("file") or "no file"), sizes)
     prompt, seed = html.escape(str(entry.get("prompt") or "no prompt")), html.escape(str(entry.get("seed", "–")))
     asides = "".join(f'<span class="aside">{aside}</span>' for aside in (wrong, f"seed {seed}") if aside)
     kind = ' class="wrong"' if wrong else ""
-    # So wide that a long prompt wraps under the clip; 8 pixels are the card's padding.
+    # As wide as the clip, so that a long prompt wraps; 8 pixels are the card's padding.
     return (
         f'<figure{kind} style="width: {width + 8}px">{clip}'
         f'<figcaption><span class="prompt" title="{prompt}">{prompt}</span>{asides}</figcaption></figure>\n'
@@ -267,7 +267,7 @@ def _card(entry: dict, folder: pathlib.Path, media: _Media, sizes: tuple[int, in
 
 
 def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str]) -> str:
-    """The clips that a folder's samples.json lists, but for those shown already, and the contact sheet."""
+    """The clips that a folder's samples.json lists, without those in `shown`, and the contact sheet."""
     samples, note = _read_json(folder / "samples.json", list, f"{folder.name}/samples.json")
     samples = [s for s in samples if os.path.normpath(f"{folder.name}/{s.get('file')}") not in shown]
     cards = "".join(_card(sample, folder, media, GALLERY) for sample in samples)
@@ -276,7 +276,7 @@ def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str]) -> str:
 
 
 def _data(files: dict) -> str:
-    """How many clips were read, and which files were left out and why."""
+    """How many clips were read, and which files were skipped and why."""
     skipped = files.get("clips_skipped") or []
     rows = [[html.escape(str(row.get("file"))), html.escape(str(row.get("reason")))] for row in skipped]
     warnings = (files.get("training") or {}).get("warnings") or []
@@ -288,7 +288,7 @@ def _data(files: dict) -> str:
 
 
 def _training(stages: Stages) -> str:
-    """A row for each stage, then each one's curves."""
+    """A table with a row for each stage, then the curves of each stage."""
     if not stages:
         return ""
     seconds = _stage_seconds(stages)
@@ -306,7 +306,7 @@ def _training(stages: Stages) -> str:
 
 
 def _figure(key: str, steps: np.ndarray, values: np.ndarray) -> str:
-    """A captioned curve; the loss is the large one."""
+    """A curve with its caption; the loss is larger than the others."""
     if not len(values):
         return ""
     large = key == "loss"
@@ -316,7 +316,7 @@ def _figure(key: str, steps: np.ndarray, values: np.ndarray) -> str:
 
 
 def _series(steps: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps at which `key` was logged, and its values; those that aren't finite are left out."""
+    """The steps at which `key` was logged, and its finite values."""
     points = [(step, row[key]) for step, row in sorted(steps.items()) if math.isfinite(row.get(key, math.nan))]
     return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
@@ -326,7 +326,7 @@ def _final(values: np.ndarray) -> float | None:
 
 
 def _stage_seconds(stages: Stages) -> dict[str, float | None]:
-    """Each stage's time; right whether the clock runs through the stages or starts anew at each, or at each resume."""
+    """Seconds that each stage took. The clock may restart with a stage or a resume, or run on."""
     seconds, clock = {}, 0.0
     for stage, steps in stages.items():
         _, elapsed = _series(steps, "elapsed_seconds")
@@ -346,7 +346,7 @@ def _configuration(path: pathlib.Path) -> str:
 
 
 def _read_json(path: pathlib.Path, kind: type, name: str = "") -> tuple[Any, str]:
-    """What the file holds, and ""; or an empty `kind`, and a note on why."""
+    """(content, ""), or (an empty `kind`, a note on why the file can't be used)."""
     name = name or path.name
     try:
         value = json.loads(path.read_text("utf-8"))

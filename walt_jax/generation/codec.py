@@ -1,4 +1,4 @@
-"""A trained tokenizer at work: clips to latents or codes and back, and files of any length chunk by chunk."""
+"""Applies a trained tokenizer: clips to latents or codes and back, and videos of any length in chunks."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from walt_jax.tokenizer.convolution import Cache
 
-CHUNK_LATENTS = 4  # latent frames that a file is streamed by
+CHUNK_LATENTS = 4  # latent frames of a chunk when a video is streamed
 
 
 def to_float(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
@@ -25,32 +25,32 @@ def to_float(video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
 
 
 def to_uint8(video: Float[Array, "b t h w 3"]) -> UInt8[Array, "b t h w 3"]:
-    """-1..1 to 0..255, rounded; what is outside is clipped."""
+    """-1..1 to 0..255, rounded; values outside are clipped."""
     return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class PerFrame:
-    """An autoencoder of images in the tokenizer's place: each frame by itself, with nothing to remember.
+    """An image autoencoder with the tokenizer's interface: frames are encoded independently, so the cache is unused.
 
     Attributes:
-        model: what DiT and Latte were trained on.
+        model: Stable Diffusion's autoencoder, which DiT and Latte use.
     """
 
     model: AutoencoderKL
 
     @property
     def config(self) -> AutoencoderKLConfig:
-        """Its sizes."""
+        """The autoencoder's config."""
         return self.model.config
 
     def apply(self, variables: Any, x: Array, cache: Cache = None, method: str = "encode") -> tuple[Array, Cache]:
-        """As the tokenizer's, of chunks of any length."""
+        """As `Tokenizer.apply`, for chunks of any length."""
         return self.model.apply(variables, x, method=method), cache
 
 
 class TrainedTokenizer(flax.struct.PyTreeNode):
-    """A tokenizer's variables and the statistics of its latents over training clips, per channel."""
+    """A tokenizer's variables, and mean and standard deviation of its latents per channel, over training clips."""
 
     variables: Any
     mean: Float[Array, " c"]
@@ -59,16 +59,16 @@ class TrainedTokenizer(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """The tokenizer's module; what it has learned is passed to each method.
+    """The tokenizer's module; its trained variables are passed to each method.
 
-    Latents are normalised here: each channel has mean 0 and variance 1 over training clips.
+    The latents that go in and out are normalised: each channel has mean 0 and variance 1 over training clips.
     """
 
     tokenizer: Tokenizer | PerFrame
 
     @property
     def codes(self) -> tuple[int, ...]:
-        """How many codes each group of the head has; none where latents are continuous."""
+        """Number of codes of each group of the head; empty where latents are continuous."""
         if isinstance(self.tokenizer, PerFrame):
             return ()
         config = self.tokenizer.config
@@ -78,7 +78,7 @@ class Codec:
     def encode(
         self, trained: TrainedTokenizer, video: UInt8[Array, "b t h w 3"], cache: Cache = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
-        """Latents of a clip, or of its chunks in turn."""
+        """Normalised latents of a clip, or of one of its chunks, with the cache that the chunk before returned."""
         latents, cache = self.tokenizer.apply(trained.variables, to_float(video), cache, method="encode")
         return (latents - along_channels(trained.mean)) / along_channels(trained.std), cache
 
@@ -86,23 +86,23 @@ class Codec:
     def decode(
         self, trained: TrainedTokenizer, latents: Float[Array, "b t2 h2 w2 c"], cache: Cache = None
     ) -> tuple[UInt8[Array, "b t h w 3"], Cache]:
-        """The clip of normalised latents, or its chunks in turn."""
+        """The clip of normalised latents; chunks as in `encode`."""
         latents = latents * along_channels(trained.std) + along_channels(trained.mean)
         video, cache = self.tokenizer.apply(trained.variables, latents, cache, method="decode")
         return to_uint8(video), cache
 
     @functools.partial(jax.jit, static_argnums=0)
     def tokenize(self, trained: TrainedTokenizer, video: UInt8[Array, "b t h w 3"]) -> Int[Array, "b t2 h2 w2 g"]:
-        """Codes of a clip, where the head has codes."""
+        """Codes of a clip; only for heads with codes."""
         return self.tokenizer.apply(trained.variables, to_float(video), method="tokenize")[0]
 
     @functools.partial(jax.jit, static_argnums=0)
     def decode_long(
         self, trained: TrainedTokenizer, latents: Float[Array, "b t2 h2 w2 c"]
     ) -> UInt8[Array, "b t h w 3"]:
-        """As `decode` of the whole, one latent frame after the other: memory for activations is that of one.
+        """As `decode`, but latent frames are decoded sequentially, so that activations take the memory of one.
 
-        A scan over latent frames writes each one's frames into one array that is there from the start.
+        A scan over latent frames writes into one preallocated array.
         """
         stride = self.tokenizer.config.strides[0]
         first, cache = self.decode(trained, latents[:, :1])
@@ -124,26 +124,27 @@ class Codec:
     def stream(
         self, trained: TrainedTokenizer, frames: Iterable[UInt8[np.ndarray, "h w 3"]]
     ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """Frames through the tokenizer and back, as many as there are, in the memory of one chunk.
+        """Encodes and decodes a video of any length in chunks; memory does not grow with its length.
 
-        A size that the strides don't divide is filled up at the right and bottom edge for the tokenizer, and cut again.
+        Frames whose size the strides don't divide are padded at the right and bottom edge, and cropped again.
         """
         stride_t, *strides_hw = self.tokenizer.config.strides
         encoding = decoding = None
         for chunk in chunks(frames, 1 + CHUNK_LATENTS * stride_t, CHUNK_LATENTS * stride_t):
             height, width = chunk[0].shape[:2]
-            fill = [(0, -side % stride) for side, stride in zip((height, width), strides_hw, strict=True)]
+            padding = [(0, -side % stride) for side, stride in zip((height, width), strides_hw, strict=True)]
             size = (1 if encoding is None else 0) + CHUNK_LATENTS * stride_t
-            # The last chunk is filled up with its last frame: one shape is compiled, and no frame sees a later one.
+            # The last chunk is padded with its last frame, so that one shape is compiled. The model is causal: padding
+            # does not change the frames before it.
             clip = np.stack(chunk + chunk[-1:] * (size - len(chunk)))
-            clip = np.pad(clip, ((0, 0), *fill, (0, 0)), mode="edge")[None]
+            clip = np.pad(clip, ((0, 0), *padding, (0, 0)), mode="edge")[None]
             latents, encoding = self.encode(trained, clip, encoding)
             video, decoding = self.decode(trained, latents, decoding)
             yield from np.asarray(video)[0, : len(chunk), :height, :width]
 
 
 def chunks(items: Iterable[Any], first: int, later: int) -> Iterator[list[Any]]:
-    """Lists of `first` items, then of `later`, the last maybe shorter."""
+    """Lists of `first` items, then of `later`; the last list may be shorter."""
     chunk, size = [], first
     for item in items:
         chunk.append(item)

@@ -1,4 +1,4 @@
-"""The models together: how clips condition the denoiser, how latents are normalised, how video is sampled."""
+"""Codec, text encoder and denoiser together: what the denoiser is conditioned on, and how videos are sampled."""
 
 import dataclasses
 import functools
@@ -22,19 +22,19 @@ from walt_jax.text.frozen import Embedded
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD
 
-# Of clips: ids of their captions, or their labels alone; embeddings of captions where their encoder is not trained.
+# Captions of clips: token ids, or embeddings where the text encoder is not trained; or class labels, with m = 1.
 TextTokens = Int[Array, "b s m"] | Embedded
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How samples are drawn.
+    """How videos are sampled.
 
     Attributes:
-        steps: the sampler's.
+        steps: number of sampling steps.
         sampler: see `diffusion.sampler`; W.A.L.T's is "ddim".
-        guidance: see `GuidanceConfig`; where there is any, each evaluation is one with the condition and one without.
-        batch_size: most clips sampled at once.
+        guidance: see `GuidanceConfig`; guidance doubles the cost: the model also runs without the condition.
+        batch_size: clips sampled together.
     """
 
     steps: Positive
@@ -45,15 +45,15 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LatentDiffusion:
-    """The modules; parameters are passed to each method.
+    """The modules of a video diffusion model; parameters are passed to each method.
 
     Attributes:
         codec: pixels to latents and back.
-        text: caption ids to embeddings, or None where the denoiser takes labels or nothing.
-        trains_text: whether it is trained with the denoiser; if not, all methods take captions as it has read them.
+        text: caption ids to embeddings; None where the denoiser is conditioned on labels, or on nothing.
         denoiser: predicts what `diffusion.parameterization` says.
         diffusion: see `DiffusionConfig`.
         latent_shape: (t, h, w, c) of a clip that is sampled.
+        trains_text: whether the text encoder is trained with the denoiser; if not, all methods take its embeddings.
     """
 
     codec: Codec
@@ -65,33 +65,33 @@ class LatentDiffusion:
 
     @property
     def layout(self) -> Layout:
-        """Of clips of `latent_shape`."""
+        """Positions of the tokens of a clip of `latent_shape`."""
         return Layout(grid=self.denoiser.config.grid(self.latent_shape[:3]))
 
     def layout_of(self, latents: Float[Array, "b t h w c"]) -> Layout:
-        """Of clips of any one size."""
+        """Positions of the tokens of clips of one size, which may differ from `latent_shape`."""
         return Layout(grid=self.denoiser.config.grid(latents.shape[1:4]))
 
     @property
     def low_res_shape(self) -> tuple[int, int, int, int]:
-        """(t, h, w, c) of the low-resolution latents that are upscaled."""
+        """(t, h, w, c) of the low-resolution latents, for super-resolution."""
         t, h, w, c = self.latent_shape
         scale = self.denoiser.config.upscale
         return t, h // scale, w // scale, c
 
     def tokens(self, latents: Float[Array, "b t h w c"]) -> Float[Array, "b n p"]:
-        """Latents as the denoiser takes them."""
+        """Latents as tokens: patches of latent positions, flattened."""
         return to_tokens(latents, self.denoiser.config.patch_size)
 
     def text_tokens(self, *shape: int) -> Int[Array, "*b m"] | Embedded:
-        """Any captions of this shape, the number of their tokens last."""
+        """Dummy captions of this shape, whose last axis counts text tokens."""
         ids = jnp.ones(shape, jnp.int32)
         if self.text is None or self.trains_text:
             return ids
         return Embedded(jnp.zeros((*shape, self.text.config.dim), self.text.config.dtype), ids != PAD)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Parameters of the denoiser, and of the text encoder where it is trained, with their logical axis names."""
+        """Fresh parameters of the denoiser, and of the text encoder if it is trained, with their logical axis names."""
         key_text, key_denoiser = jax.random.split(key)
         text_tokens, params = self.text_tokens(1, 1, 1), {}
         if self.text is not None and self.trains_text:
@@ -112,38 +112,37 @@ class LatentDiffusion:
         low_res: Float[Array, "b t2 h2 w2 c"] | None = None,
         low_res_time: Float[Array, "b s"] | None = None,
     ) -> Condition:
-        """What the denoiser is told.
+        """What the denoiser is conditioned on.
 
         Args:
-            params: of `init`'s structure.
-            text_tokens: of each clip, see `TextTokens`.
-            observed: clean latents as tokens, and
-            mask: 1 for each latent position where they are given, as tokens too; read where the denoiser predicts
-                frames.
-            low_res: low-resolution latents, noised, and
-            low_res_time: how much; read where the denoiser upscales.
+            params: structured as `init` returns them.
+            text_tokens: captions or labels of the clips, see `TextTokens`.
+            observed: clean latents as tokens; read if the denoiser predicts frames, like
+            mask: as tokens, 1 for each observed latent position, 0 elsewhere.
+            low_res: low-resolution latents with noise; read if the denoiser upscales, like
+            low_res_time: the diffusion time of that noise, 0..1.
         """
-        cfg, given = self.denoiser.config, {}
+        cfg, inputs = self.denoiser.config, {}
         if isinstance(text_tokens, Embedded):
-            given = {"text": text_tokens.embeddings, "text_mask": text_tokens.mask}
+            inputs = {"text": text_tokens.embeddings, "text_mask": text_tokens.mask}
         elif self.text is not None:
             ids = text_tokens.reshape(-1, text_tokens.shape[-1])
             embeddings = self.text.apply({"params": params["text"]}, ids, ids != PAD)
-            given = {"text": embeddings.reshape(*text_tokens.shape, -1), "text_mask": text_tokens != PAD}
+            inputs = {"text": embeddings.reshape(*text_tokens.shape, -1), "text_mask": text_tokens != PAD}
         elif cfg.classes:
-            given = {"label": text_tokens[..., 0]}
+            inputs = {"label": text_tokens[..., 0]}
         if cfg.frame_prediction:
-            given |= {"observed": observed * self.per_value(mask), "observed_mask": mask}
+            inputs |= {"observed": observed * self.per_value(mask), "observed_mask": mask}
         if cfg.upscale > 1:
-            given |= {"low_res": low_res, "low_res_time": low_res_time}
-        return Condition(**given)
+            inputs |= {"low_res": low_res, "low_res_time": low_res_time}
+        return Condition(**inputs)
 
     def per_value(self, mask: Float[Array, "b n q"]) -> Float[Array, "b n p"]:
-        """A mask of latent positions for each of their channels."""
+        """A mask of latent positions, repeated for each channel."""
         return jnp.repeat(mask, self.latent_shape[3], axis=-1)
 
     def denoise(self, params: dict[str, Any], condition: Condition, layout: Layout) -> Denoise:
-        """The denoiser under a condition."""
+        """The denoiser with its condition fixed: a function of noisy latents, time and the last estimate."""
 
         def apply(noisy, time, estimate):
             return self.denoiser.apply({"params": params["denoiser"]}, noisy, time, condition, layout, estimate)
@@ -163,34 +162,36 @@ class LatentDiffusion:
         mask: Float[Array, "b t h w 1"] | None = None,
         low_res: Float[Array, "b t h2 w2 c"] | None = None,
     ) -> UInt8[Array, "b t h w 3"]:
-        """Videos of captions or labels.
+        """Samples videos, uint8.
 
         Args:
-            params: of `init`'s structure.
-            tokenizer: what the codec has learned.
-            text_tokens: the captions, or labels.
-            empty: the empty caption, for guidance.
-            seeds: one a clip; a clip's randomness depends on its own seed alone.
+            params: structured as `init` returns them.
+            tokenizer: the codec's trained variables.
+            text_tokens: a caption or a label for each video.
+            empty: the empty caption or label, for guidance.
+            seeds: one for each video; its randomness depends on its own seed only.
             config: see `SamplingConfig`.
-            observed: normalised latents of frames that are given, where the denoiser predicts frames; they come out as
-                they went in.
-            mask: 1 where they are given.
-            low_res: normalised low-resolution latents, where the denoiser upscales.
+            observed: normalised latents of observed frames, if the denoiser predicts frames; the result has them
+                unchanged.
+            mask: 1 at observed latent positions, 0 elsewhere.
+            low_res: normalised low-resolution latents, if the denoiser upscales.
         """
         layout, kind = self.layout, self.diffusion.parameterization
         keys = jax.vmap(jax.random.key)(seeds)
         noise = self.tokens(jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys))
         if observed is None:
             observed, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
-        given = self.tokens(observed), self.tokens(mask), low_res, jnp.zeros((len(noise), 1))
-        models = [self.denoise(params, self.condition(params, single_clips(text_tokens), *given), layout)]
+        clean, where, low_res_time = self.tokens(observed), self.tokens(mask), jnp.zeros((len(noise), 1))
+        condition = self.condition(params, single_clips(text_tokens), clean, where, low_res, low_res_time)
+        models = [self.denoise(params, condition, layout)]
         if config.guidance.needs_unconditional:
             free = jax.tree.map(
                 lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, text_tokens
             )
-            # Neither the caption nor observed frames: guidance is on both.
-            nothing = jnp.zeros_like(given[0]), jnp.zeros_like(given[1]), *given[2:]
-            models.append(self.denoise(params, self.condition(params, single_clips(free), *nothing), layout))
+            # Without caption and without observed frames: guidance is on both.
+            nothing = jnp.zeros_like(clean), jnp.zeros_like(where)
+            condition = self.condition(params, single_clips(free), *nothing, low_res, low_res_time)
+            models.append(self.denoise(params, condition, layout))
         tokens = jnp.full((1, 1), noise.shape[1])
 
         def levels(time):
@@ -198,11 +199,11 @@ class LatentDiffusion:
                 level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
             )
 
-        pinned = self.per_value(given[1])
+        pinned = self.per_value(where)
         channel = jnp.arange(noise.shape[-1]) % self.latent_shape[3]
 
         def predict(z, time, carried):
-            # Each model is conditioned on its own last estimate, as it was in training.
+            # Self-conditioning: each model gets its own last estimate, as in training.
             times, level = jnp.full((len(z), 1), time), levels(time)
             outputs = [model(z, times, estimate) for model, estimate in zip(models, carried[0], strict=True)]
             split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
@@ -212,8 +213,8 @@ class LatentDiffusion:
                 guided = guide(config.guidance, time, *estimates)
                 if config.guidance.channels:
                     guided = jnp.where(channel[None, None] < config.guidance.channels, guided, estimates[0])
-            # What is observed is known: its noise stays that of training at each time.
-            guided = pinned * given[0] + (1 - pinned) * guided
+            # The clean latents of observed positions are known, so their noise stays that of training at each time.
+            guided = pinned * clean + (1 - pinned) * guided
             return guided, (estimates, split_outputs[0][1])
 
         learns = self.denoiser.config.learned_sigma
@@ -227,7 +228,7 @@ class LatentDiffusion:
 
 
 def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:
-    """Of equal clips, which are one a row."""
+    """Captions of a batch without packs, where a row has one clip."""
     return jax.tree.map(lambda array: array[:, None], text_tokens)
 
 

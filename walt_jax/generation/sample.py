@@ -1,4 +1,4 @@
-"""Videos from prompts, and the files they are written to."""
+"""Samples videos from prompts, and writes them to files."""
 
 import dataclasses
 import json
@@ -24,9 +24,15 @@ from walt_jax.workdir import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A trained model, ready to sample.
+    """A trained model with all that it needs to sample.
 
-    `low_res` encodes low-resolution clips where the model upscales them; such a model can't sample without.
+    Attributes:
+        model: the modules.
+        params: of text encoder and denoiser.
+        tokenizer: decodes latents.
+        captions: encodes prompts.
+        config: see `SamplingConfig`.
+        low_res: of super-resolution: encodes low-resolution clips, without which the model can't sample.
     """
 
     model: LatentDiffusion
@@ -42,15 +48,15 @@ class Generator:
         seeds: Sequence[int],
         low_res: Float[np.ndarray, "n t h2 w2 c"] | None = None,
     ) -> UInt8[np.ndarray, "n t h w 3"]:
-        """One video for each prompt and seed. A pair gives the same video, whatever other pairs there are.
+        """One video for each prompt and seed. A video depends on its own prompt and seed only.
 
         Args:
-            prompts, seeds: one of each a video.
-            low_res: latents of the low-resolution videos, where the model upscales them.
+            prompts, seeds: one of each for a video.
+            low_res: latents of the low-resolution videos, for super-resolution.
         """
         text_tokens, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
         empty = jax.tree.map(lambda array: array[0], self.captions.encode([""]))
-        # One shape, so that one program is compiled, and a clip does not depend on how many there are.
+        # Batches of one size: one program is compiled, and a video does not depend on how many there are.
         size = self.config.batch_size
         clips = []
         with tqdm.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=len(prompts) <= size) as progress:
@@ -74,14 +80,14 @@ def write_samples(
     fps: float,
     suffixes: Sequence[str] = (".mp4",),
 ) -> list[dict]:
-    """Writes a video a clip, `samples.json` and `contact_sheet.png`.
+    """Writes each clip as a video file, and `samples.json` and `contact_sheet.png`.
 
     Args:
-        out: the folder; it is made where it isn't there, and other files in it stay.
+        out: the folder; it is created if it does not exist, and other files in it are kept.
         clips: the videos.
-        prompts, seeds: what they were made from.
+        prompts, seeds: of each video.
         fps: frames a second.
-        suffixes: of the files, ".mp4" or ".gif"; the first is the one that `samples.json` names.
+        suffixes: file formats, ".mp4" or ".gif"; `samples.json` names the files of the first one.
 
     Returns:
         What `samples.json` holds: {"file", "prompt", "seed"} for each clip, files relative to `out`.
@@ -99,5 +105,5 @@ def write_samples(
 
 
 def slug(prompt: str) -> str:
-    """A prompt as a part of a file's name."""
+    """A prompt as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60] or "unconditional"

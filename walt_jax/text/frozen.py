@@ -1,4 +1,4 @@
-"""Captions read by an encoder that is not trained."""
+"""Embeds captions with an encoder that is not trained."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ CAPTIONS_AT_ONCE = 8  # of lists of any length: one shape, so that a caption's e
 
 
 class Embedded(NamedTuple):
-    """Captions as an encoder has read them.
+    """Embedded captions.
 
     Attributes:
         embeddings: of the m tokens of a caption, zeros at padding.
@@ -26,7 +26,7 @@ class Embedded(NamedTuple):
 
 
 class FrozenText:
-    """An encoder with its parameters and its vocabulary.
+    """A frozen text encoder.
 
     Args:
         encoder: the module.

@@ -1,4 +1,4 @@
-"""Class labels in the place of captions: a closed list of names."""
+"""Class labels instead of captions: a fixed list of names."""
 
 import json
 import pathlib
@@ -11,10 +11,10 @@ from walt_jax.errors import UserError
 
 
 class Labels:
-    """Encodes names as their place in a list; without names, whatever is asked for is 0: a model without condition.
+    """Encodes a class name as its index. Without names all captions are 0, for an unconditional model.
 
     Args:
-        names: of the classes.
+        names: of the classes, in the order of their indices.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -23,7 +23,7 @@ class Labels:
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Labels":
-        """Reads the list that `dump` wrote.
+        """Reads a list that `dump` has written.
 
         Raises:
             UserError: if the file can't be read.
@@ -31,7 +31,7 @@ class Labels:
         try:
             names = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("it is no list of names")
+                raise ValueError("it is not a list of names")
             return cls(names)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read ({error}); restore it, or start in another --workdir.") from error
@@ -41,16 +41,16 @@ class Labels:
         return (json.dumps(self.names, ensure_ascii=False, indent=1) + "\n").encode()
 
     def encode(self, captions: Sequence[str]) -> Int[np.ndarray, "b 1"]:
-        """Each name's number; the empty name, for guidance, has the number of names.
+        """The index of each name; of the empty name, for guidance, it is the number of names.
 
         Raises:
-            UserError: if a name is none of the list.
+            UserError: if a name is not in the list.
         """
         if not self.names:
             return np.zeros((len(captions), 1), np.int32)
         for caption in captions:
             if caption and caption not in self._index:
                 some = ", ".join(self.names[:8]) + (", …" if len(self.names) > 8 else "")
-                raise UserError(f"{caption!r} is none of the {len(self.names)} classes of this run ({some}).")
+                raise UserError(f"{caption!r} is not one of the {len(self.names)} classes of this run ({some}).")
         numbers = [self._index[caption] if caption else len(self.names) for caption in captions]
         return np.array(numbers, np.int32)[:, None]

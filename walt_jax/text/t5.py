@@ -1,6 +1,6 @@
 """The encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward layer).
 
-Small ones are trained with the denoiser from scratch; W.A.L.T reads captions with the published T5-XL.
+Small encoders are trained from scratch with the denoiser; W.A.L.T uses the published T5-XL.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from walt_jax.layers import Linear
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The encoder's shape.
+    """The encoder's sizes.
 
     Attributes:
         dim: width of the embeddings.
@@ -42,7 +42,7 @@ RELATIVE_BUCKETS, RELATIVE_MAX_DISTANCE = 32, 128
 
 
 def relative_buckets(length: int) -> Int[np.ndarray, "q k"]:
-    """T5's bidirectional buckets of the distance k - q: exact when near, logarithmic when far."""
+    """T5's bidirectional buckets of the distance k - q: one per short distance, logarithmic for long ones."""
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = RELATIVE_BUCKETS // 2
     exact = half // 2
@@ -79,7 +79,7 @@ class T5Encoder(nn.Module):
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
 
         def linear(features, axes, fan_in, name):
-            # T5 does not divide logits by sqrt(head_dim); its initialisation does so instead.
+            # T5 does not divide logits by sqrt(head_dim); smaller initial weights make up for it.
             init = nn.initializers.normal(fan_in**-0.5)
             return Linear(features, axes, use_bias=False, kernel_init=init, dtype=dtype, name=name)
 

@@ -1,8 +1,8 @@
-"""A published encoder of T5 v1.1, from a folder that the user has. Nothing is downloaded.
+"""Reads a published T5 v1.1 encoder from a folder that the user provides. Nothing is downloaded.
 
-The folder is as transformers' `save_pretrained` leaves it, of google/t5-v1_1-xl say: `model.safetensors`, or several
-files and the `model.safetensors.index.json` that names them, of an encoder alone or a whole T5; and the sentencepiece
-vocabulary, `spiece.model` or under any other name that ends in .model.
+The folder has the format of transformers' `save_pretrained`, for example of google/t5-v1_1-xl: `model.safetensors`, or
+several files with their `model.safetensors.index.json`; and the sentencepiece vocabulary, `spiece.model` or another
+name that ends in .model. The weights are of an encoder only, or of a complete T5, whose decoder is ignored.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from walt_jax.text.t5 import T5Config, T5Encoder
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-TABLE = ("shared.weight", "encoder.embed_tokens.weight")  # the same; files have one or both
+TABLE = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have one or both
 Shape = tuple[int, ...]
 
 
 def published_name(ours: str) -> str:
-    """Of "query_3/kernel", "encoder.block.3.layer.0.SelfAttention.q.weight"."""
+    """transformers' name of a parameter: of "query_3/kernel", "encoder.block.3.layer.0.SelfAttention.q.weight"."""
     whole = {
         "embedding": TABLE[0],
         "relative_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -55,12 +55,12 @@ def load(folder: str | pathlib.Path, config: T5Config, vocab_size: int) -> dict[
     """The encoder's parameters: matrices in the config's dtype, everything else in float32.
 
     Args:
-        folder: see above.
+        folder: as the module's docstring says.
         config: of the encoder.
         vocab_size: rows of its table of embeddings.
 
     Raises:
-        UserError: if a file can't be read, or its tensors are not those of the config.
+        UserError: if a file can't be read, or its tensors don't fit the config.
     """
     names = matched(folder, config, vocab_size)
     flat, dtype = {}, jnp.dtype(config.dtype)
@@ -73,7 +73,7 @@ def load(folder: str | pathlib.Path, config: T5Config, vocab_size: int) -> dict[
 
 
 def matched(folder: str | pathlib.Path, config: T5Config, vocab_size: int) -> dict[str, str]:
-    """The file's name of each parameter, after a look at names and shapes.
+    """transformers' name of each parameter, once names and shapes are checked.
 
     Raises:
         UserError: as `load`.
@@ -96,27 +96,27 @@ def matched(folder: str | pathlib.Path, config: T5Config, vocab_size: int) -> di
             raise UserError(
                 f"{folder} lacks {theirs}; "
                 + (
-                    "it is T5 1.0: give one of version 1.1."
+                    "it is a T5 1.0: use one of version 1.1."
                     if old
-                    else "give the encoder that config.text.encoder says, of T5 v1.1."
+                    else "use a T5 v1.1 encoder of the sizes that config.text.encoder has."
                 )
             )
         if shapes[theirs] != shape:
             knobs = "config.text.vocab_size" if ours == "embedding" else "config.text.encoder"
             raise UserError(
                 f"{folder} holds {theirs} of shape {list(shapes[theirs])}, and {knobs} asks for {list(shape)}; set "
-                "it as that encoder has it."
+                "it to that encoder's sizes."
             )
         if kinds[theirs] not in FLOATS:
-            raise UserError(f"{folder} holds {theirs} as {kinds[theirs]}; give a file with {', '.join(FLOATS)}.")
+            raise UserError(f"{folder} holds {theirs} as {kinds[theirs]}; use a file with {', '.join(FLOATS)}.")
     more = sorted(name for name in shapes if name.startswith("encoder.") and name not in {*names.values(), *TABLE})
     if more:
-        raise UserError(f"{folder} holds {more[0]}, for which config.text.encoder has no place; set its layers.")
+        raise UserError(f"{folder} holds {more[0]}, which config.text.encoder lacks; raise its layers.")
     return names
 
 
 def digest(folder: str | pathlib.Path) -> str:
-    """Tells an encoder and its vocabulary from any other, by the first row of each tensor.
+    """Identifies an encoder and its vocabulary: a hash of the vocabulary and of the first row of each tensor.
 
     Raises:
         UserError: if they can't be read.
@@ -141,13 +141,13 @@ def vocabulary_path(folder: str | pathlib.Path) -> pathlib.Path:
     found = sorted(pathlib.Path(folder).glob("*.model"))
     if len(found) != 1:
         has = f"has {found[0].name} and {found[1].name}" if found else "has no vocabulary"
-        raise UserError(f"{folder} {has}; put the spiece.model of the published T5 there, and no other .model file.")
+        raise UserError(f"{folder} {has}; put the published T5's spiece.model there, and no other .model file.")
     return found[0]
 
 
 @contextlib.contextmanager
 def _opened(folder: str | pathlib.Path):
-    """By each tensor's name the open file that it is in."""
+    """{name of a tensor: the open file that holds it}"""
     folder = pathlib.Path(folder)
     try:
         if (folder / INDEX).exists():
@@ -159,6 +159,6 @@ def _opened(folder: str | pathlib.Path):
             yield {tensor: file for file in files for tensor in file.keys()}  # noqa: SIM118 - it is not a dict
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{folder} holds no T5 that can be read ({type(error).__name__}: {error}); give the folder that "
-            "transformers' T5EncoderModel.save_pretrained wrote."
+            f"{folder} holds no T5 that can be read ({type(error).__name__}: {error}); name a folder that "
+            "transformers' T5EncoderModel.save_pretrained has written."
         ) from error

@@ -11,13 +11,13 @@ from jaxtyping import Int
 
 from walt_jax.errors import UserError
 
-PAD, EOS = 0, 1  # T5's ids; every caption ends with EOS, so the empty one, used for guidance, is EOS alone
+PAD, EOS = 0, 1  # T5's ids; every caption ends with EOS, so the empty one, used for guidance, is only EOS
 
 
 def train(captions: Sequence[str], size: int) -> bytes:
     """Trains a vocabulary of at most `size` pieces on captions. The same captions give the same bytes.
 
-    Case is folded; characters that the captions lack are spelled in bytes, so that every prompt can be read.
+    Upper and lower case are equal. Characters that the captions lack become bytes, so that any prompt can be encoded.
 
     Returns:
         A serialized sentencepiece model.
@@ -34,7 +34,7 @@ def train(captions: Sequence[str], size: int) -> bytes:
         vocab_size=size,
         hard_vocab_limit=False,
         byte_fallback=True,
-        character_coverage=0.9995,  # the rarest characters of large alphabets are spelled in bytes
+        character_coverage=0.9995,  # the rarest characters of large alphabets become bytes
         max_sentence_length=2**20,
         normalization_rule_name="nmt_nfkc_cf",
         pad_id=PAD,
@@ -53,14 +53,14 @@ def train(captions: Sequence[str], size: int) -> bytes:
 
 
 class Vocabulary:
-    """Encodes captions with a sentencepiece model whose ids are T5's: 0 pads, 1 ends.
+    """Encodes captions with a sentencepiece model that has T5's ids: 0 is padding, 1 the end of a caption.
 
-    Some copies of T5's own vocabulary have a piece that begins, `<s>`, of which its table of embeddings knows nothing:
-    it has no id here, and those after it are one less.
+    Some copies of T5's vocabulary have a begin piece, `<s>`, which T5's embedding table lacks. It has no id here, and
+    the ids after it are lower by one.
 
     Args:
         model: a serialized sentencepiece model, as `train` returns it or a `.model` file holds it.
-        length: tokens of an encoded caption, EOS included; what is longer is cut.
+        length: tokens of an encoded caption, EOS included; longer captions are cut.
     """
 
     def __init__(self, model: bytes, length: int):
@@ -72,12 +72,12 @@ class Vocabulary:
         """Reads a `.model` file.
 
         Raises:
-            UserError: if it isn't one.
+            UserError: if it can't be read.
         """
         try:
             return cls(path.read_bytes(), length)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no sentencepiece model that can be read; restore it.") from error
+            raise UserError(f"{path} can't be read as a sentencepiece model; restore it.") from error
 
     @property
     def size(self) -> int:
@@ -85,11 +85,11 @@ class Vocabulary:
         return self._processor.vocab_size() - (self._processor.bos_id() >= 0)
 
     def count(self, caption: str) -> int:
-        """Tokens of a caption, however many; without `EOS`."""
+        """Number of tokens of a caption before it is cut, without `EOS`."""
         return len(self._processor.encode(caption))
 
     def encode(self, captions: Sequence[str]) -> Int[np.ndarray, "b n"]:
-        """int32 ids, padded with `PAD` to `length`; a position is text where the id is not `PAD`."""
+        """int32 ids, padded with `PAD` to `length`."""
         ids, begin = np.full((len(captions), self.length), PAD, np.int32), self._processor.bos_id()
         for row, pieces in zip(ids, self._processor.encode(list(captions)), strict=True):
             pieces = [*(piece - (0 <= begin < piece) for piece in pieces[: self.length - 1]), EOS]

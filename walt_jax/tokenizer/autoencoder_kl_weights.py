@@ -168,20 +168,6 @@ def load_weights(
     return config, unflatten_dict(flat, sep=".")
 
 
-def to_diffusers(params: Params) -> dict[str, np.ndarray]:
-    """The parameters as diffusers' AutoencoderKL names and shapes them, float32; `load_weights` reads them again."""
-    flat = flatten_dict(nn.meta.unbox(params), sep=".")
-    scales = len({ours.split("_")[0] for ours in flat if ours.startswith("encoder.scale")})
-    tensors = {}
-    for ours, value in flat.items():
-        tensor = np.asarray(value, np.float32)
-        if tensor.ndim == 2 and ".mid_attention." not in ours:
-            tensor = tensor[None, None]
-        tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-        tensors[DIFFUSERS.name(ours, scales)] = np.ascontiguousarray(tensor)
-    return tensors
-
-
 def _to_ours(tensor: np.ndarray) -> np.ndarray:
     """[out, in, h, w] as [h, w, in, out]; of one pixel, and [out, in], as [in, out]."""
     if tensor.ndim == 4 and tensor.shape[2:] != (1, 1):

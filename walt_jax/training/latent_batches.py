@@ -1,4 +1,4 @@
-"""Encoding clips, and batches of clips that are encoded already; `pack_batches` has packs of them."""
+"""Encodes clips, and makes batches of encoded clips; `pack_batches` makes packs."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ ENCODED_AT_ONCE = 8
 
 Encode = Callable[[np.ndarray], Float[np.ndarray, "b t h w c"]]
 Embed = Callable[[list[str]], list[Float[np.ndarray, "n e"]]]
-# A row of ids or of embeddings: of a clip's caption, or, where it is dropped, of the empty one.
+# (clip, whether its caption is dropped) to a row of ids or embeddings, of the caption or of the empty one.
 ReadCaption = Callable[[Encoded | None, bool], Any]
 Size = tuple[int, int, int]
 
 
 def latents_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    """The folder of a stage's encoded clips."""
+    """The folder that caches a stage's encoded clips."""
     return workdir / "latents" / stage
 
 
@@ -42,10 +42,10 @@ def encoded_clips(
 
     Args:
         encode: uint8 video [b, t, h, w, 3] to normalised latents.
-        clips: {"number", "video", "text": the caption} each, of any sizes; those of one size are encoded together.
-        report: called with the number of clips after each batch.
-        embed: captions to embeddings of their tokens, where these are stored as well.
-        low_res: uint8 video to the latents of the same clips at low resolution, where these are stored as well.
+        clips: {"number", "video", "text": the caption} each, of any sizes; clips of one size are encoded together.
+        report: called after each batch with its number of clips.
+        embed: captions to embeddings of their tokens, if these are stored too.
+        low_res: uint8 video to latents of the same clips at low resolution, if these are stored too.
         smallest: the last batch of a size is padded to a power of two of at least this, so that few programs are
             compiled.
     """
@@ -89,7 +89,7 @@ def dense_batches(
         clips: see `LatentClips`.
         read_caption: see `ReadCaption`.
         caption_dropout: probability of an empty caption.
-        batch_sizes: clips a batch, for each size (t, h, w) of latents.
+        batch_sizes: clips in a batch, for each size (t, h, w) of latents.
         seed: of the order and of the dropped captions.
         share: which clips are this host's.
 
@@ -97,10 +97,10 @@ def dense_batches(
         UserError: if there are clips of other sizes.
     """
     sizes, owners = clip_sizes(clips)
-    strange = [size for size in sizes if size not in batch_sizes]
-    if strange:
+    unknown = [size for size in sizes if size not in batch_sizes]
+    if unknown:
         raise UserError(
-            f"{clips.path} holds latents of {_size(strange[0])}, and the stage's clips have "
+            f"{clips.path} holds latents of {_size(unknown[0])}, but the stage's clips have "
             f"{' or '.join(map(_size, batch_sizes))}; give the stage the shapes that were encoded."
         )
     latents = _Latents(clips, owners, read_caption, caption_dropout, seed)

@@ -47,22 +47,22 @@ from walt_jax.training.tasks import Task
 from walt_jax.workdir import CONFIG, read_config, write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
-BLOCK_CLIPS = 128  # more change the principal components little, and take their time
+BLOCK_CLIPS = 128  # more clips change the principal components little
 # Folders of the workdir: copies of what is needed of other runs' tokenizers.
 TOKENIZER, LOW_RES = "tokenizer", "low_res"
 
 
 class Run:
-    """A config in a workdir: trains, and hands out what was trained.
+    """A config with its workdir: trains the stages, and returns the trained models.
 
     Args:
         config: see `RunConfig`.
-        workdir: where everything is written.
+        workdir: the folder of the run, where everything is written.
 
     Attributes:
         codec: pixels to latents and back.
-        text: what reads captions.
-        data: what is read.
+        text: encodes captions.
+        data: the clips.
     """
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
@@ -72,10 +72,10 @@ class Run:
         self.data = RunData(config, workdir, self.codec, self.text, self.low_res)
 
     def check(self) -> None:
-        """Opens all that will be read.
+        """Opens everything that training will read.
 
         Raises:
-            UserError: if it can't be.
+            UserError: if something can't be read, or a stage does not fit the memory.
         """
         self._check_memory()
         self.data.check()
@@ -90,10 +90,10 @@ class Run:
                 load_features(path)
 
     def _check_memory(self) -> None:
-        """Before minutes are spent on data and compilation.
+        """Compares each stage's state with the memory, before minutes are spent on data and compilation.
 
         Raises:
-            UserError: if what is kept of a stage while it trains is larger than the memory.
+            UserError: if the state is larger.
         """
         memory = memory_bytes()
         for name in self.config.trained_stages:
@@ -111,7 +111,7 @@ class Run:
                 )
 
     def summary(self) -> str:
-        """What will be run, how large it is, on what, and where it goes."""
+        """A text on the stages, their sizes, the data, the device and the workdir."""
         config = self.config
         devices = jax.devices()
         shape = config.tokenizer.latent_shape(config.data.frames, config.data.height, config.data.width)
@@ -143,9 +143,9 @@ class Run:
         return "\n".join([*lines, f"workdir   {self.workdir}"])
 
     def train(self) -> None:
-        """Runs every stage to its end; stages that are done cost nothing."""
+        """Runs every stage to its end; stages that are done are skipped."""
         names = list(self.config.stages)
-        initial: dict[str, Any] = {}  # of each task, what its last stage has trained
+        initial: dict[str, Any] = {}  # for each task, what its last stage has trained
         if self.config.init_from:
             initial["denoiser"] = self._published()
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
@@ -185,7 +185,7 @@ class Run:
         return self._taken_tokenizer() if self.config.tokenizer_from else self.trained_tokenizer()[1]
 
     def generator(self) -> Generator:
-        """The trained models; those that were published where nothing is trained yet.
+        """The trained models; the published ones if nothing is trained yet.
 
         Raises:
             UserError: if the config has no denoiser, a stage has not been trained, or the workdir's checkpoints are of
@@ -221,10 +221,10 @@ class Run:
         }
 
     def export(self, out: pathlib.Path) -> int:
-        """Writes the trained denoiser as diffusers names it, or as DiT and Latte do where that is what it can be.
+        """Writes the trained denoiser with the parameter names of diffusers, or of the original DiT or Latte.
 
         Returns:
-            How many parameters there are.
+            The number of parameters.
 
         Raises:
             UserError: if the config is neither DiT nor Latte, or nothing has been trained.
@@ -240,12 +240,12 @@ class Run:
         return sum(tensor.size for tensor in tensors.values())
 
     def _task(self, stage: str) -> Task:
-        """What a stage trains."""
+        """The task of a stage."""
         trains_text = self.config.stages[stage].task == "denoiser"
         return make_task(self.config, stage, self.text.vocab_size() if trains_text else 0)
 
     def trained_tokenizer(self) -> tuple[str, TrainedTokenizer]:
-        """The last stage of the tokenizer that is done, and what it left.
+        """(name of the tokenizer's last stage that is done, its tokenizer)
 
         Raises:
             UserError: as `tokenizer`.
@@ -254,7 +254,7 @@ class Run:
         return stage, self._trained_tokenizer(trained)
 
     def _restored(self, task_name: str) -> tuple[str, Trained]:
-        """The last stage of a task that has a checkpoint, and the newest average there."""
+        """(name of the task's last stage that has a checkpoint, what its newest checkpoint serves)"""
         for name, stage in reversed(self.config.stages.items()):
             directory = self.workdir / "checkpoints" / name
             if stage.task != task_name or self.config.makes_images(name) or not directory.is_dir():
@@ -276,19 +276,19 @@ class Run:
         return Trained(task.served(**weights), outcome)
 
     def make_vocabulary(self) -> bytes | None:
-        """What `text.keep` writes, see `RunText.make`; nothing where there is no denoiser to read it."""
+        """The vocabulary or the class labels, see `RunText.make`; None without a denoiser."""
         if self.config.denoiser is None:
             return None
         return self.text.make(self.data.of_nominal_size().captions, self.data.unseen().captions)
 
     def _statistics(self, served: Any) -> dict:
-        """The latents' mean and deviation, which normalise them for the denoiser."""
+        """Mean and standard deviation of the latents, which normalise them for the denoiser."""
         channels = self.config.tokenizer.latent_channels
         raw = TrainedTokenizer(served, jnp.zeros(channels), jnp.ones(channels))
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], self._some_batches(), STATISTICS_CLIPS)
 
     def _fit_blocks(self, stage: str, params: Any) -> Any:
-        """Fresh parameters of a tokenizer stage, whose block transform is fitted to training clips."""
+        """Parameters of a tokenizer stage whose block transform is fitted to training clips."""
         batches = itertools.islice(self._some_batches(), BLOCK_CLIPS // STATISTICS_BATCH)
         return self._task(stage).fit(params, np.concatenate([batch["video"] for batch in batches]))
 
@@ -307,13 +307,13 @@ class Run:
     def encode(
         self, out: epath.PathLike, tokenizer: TrainedTokenizer, clips: int = 0, stage: str | None = None
     ) -> dict[str, Any]:
-        """Encodes the training clips of a stage, in its shapes.
+        """Encodes the training clips of a stage, in the stage's shapes, into a data set.
 
         Args:
             out: the folder of the data set, see `data.latents`.
-            tokenizer: of another run, perhaps.
-            clips: how many, in the stage's order: windows and crops are drawn anew each epoch; 0 is each once.
-            stage: its name; the last one unless set.
+            tokenizer: this run's, or another run's.
+            clips: how many, in the stage's order, with new windows and crops in each epoch; 0 is each clip once.
+            stage: its name; None is the last stage.
 
         Returns:
             What `encode.json` holds.
@@ -323,36 +323,36 @@ class Run:
         """
         names = list(self.config.stages)
         if stage is not None and stage not in names:
-            raise UserError(f"--stage={stage} is none of the config's stages; choose {' or '.join(names)}.")
+            raise UserError(f"--stage={stage} is not a stage of the config; choose {' or '.join(names)}.")
         return self.data.encode(out, stage or names[-1], clips, tokenizer)
 
     def _other_run(self) -> "Run":
-        """The run whose tokenizer this one takes, or a copy of it: the workdir's, or that of a run that took it too."""
+        """The run that `tokenizer_from` names; the workdir's copy of it, or that run's own copy, where there is one."""
         other = pathlib.Path(self.config.tokenizer_from)
         copies = [copy for copy in (self.workdir / TOKENIZER, other / TOKENIZER) if copy.exists()]
         return self.run_in(copies[0] if copies else other)
 
     def run_in(self, workdir: pathlib.Path) -> "Run":
-        """The run that a workdir holds, whose tokenizer has the shape of this config's.
+        """The run in another workdir, checked to have a tokenizer with this config's knobs.
 
         Raises:
-            UserError: if there is none, or its tokenizer is another.
+            UserError: if there is none, or its tokenizer has other knobs.
         """
         knobs = read_config(workdir)
         if knobs is None:
-            raise UserError(f"{workdir} holds no run whose tokenizer could be taken; name the --workdir of one.")
+            raise UserError(f"{workdir} holds no run to take a tokenizer from; name the --workdir of one.")
         config = build(RunConfig, knobs, f"{workdir / CONFIG}: config")
         ours, theirs = (dataclasses.asdict(c.tokenizer) for c in (self.config, config))
         for knob, value in ours.items():
             if theirs[knob] != value:
                 raise UserError(
-                    f"config.tokenizer.{knob} is {value!r}, and {theirs[knob]!r} in {workdir}, whose tokenizer is to "
-                    "be taken; set it alike."
+                    f"config.tokenizer.{knob} is {value!r}, but {theirs[knob]!r} in {workdir}, whose tokenizer is "
+                    f"used; set it to {theirs[knob]!r}."
                 )
         return Run(dataclasses.replace(config, normalise_latents=self.config.normalise_latents), workdir)
 
     def _taken_tokenizer(self) -> TrainedTokenizer:
-        """The other run's tokenizer; the workdir gets a copy, so that it is complete without that run."""
+        """The tokenizer that `tokenizer_from` names; the workdir gets a copy, so that it does not need that run."""
         if self.config.takes_autoencoder:
             _, params = read_autoencoder(self.config.tokenizer_from)
             channels = self.config.tokenizer.latent_channels
@@ -390,7 +390,7 @@ class Run:
             )
 
     def _base_run(self) -> "Run":
-        """The base run of super-resolution, or the workdir's copy of what its tokenizer needs.
+        """The base run of super-resolution; the workdir's copy of it, where there is one.
 
         Raises:
             UserError: if there is none.
@@ -420,6 +420,11 @@ class Run:
 
 
 def _not_served(folder: str, names: list[str]) -> list[str]:
+<<<<<<< HEAD
     """What of a checkpoint's folder the trained model does not need."""
     unneeded = {RECORDED, "state", "weights"} if "ema" in names else {RECORDED, "state"}
+=======
+    """Names in a checkpoint's folder that a trained model does not need."""
+    unneeded = {RECORDED, "state"} | ({"weights"} if "ema" in names else set())
+>>>>>>> condition
     return [name for name in names if name in unneeded or name.endswith(".tmp")]

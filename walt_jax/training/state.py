@@ -1,4 +1,4 @@
-"""What a step changes, and the step."""
+"""The state that a training step changes, and the step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from walt_jax.training.tasks import Task
 
-# XLA's CPU compiler drops optimization barriers before it fuses operations, unless it is told to leave that pass out.
+# XLA's CPU compiler removes optimization barriers before it fuses operations, unless this pass is disabled.
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything about a stage that changes with its steps, and so everything that a checkpoint holds of it.
+    """Everything that a stage's steps change; a checkpoint holds all of it.
 
     Attributes:
-        step: steps done.
-        params: as the optimizer left them.
+        step: number of steps done.
+        params: the current parameters.
         moving: what changes without a gradient: a codebook, averages of the discriminator's logits.
         ema: the exponential moving average of what the task serves, which is what is sampled from and evaluated. None
             where `ema_decay` is 0: the parameters themselves are served then, and no copy of them is kept.
@@ -63,11 +63,11 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = None
         if ema_decay:
-            # Early on the average follows closely, or it would remember the initialisation for as long as it lasts.
+            # A smaller decay in early steps, so that the average forgets the initialisation.
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             served = task.served(params, moving)
             ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, served)
-        # The loss is that of the parameters before the update; the norm is of those that a checkpoint would keep.
+        # The loss is that of the parameters before the update, their norm is that after it.
         norms = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, moving, ema, opt_state), {**metrics, **norms}
 

@@ -1,4 +1,4 @@
-"""What a stage trains. A task knows parameters and gradients; the loop knows the rest."""
+"""What a stage trains: a task has parameters and their gradients; the loop does the rest."""
 
 import dataclasses
 import math
@@ -25,38 +25,39 @@ EVERY, RANDOM_FRAMES, RECTANGLES, AREA, ASPECT, MARGIN = 4, 0.2, 4, 0.5, 0.3, 3
 
 
 class Task(Protocol):
-    """What the loop needs."""
+    """The loop's interface to what it trains."""
 
     def init(self, key: PRNGKeyArray) -> tuple[Any, Any]:
-        """Parameters with their logical axis names, `nn.Partitioned`, and what moves without a gradient."""
+        """Fresh parameters with their logical axis names, `nn.Partitioned`, and `moving`: what has no gradient."""
 
     def gradients(
         self, params: Any, moving: Any, frozen: Any, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]
     ) -> tuple[Any, Any, Metrics]:
-        """Gradients like `params`, what moves as it is after the step, and scalars to log, "loss" among them.
+        """Gradients structured as `params`, `moving` after the step, and scalars to log, "loss" among them.
 
-        `frozen` is what the stages before have trained.
+        `frozen` holds what earlier stages have trained.
         """
 
     def served(self, params: Any, moving: Any) -> Any:
-        """The part of both that the trained model needs."""
+        """What the trained model needs of both."""
 
     def start(self, params: Any, moving: Any, served: Any) -> tuple[Any, Any]:
-        """Fresh parameters with an earlier stage's `served` put into them."""
+        """Fresh parameters, replaced by an earlier stage's `served` where it has them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConditioningConfig:
-    """What a denoiser that predicts frames or upscales is trained to be given.
+    """What a denoiser that predicts frames or upscales is conditioned on in training.
 
     Attributes:
-        frames: how many latent frames may be observed, each as often: 1 is image to video, 2 is W.A.L.T's video
-            prediction. At least one frame of each clip is left to be generated.
-        probability: that any of a clip is observed, W.A.L.T's p_fp.
-        kinds: which of a clip's tokens are given, each as often: so many frames at its "start", or at its "end";
-            "every" fourth frame; "one" frame, any; each frame or not, at "random"; all outside of some "rectangles" in
-            a range of frames (VDT's unified masks, Lu et al. 2023). A kind listed twice is twice as frequent.
-        low_res_noise: the low-resolution latents get noise of a time between 0 and this, t_max of W.A.L.T.
+        frames: numbers of observed latent frames; one of them is drawn for each clip, all equally likely. 1 is image to
+            video, 2 is W.A.L.T's video prediction. At least one frame of each clip is generated.
+        probability: that a clip has observed frames, W.A.L.T's p_fp.
+        kinds: which tokens of a clip are observed; one kind is drawn for each clip, all equally likely; a kind listed
+            twice is twice as frequent. "start" and "end": the first or last `frames`; "every": every fourth frame;
+            "one": one random frame; "random": each frame independently; "rectangles": all outside of some rectangles
+            in a range of frames (VDT's unified masks, Lu et al. 2023).
+        low_res_noise: the low-resolution latents get noise of a random time in 0..low_res_noise, W.A.L.T's t_max.
     """
 
     frames: tuple[Positive, ...] = ()
@@ -109,7 +110,7 @@ class DenoiserTask:
         key: PRNGKeyArray,
         step: Int[Array, ""],
     ) -> tuple[Any, Any, Metrics]:
-        """The diffusion loss's, over values of clips that are not given."""
+        """Gradients of the diffusion loss over the values that are not observed."""
         key_observed, key_low_res, key_loss = jax.random.split(key, 3)
         model, energy = self.model, None
         if "pack" in batch:
@@ -123,16 +124,16 @@ class DenoiserTask:
         clips = jax.tree.leaves(text_tokens)[0].shape[:2]
         sizes = jnp.broadcast_to(layout.clip_sizes(), (*clips, 3))
         counted = jnp.broadcast_to(layout.valid()[..., None], tokens.shape).astype(tokens.dtype)
-        given = {}
+        conditions = {}
         if model.denoiser.config.frame_prediction:
             mask = self._observed_mask(layout, tokens, clips, key_observed)
-            given = {"observed": tokens, "mask": mask}
+            conditions = {"observed": tokens, "mask": mask}
             counted = counted * (1 - model.per_value(mask))
         if model.denoiser.config.upscale > 1:
-            given["low_res"], given["low_res_time"] = self._noised(batch["low_res"], key_low_res)
+            conditions["low_res"], conditions["low_res_time"] = self._noised(batch["low_res"], key_low_res)
 
         def loss(params):
-            denoise = model.denoise(params, model.condition(params, text_tokens, **given), layout)
+            denoise = model.denoise(params, model.condition(params, text_tokens, **conditions), layout)
             return diffusion_loss(
                 denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, key_loss, model.diffusion, coarse
             )
@@ -151,13 +152,13 @@ class DenoiserTask:
         return params
 
     def start(self, params: Any, moving: Any, served: Any) -> tuple[Any, Any]:
-        """Position tables are interpolated to this stage's sizes. Published weights lack a text encoder: it is kept."""
+        """Position tables are resized to this stage's clips; what `served` lacks, such as a text encoder, is kept."""
         return {**params, **{name: resize(tree, params[name]) for name, tree in served.items()}}, moving
 
     def _observed_mask(
         self, layout: Layout, tokens: Float[Array, "b n p"], clips: tuple[int, int], key: PRNGKeyArray
     ) -> Float[Array, "b n q"]:
-        """1 for the observed latent positions. No clip is observed whole, so that each has a loss."""
+        """1 at observed latent positions, 0 elsewhere. No clip is observed completely, so that each has a loss."""
         keys = jax.random.split(key, 6)
         cfg, sizes = self.conditioning, jnp.broadcast_to(layout.clip_sizes(), (*clips, 3)).astype(jnp.float32)
         count = jnp.minimum(jax.random.choice(keys[0], jnp.array(cfg.frames), clips), sizes[..., 0] - 1)
