@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from walt_jax import main
-from walt_jax.config import build
+from walt_jax.config import build, plain
 from walt_jax.data.latents import LatentClips
 from walt_jax.errors import UserError
 from walt_jax.generation.low_res import shrunk
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_data import digest
-from walt_jax.workdir import read_config
+from walt_jax.workdir import claim, read_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLIPS = 6
@@ -46,6 +46,8 @@ def get_config():
     del config.text
     config.data.update(height=32, width=32, caption_dropout=0.0)
     config.denoiser.update(cross_attention=False, classes=72, upscale=2, layers=1, windows=((1, None, None),))
+    config.denoiser.self_conditioning = False
+    config.diffusion.self_conditioning = 0.0
     config.conditioning = ConfigDict({"low_res_noise": 0.3})
     config.stages.tokenizer.update(steps=2)
     config.stages.denoiser.update(steps=3, batch_size=2, cached_clips=CLIPS, ema_decay=0.0)
@@ -65,10 +67,12 @@ def command(cache):
 
 
 @pytest.fixture(scope="module")
-def base(command, tmp_path_factory):
+def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     (folder / "base.py").write_text(BASE)
-    assert command(f"--config={folder / 'base.py'}", f"--workdir={folder / 'run'}") == 0
+    knobs = plain(main.parse([f"--config={folder / 'base.py'}"]).config, "config")
+    claim(folder / "run", knobs)
+    Run(build(RunConfig, knobs, "config"), folder / "run").train()
     return folder / "run"
 
 
