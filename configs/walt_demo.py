@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
                         "ema_decay": 0.98,
                         "log_every": 10,
                         "checkpoint_every": 300,
+                        "preview_every": 200,
                         "optimizer": {
                             "name": "muon",
                             "learning_rate": 2e-3,
@@ -76,6 +77,7 @@ def get_config() -> ConfigDict:
                         "ema_decay": 0.99,
                         "log_every": 10,
                         "checkpoint_every": 300,
+                        "preview_every": 200,
                         "cached_clips": 6144,
                         "optimizer": {
                             "name": "muon",

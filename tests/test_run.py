@@ -41,7 +41,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     }
     assert all(metric["protocol"] for metric in evaluation["metrics"])
     assert len(evaluation["prompts"]) == 72
-    for file in ("samples/contact_sheet.png", "reconstructions.png"):
+    for file in ("samples/contact_sheet.png", "reconstructions.png", "preview.png"):
         assert (uninterrupted / file).read_bytes().startswith(b"\x89PNG")
     assert list((uninterrupted / "tensorboard").rglob("events.*"))
     page = (uninterrupted / "report.html").read_text()

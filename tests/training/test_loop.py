@@ -1,6 +1,7 @@
 """A stage's loop: batches made ahead are the same ones, signals save a step, later stages are set aside."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -14,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from walt_jax.data.packing import Item, Packed
 from walt_jax.errors import UserError
+from walt_jax.training import loop, preview
 from walt_jax.training.loop import StageConfig, made_ahead, run_stage
 from walt_jax.training.optimizer import OptimizerConfig
+from walt_jax.training.preview import PREVIEW
 from walt_jax.training.stopping import Stopped
 
 
@@ -125,9 +129,9 @@ STAGE = StageConfig(
 )
 
 
-def train(workdir, dataset=None, later=(), **extras):
+def train(workdir, dataset=None, later=(), stage=STAGE, **extras):
     key = jax.random.key(0)
-    return run_stage("first", STAGE, Square(), lambda: dataset or Numbers(), workdir, key, later_stages=later, **extras)
+    return run_stage("first", stage, Square(), lambda: dataset or Numbers(), workdir, key, later_stages=later, **extras)
 
 
 def losses(workdir) -> list[tuple[int, str]]:
@@ -153,6 +157,25 @@ def test_a_signal_saves_a_step_and_the_run_goes_on_from_there(undisturbed, tmp_p
     trained = train(tmp_path)
     np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_previews_are_renewed_and_change_nothing(undisturbed, tmp_path, monkeypatch):
+    """After 1/8, 1/4 and 1/2 of 16 steps, and then each 16: a sheet of what is served then."""
+    stage = dataclasses.replace(STAGE, preview_every=16)
+    shown, written = [], []
+
+    def sheet(served):
+        shown.append(float(served["w"][0]))
+        return Image.new("RGB", (len(shown), 1))
+
+    write = preview.write_preview
+    size = lambda: Image.open(tmp_path / PREVIEW).size  # noqa: E731
+    monkeypatch.setattr(loop, "write_preview", lambda *a: (write(*a), written.append(size())))
+    trained = train(tmp_path, stage=stage, preview=lambda: sheet)
+    np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
+    assert written == [(1, 1), (2, 1), (3, 1), (4, 1)] and len(set(shown)) == 4
+    assert [step for step in range(1, 50) if preview.due(step, 16)] == [2, 4, 8, 16, 32, 48]
+    assert [step for step in range(1, 25) if preview.due(step, 12)] == [3, 6, 12, 24]  # 1.5 is no step
 
 
 def test_what_later_stages_left_is_set_aside_once_a_step_is_saved(undisturbed, tmp_path):

@@ -23,6 +23,7 @@ from walt_jax.training.collapse import CollapseWatch
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from walt_jax.training.preview import Preview, due, write_preview
 from walt_jax.training.progress import Progress
 from walt_jax.training.state import TrainState, make_train_step
 from walt_jax.training.stopping import Stopped, stop_signals
@@ -71,6 +72,8 @@ class StageConfig:
         latents: of a denoiser stage: a data set that `--mode=encode` has written, instead of clips to be encoded.
         log_every: steps between lines of `metrics.jsonl`.
         checkpoint_every: steps between checkpoints; the last step always has one.
+        preview_every: steps between renewals of `preview.png` in the workdir: reconstructions or samples of unseen
+            clips. The first come after 1/8, 1/4 and 1/2 of it.
     """
 
     task: Literal["tokenizer", "denoiser"]
@@ -85,6 +88,7 @@ class StageConfig:
     latents: str = ""
     log_every: Positive = 10
     checkpoint_every: Positive = 500
+    preview_every: Positive = 1000
 
     def __post_init__(self):
         if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
@@ -132,6 +136,7 @@ def run_stage(
     finish: Callable[[Any], dict] = lambda served: {},
     later_stages: tuple[str, ...] = (),
     gone: Callable[[], Sequence[str]] = tuple,
+    preview: Callable[[], Preview] | None = None,
 ) -> Trained:
     """Trains a stage to its end, from where it was stopped if it was.
 
@@ -149,6 +154,7 @@ def run_stage(
         later_stages: names of those that start from this one. Once this stage has saved a step of its own, what they
             left is set aside: renamed, for it will be made again from this stage's new end.
         gone: the files that have vanished so far; their number is logged.
+        preview: makes what draws `preview.png`; called before the first one.
 
     Raises:
         UserError: if a loss is not finite, or a checkpoint can't be written; the last good checkpoint is kept.
@@ -170,6 +176,7 @@ def run_stage(
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
             contextlib.closing(StageLog(workdir, name, stage, start, gone)) as log,
         ):
+            sheet = None
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
                 asked = time.perf_counter()
@@ -193,6 +200,9 @@ def run_stage(
                     if stop.signal and not last:
                         checkpoints.wait()
                         raise Stopped(stop.signal, name, step)
+                if preview and due(step, stage.preview_every):
+                    sheet = sheet or preview()
+                    write_preview(workdir, sheet(state.served(task)))
         return Trained(state.served(task), outcome)
     finally:
         checkpoints.close()

@@ -1,5 +1,6 @@
-"""A sheet in the workdir that shows what a stage has learned so far, refreshed while it trains."""
+"""A sheet in the workdir that shows what a stage has learned so far, renewed while it trains."""
 
+import io
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,49 +16,69 @@ from walt_jax.generation.sample import Generator
 from walt_jax.workdir import write_atomically
 
 PREVIEW = "preview.png"
-CLIPS = 4  # that are reconstructed
+CLIPS = 8
 SEED = 4321
+
+Preview = Callable[[Any], Image.Image]  # of what a stage serves
 
 
 def due(step: int, every: int) -> bool:
-    """Whether the sheet is refreshed after this step: each `every` steps, and after 1/8, 1/4 and 1/2 of the first."""
+    """Whether the sheet is renewed after this step: each `every` steps, and after 1/8, 1/4 and 1/2 of those."""
     return step % every == 0 or step * 8 in (every, 2 * every, 4 * every)
 
 
-def samples(generator: Callable[[Any], Generator], unseen: Source, count: int) -> Callable[[Any], Image.Image]:
-    """What makes a sheet of samples: of the same `count` prompts and seeds each time, so that sheets can be compared.
+def write_preview(workdir: pathlib.Path, sheet: Image.Image) -> None:
+    """Writes `preview.png`; a viewer never sees half of it."""
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    write_atomically(workdir / PREVIEW, content.getvalue())
+
+
+def reconstructions(codec: Codec, trained: Callable[[Any], TrainedTokenizer], unseen: Source, images: bool) -> Preview:
+    """Makes sheets of reconstructed clips, always of the same ones.
 
     Args:
-        generator: makes one of the denoiser stage's parameters.
-        unseen: the clips whose captions are the prompts, spread evenly over all that differ.
-        count: of the prompts.
+        codec: the stage's tokenizer.
+        trained: its parameters, from what the stage serves.
+        unseen: clips that are not trained on.
+        images: whether the stage's tokenizer is one of images: only first frames are shown.
     """
-    captions = list(dict.fromkeys(unseen.captions))
-    prompts = [captions[i] for i in np.linspace(0, len(captions) - 1, count).astype(int)]
-
-    def sheet(served: Any) -> Image.Image:
-        return contact_sheet(list(generator(served).generate(prompts, [SEED] * count)), prompts)
-
-    return sheet
-
-
-def reconstructions(
-    codec: Codec, trained: Callable[[Any], TrainedTokenizer], unseen: Source
-) -> Callable[[Any], Image.Image]:
-    """What makes a sheet of the same unseen clips, reconstructed.
-
-    Args:
-        codec: the tokenizer's.
-        trained: makes one of the tokenizer stage's parameters.
-        unseen: the clips.
-    """
-    clips = [unseen.sample(i, np.random.default_rng([SEED, i])) for i in range(min(CLIPS, len(unseen)))]
-    clips = [clip for clip in clips if clip is not None]
-    video = np.stack([clip["video"] for clip in clips])
+    clips, captions = _clips(unseen)
+    clips = clips[:, :1] if images else clips
 
     def sheet(served: Any) -> Image.Image:
         tokenizer = trained(served)
-        again = codec.decode(tokenizer, codec.encode(tokenizer, video)[0])[0]
-        return reconstruction_sheet(list(video), list(np.asarray(again)), [clip["caption"] for clip in clips])
+        decoded = np.asarray(codec.decode(tokenizer, codec.encode(tokenizer, clips)[0])[0])
+        return reconstruction_sheet(list(clips), list(decoded), captions)
 
     return sheet
+
+
+def samples(generator: Callable[[Any], Generator], unseen: Source) -> Preview:
+    """Makes sheets of samples, always of the same prompts and seeds, so that two sheets can be compared.
+
+    Args:
+        generator: has the parameters that the stage serves.
+        unseen: clips that are not trained on; their captions are the prompts.
+    """
+    captions = list(dict.fromkeys(unseen.captions))
+    prompts = [captions[i] for i in np.linspace(0, len(captions) - 1, CLIPS).astype(int)]
+    seeds = list(range(SEED, SEED + CLIPS))
+
+    def sheet(served: Any) -> Image.Image:
+        with_params = generator(served)
+        if with_params.low_res is None:
+            return contact_sheet(list(with_params.generate(prompts, seeds)), prompts)
+        clips, titles = _clips(unseen)
+        upscaled = with_params.generate(titles, seeds[: len(clips)], with_params.low_res.encode(clips))
+        return contact_sheet(list(upscaled), titles)
+
+    return sheet
+
+
+def _clips(unseen: Source) -> tuple[np.ndarray, list[str]]:
+    """Up to `CLIPS` usable clips, spread evenly over the source, and their captions."""
+    indices = dict.fromkeys(np.linspace(0, len(unseen) - 1, CLIPS).astype(int).tolist())
+    found = [unseen.sample(index, np.random.default_rng([SEED, index])) for index in indices]
+    usable = [clip for clip in found if clip is not None]
+    return np.stack([clip["video"] for clip in usable]), [clip["caption"] for clip in usable]

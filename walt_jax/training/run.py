@@ -20,13 +20,15 @@ from walt_jax.data.batches import Batches
 from walt_jax.data.pipeline import Clips
 from walt_jax.denoiser import published_weights
 from walt_jax.errors import UserError
-from walt_jax.generation.codec import TrainedTokenizer
+from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.low_res import LowRes
 from walt_jax.generation.sample import Generator
 from walt_jax.parallel.memory import memory_bytes, tree_bytes
+from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
+from walt_jax.training import preview
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
@@ -163,8 +165,10 @@ class Run:
                     extras["finish"] = self._statistics
                 if self.config.tokenizer.block_transform and extras["initial"] is None:
                     extras["fit"] = functools.partial(self._fit_blocks, name)
+                extras["preview"] = functools.partial(self._reconstructions, images)
             else:
                 extras["frozen"] = tokenizer
+                extras["preview"] = functools.partial(self._samples, name, tokenizer)
                 if not stage.encodes:
                     dataset = functools.partial(self.data.encoded, name, tokenizer)
                 elif stage.pack:
@@ -199,13 +203,32 @@ class Run:
         else:
             stage, trained = self._restored("denoiser")
             params = trained.served
+        return self._generator(stage, params, self.tokenizer())
+
+    def _generator(self, stage: str | None, params: Any, tokenizer: TrainedTokenizer) -> Generator:
         return Generator(
             make_model(self.config, self.text.vocab_size(), stage),
             params,
-            self.tokenizer(),
+            tokenizer,
             self.text.frozen() or self.text.captions(),
             self.config.sampling,
             self.low_res(),
+        )
+
+    def _samples(self, stage: str, tokenizer: TrainedTokenizer) -> preview.Preview:
+        """Previews of a denoiser stage."""
+        generator = self._generator(stage, None, tokenizer)
+        return preview.samples(lambda served: dataclasses.replace(generator, params=served), self.data.unseen())
+
+    def _reconstructions(self, images: bool) -> preview.Preview:
+        """Previews of a tokenizer stage; its latents are not normalised yet."""
+        channels = self.config.tokenizer.latent_channels
+        codec = Codec(Tokenizer(self.config.tokenizer.of_images())) if images else self.codec
+        return preview.reconstructions(
+            codec,
+            lambda served: TrainedTokenizer(served, jnp.zeros(channels), jnp.ones(channels)),
+            self.data.unseen(),
+            images,
         )
 
     def _published(self) -> dict[str, Any]:
@@ -420,11 +443,6 @@ class Run:
 
 
 def _not_served(folder: str, names: list[str]) -> list[str]:
-<<<<<<< HEAD
-    """What of a checkpoint's folder the trained model does not need."""
-    unneeded = {RECORDED, "state", "weights"} if "ema" in names else {RECORDED, "state"}
-=======
     """Names in a checkpoint's folder that a trained model does not need."""
     unneeded = {RECORDED, "state"} | ({"weights"} if "ema" in names else set())
->>>>>>> condition
     return [name for name in names if name in unneeded or name.endswith(".tmp")]
