@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 
 from walt_jax.errors import UserError
 from walt_jax.training.state import TrainState
@@ -32,10 +33,16 @@ class Checkpoints:
         self._damaged: list[int] = []  # steps newer than the one restored, which could not be read
         self._manager = None
         if writer or directory.is_dir():
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=2, create=writer, cleanup_tmp_directories=writer, read_only=not writer
-            )
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            verbosity = logging.get_verbosity()
+            if not writer:  # Orbax warns that a reader can't write
+                logging.set_verbosity(logging.ERROR)
+            try:
+                options = ocp.CheckpointManagerOptions(
+                    max_to_keep=2, create=writer, cleanup_tmp_directories=writer, read_only=not writer
+                )
+                self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            finally:
+                logging.set_verbosity(verbosity)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in ascending order."""
