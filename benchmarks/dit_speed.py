@@ -1,4 +1,4 @@
-"""A train step of DiT-S/2 beside diffusers' DiTTransformer2DModel in PyTorch: batch 4, float32, in turn in one process.
+"""A train step of DiT-S/2 against diffusers' DiTTransformer2DModel in PyTorch: batch 4, float32, interleaved.
 
     pip install -e ".[race]"
     python benchmarks/dit_speed.py --out=dit_speed.json

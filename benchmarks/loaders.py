@@ -1,11 +1,11 @@
-"""Clips out of their files and onto the device: this pipeline, PyAV alone, and PyTorch's DataLoader, in one run.
+"""Clips out of their files and onto the device: this pipeline, plain PyAV, and PyTorch's DataLoader, in one run.
 
     pip install -e ".[race]"
     python benchmarks/loaders.py --data=FOLDER --out=loaders.json
 
-All are asked for the same windows of the same files, once a round and in turn, so that a machine that is slow for a
+All are asked for the same windows of the same files, once a round, interleaved, so that a machine that is slow for a
 while is slow for all; the first round is not counted. Each makes clips that cover a square of `--side` pixels and, but
-for PyAV alone, crops them at random and puts them into batches.
+for plain PyAV, crops them at random and puts them into batches.
 
 - `pyav`: decodes and resizes in as many threads as the pipeline. It is the most that can be had of the files.
 - `torch, N workers`: a map-style data set as one writes it: open, seek, decode, resize (bilinear, antialiased), crop.
@@ -141,7 +141,7 @@ def choose(config: DataConfig, shape: ClipShape, clips: int, batch_size: int) ->
 
 
 def pyav(work: Work) -> Callable[[], int]:
-    """A round of PyAV alone."""
+    """A round of plain PyAV."""
     cover = (work.shape.height, work.shape.width)
 
     def decode(window: Window) -> int:

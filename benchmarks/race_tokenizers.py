@@ -36,7 +36,7 @@ LEARNING_RATES = {"plain": 1e-3, "magvit2-lfq": 3e-4, "magvit2-fsq": 3e-4}
 
 
 class Residual(nn.Module):
-    """Two 3 × 3 × 3 convolutions beside the identity."""
+    """Two 3 × 3 × 3 convolutions added to the identity."""
 
     def __init__(self, width: int):
         super().__init__()

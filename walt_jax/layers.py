@@ -53,7 +53,7 @@ class Linear(nn.Module):
         features: width of the output.
         axes: logical names of the kernel's input and output axes; sharding rules speak of these.
         use_bias: whether there is a b.
-        kernel_init: of W, drawn in float32. LeCun normal unless given.
+        kernel_init: of W, drawn in float32. LeCun normal by default.
         dtype: of the computation. Parameters are kept in float32.
     """
 

@@ -22,12 +22,12 @@ from walt_jax.training.stopping import Stopped, stop_at_once
 from walt_jax.workdir import local
 
 MAX_SEED = 2**31 - 1
-LONGEST_PROMPT = 10_000  # characters; the models read some dozens of words
+LONGEST_PROMPT = 10_000  # characters; text encoders read some dozens of tokens
 KNOB = "--config."
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """Reads the flags. A knob that the config's file leaves at its default can be set like those that it has.
+    """Reads the flags. Knobs that the config file leaves at their defaults can be set too.
 
     Raises:
         UserError: if one is unknown or its value is wrong.
@@ -101,7 +101,7 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "stage", None, "encode: the stage whose clips are encoded; the last by default", flag_values=values
     )
-    flags.DEFINE_bool("gif", False, "sample: write a GIF beside each mp4", flag_values=values)
+    flags.DEFINE_bool("gif", False, "sample: also write each video as a GIF", flag_values=values)
     return values
 
 
@@ -111,7 +111,7 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
         rest = values([sys.argv[0], *argv])
         if values.config is not None:
             values.config.to_dict()  # a file that could not be loaded says so when it is first read
-    except Exception as error:  # whatever may go wrong in a config file, which is a program
+    except Exception as error:  # a config file is a program, so it can raise anything
         raise UserError(_flag_sentence(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value.")
@@ -119,7 +119,7 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
 
 
 def _flag_sentence(error: Exception) -> str:
-    """One line of what absl, ml_collections or a config file have to say."""
+    """An error of absl, ml_collections or a config file in one line."""
     text = " ".join(str(error).split())
     if "Traceback" in text:  # of a config file, which absl has put into its message
         return f"The config can't be loaded: {str(error).strip().splitlines()[-1].strip()}"
@@ -132,10 +132,10 @@ def _flag_sentence(error: Exception) -> str:
 
 
 def knobs_of(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
-    """The config's knobs as JSON has them; without --config, those that the workdir's run was started with.
+    """The config's knobs as JSON values; without --config, those of the run in the workdir.
 
     Raises:
-        UserError: if there are neither.
+        UserError: if there is neither.
     """
     from walt_jax.config import plain
     from walt_jax.workdir import read_config
@@ -178,7 +178,7 @@ def _all_knobs(config: Any) -> dict[str, Any]:
 
 
 def knobs_before(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """All knobs of the run that the workdir holds; what is newer than the run has its default.
+    """All knobs of the run in the workdir; knobs that are newer than the run have their defaults.
 
     Raises:
         UserError: if they can't be read any more.
@@ -192,7 +192,7 @@ def knobs_before(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def open_trained_run(values: flags.FlagValues) -> Any:
-    """The run of the flags, checked to be the one that the workdir holds.
+    """The run of the flags, checked to be the one in the workdir.
 
     Raises:
         UserError: if it is another, or none is there.
@@ -223,7 +223,7 @@ def train(values: flags.FlagValues) -> None:
             check_empty(run.workdir)
         else:
             check_same(run.workdir, before, knobs)
-        # Before the workdir is claimed: what fails here can be put right and tried again in the same one.
+        # Before the workdir is claimed, so that a failed command can be corrected and repeated with the same workdir.
         run.check()
         files = run.data.report_files()
         vocab = run.make_vocabulary()
@@ -304,7 +304,7 @@ def sample(values: flags.FlagValues) -> None:
 
 
 def reconstruct(values: flags.FlagValues) -> None:
-    """Puts a file through the tokenizer and back, frame rate and size as they are."""
+    """Encodes and decodes a video file; its frame rate and size are kept."""
     if not values.video or not values.out:
         raise UserError("Name the file to read and the one to write: --video=IN --out=OUT.mp4.")
     out = pathlib.Path(values.out)
@@ -338,7 +338,7 @@ def reconstruct(values: flags.FlagValues) -> None:
 
 
 def data(values: flags.FlagValues) -> None:
-    """Reads the config's data as training would, and tells what became of it."""
+    """Reads the config's data as training would, and reports what is kept and skipped."""
     from walt_jax.data.pipeline import Data
     from walt_jax.training.data_files import sentences, verdict
     from walt_jax.training.data_report import report_data
@@ -352,7 +352,7 @@ def data(values: flags.FlagValues) -> None:
         print(line)
     if "clips_read" in found:
         print(
-            f"{found['tokens_valid_fraction']:.1%} of tokens are of clips; {found['clips_per_second']:.1f} clips and "
+            f"{found['tokens_valid_fraction']:.1%} of tokens are valid; {found['clips_per_second']:.1f} clips and "
             f"{found['frames_per_second']:.0f} frames a second"
         )
     print(f"wrote {run.workdir / 'data.json'}" + (f" and {run.workdir / 'data.png'}" if "clips_read" in found else ""))
@@ -463,12 +463,12 @@ RUN = {
 def usage() -> str:
     """What `--help` says."""
     values = _defined([])
-    told = {name: values[name].help for name in values if not name.startswith("config")}
-    told["mode"] = f"what to do, {values['mode'].default!r} if it isn't given"
-    told["config"] = "the config file; --config.GROUP.KNOB=VALUE sets a knob, which its dataclass explains"
+    helps = {name: values[name].help for name in values if not name.startswith("config")}
+    helps["mode"] = f"what to do; default {values['mode'].default!r}"
+    helps["config"] = "the config file; --config.GROUP.KNOB=VALUE sets a knob, which its dataclass explains"
     modes = {name: mode.__doc__.splitlines()[0] for name, mode in RUN.items()}
     lines = [__doc__.strip()]
-    for title, entries in {"modes": modes, "flags": {f"--{name}": told[name] for name in sorted(told)}}.items():
+    for title, entries in {"modes": modes, "flags": {f"--{name}": helps[name] for name in sorted(helps)}}.items():
         lines += ["", f"{title}:"]
         for name, text in entries.items():
             text = " ".join(text.split(";\n")[0].split())
@@ -495,16 +495,16 @@ def main(argv: list[str]) -> int:
         reason = " ".join(str(error).split())[:200]
         print(f"error: out of memory ({reason}); make batch_size or the models' sizes smaller.", file=sys.stderr)
         return 1
-    except OSError as error:  # a full disk, a folder without rights
+    except OSError as error:  # a full disk, missing permissions
         print(
             f"error: {error.filename or values.workdir}: {error.strerror}; check path and free space.", file=sys.stderr
         )
         return 1
     except Stopped as stopped:
-        print(f"\nstopped; {stopped.saved}: the same command goes on from there.", file=sys.stderr)
+        print(f"\nstopped; {stopped.saved}: the same command resumes from there.", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
 

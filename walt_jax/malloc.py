@@ -1,4 +1,4 @@
-"""What is freed stays with the process."""
+"""Freed memory stays with the process."""
 
 import ctypes
 
@@ -7,14 +7,14 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Has malloc give memory that was freed to whoever asks next, and not to the system and back.
+    """Makes malloc reuse freed memory instead of returning it to the system.
 
-    A train step on a CPU frees and asks for hundreds of megabytes, and each page that comes from the system must be
-    cleared: a fifth of the denoiser's step in `configs/walt_demo.py`. To be called before there are threads, for those
-    that have heaps of their own keep them.
+    A train step on a CPU frees and allocates hundreds of megabytes, and the system clears each page that it hands out:
+    a fifth of the time of the denoiser's step in `configs/walt_demo.py`. Call it before threads are started: those that
+    have heaps of their own keep them.
 
     Returns:
-        Whether malloc is glibc's, which alone can be told so.
+        Whether it worked; only glibc's malloc has these settings.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

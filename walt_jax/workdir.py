@@ -115,7 +115,7 @@ def check_same(workdir: pathlib.Path, before: dict[str, Any], knobs: dict[str, A
     orders = [list(group["stages"]) for group in (before, knobs)]
     if sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]:
         raise UserError(
-            f"{workdir} holds a run of another config: its stages are {', '.join(orders[0])} in turn, not "
+            f"{workdir} holds a run of another config: its stages are {', '.join(orders[0])} in this order, not "
             f"{', '.join(orders[1])}; choose another --workdir, or the config it was started with."
         )
     old, new = (flatten({k: v for k, v in group.items() if k not in FREE_GROUPS}) for group in (before, knobs))

@@ -1,4 +1,4 @@
-"""What a program costs, from its trace alone: multiplications and additions of its matrix products and convolutions.
+"""Operations of a program, counted in its trace: multiplications and additions of matrix products and convolutions.
 
 Everything else (softmax, norms, activations) is left out, as in the papers' tables, which count a multiplication with
 its addition as one "flop" where this counts two.
@@ -17,7 +17,7 @@ from jax.extend import core
 def flops_by_module(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
     """Floating-point operations of a call, by the path of the Flax module that asks for them.
 
-    A scan counts as often as it runs; of a choice between branches the dearest counts; a loop of unknown length once.
+    A scan counts as often as it runs; of branches the most expensive one counts; a loop of unknown length counts once.
 
     Args:
         function: traced, not run.
@@ -48,7 +48,7 @@ def _add(jaxpr: core.Jaxpr, prefix: str, times: int, totals: dict[str, int]) -> 
             kernel, out = equation.invars[1].aval, equation.outvars[0].aval
             numbers = params["dimension_numbers"]
             features = kernel.shape[numbers.rhs_spec[0]]
-            # Of an input that is spread out, as in a strided one's gradient, the zeros in between are no work.
+            # A strided convolution's gradient dilates its input; multiplications by these zeros are not counted.
             work = math.prod(out.shape) * math.prod(kernel.shape) // features // math.prod(params["lhs_dilation"])
             totals[module_of(path)] += times * 2 * work
         elif name == "cond":

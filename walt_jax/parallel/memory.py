@@ -8,7 +8,7 @@ import jax
 
 
 def memory_bytes() -> int | None:
-    """Bytes of the first device's memory, or of the machine's where that is a CPU; None where it can't be told."""
+    """Bytes of the first device's memory, or of the machine's where that is a CPU; None if unknown."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats()

@@ -68,7 +68,7 @@ class Part:
 def benchmark(config: RunConfig) -> list[dict[str, Any]]:
     """Times training and sampling steps of random models on random latents, and decoding where the data are files.
 
-    Parts are timed in turn, each once a round, so that a machine that is slow for a while is slow for all.
+    Parts are timed interleaved, each once a round, so that all are affected when the machine is slow for a while.
 
     Returns:
         For each part {"name", "seconds_median", "flops", "flops_per_second", "peak_flops_per_second", "peak", "mfu",
@@ -232,7 +232,7 @@ def _packed(
     valid = float((positions[..., 0] >= 0).mean())
     scores = sum(map(scores_computed, pack.groups.values()))
     more = {"packs": len(packs), "tokens_per_pack": length, "attention_scores_computed": scores}
-    # The trace counts the dearest row length for every chunk; what is not counted exactly is not given.
+    # The trace counts the most expensive row length for every chunk; inexact counts are left out.
     return Part(name, step, cost or 0, int(valid * tokens.shape[0] * length), valid, step.optimizer_flops, more)
 
 

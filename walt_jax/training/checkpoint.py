@@ -154,7 +154,7 @@ class Checkpoints:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The state in parts, so that sampling reads the average alone, or the weights where there is no average."""
+    """The state in parts, so that sampling reads only the average, or only the weights if there is no average."""
     parts = {
         "weights": {"params": state.params, "moving": state.moving},
         "state": state.replace(params=None, moving=None, ema=None),

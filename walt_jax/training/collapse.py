@@ -12,7 +12,7 @@ class CollapseWatch:
 
     def __init__(self) -> None:
         self._recent: dict[str, collections.deque[float]] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def update(self, metrics: dict[str, float]) -> list[str]:
         """What has collapsed with this step, a sentence each."""
@@ -35,8 +35,8 @@ class CollapseWatch:
             recent.append(metrics[name])
             mean = sum(recent) / len(recent)
             if len(recent) < WINDOW or not collapsed(mean):
-                self._told.discard(name)
-            elif name not in self._told:
-                self._told.add(name)
+                self._reported.discard(name)
+            elif name not in self._reported:
+                self._reported.add(name)
                 sentences.append(f"{name} is {mean:.3f} on average: {sentence}.")
         return sentences

@@ -1,4 +1,4 @@
-"""A stage's progress: a bar on a terminal, a line now and then in a log file; both with rate, loss and time left."""
+"""A stage's progress: a bar on a terminal, a line each 15 seconds in a log file; with rate, loss and time left."""
 
 import sys
 

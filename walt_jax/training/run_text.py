@@ -42,7 +42,9 @@ class RunText:
         path = t5_weights.vocabulary_path(text.pretrained)
         pieces = Vocabulary.load(path, text.length).size
         if pieces > text.vocab_size:
-            raise UserError(f"{path} has {pieces} pieces, and the T5 beside it embeds {text.vocab_size}; give its own.")
+            raise UserError(
+                f"{path} has {pieces} pieces, and its folder's T5 embeds {text.vocab_size}; use that T5's own."
+            )
 
     def make(self, trained: Iterable[str], unseen: Iterable[str]) -> bytes:
         """A vocabulary of the training clips' captions where the config has text; a list of all where they are classes.

@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         signal: its number; the exit code is 128 more, as a shell has it.
-        saved: what was saved before, for a message.
+        saved: what has been saved, for a message.
     """
 
     def __init__(self, number: int, stage: str = "", step: int = 0):
@@ -35,7 +35,7 @@ def stop_at_once() -> None:
 
 @dataclasses.dataclass
 class Stop:
-    """What was asked for meanwhile: the number of a signal, or 0."""
+    """The number of the signal that asked to stop, or 0."""
 
     signal: int = 0
 
@@ -45,7 +45,7 @@ def stop_signals() -> Iterator[Stop]:
     """Notes the first SIGINT or SIGTERM in what it gives, so that a step can be ended and saved.
 
     A second signal raises `Stopped` at once: Orbax leaves a checkpoint complete or absent whenever it is interrupted.
-    Outside of the main thread, which alone receives signals, nothing is noted.
+    Only the main thread receives signals; in other threads nothing is noted.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
