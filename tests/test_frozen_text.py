@@ -107,10 +107,8 @@ def test_another_vocabulary_than_the_t5s_is_refused_at_once(flags, tmp_path):
     folder = tmp_path / "t5"
     shutil.copytree(GOLDEN, folder)
     knobs = json.loads(json.dumps(main.parse([*flags, f"--config.text.pretrained={folder}"]).config.to_dict()))
-    for content, words in {
-        train(MANY, 400): "and its folder's T5 embeds",
-        b"broken": "as a sentencepiece model",
-    }.items():
+    cases = {train(MANY, 400): "and its folder's T5 embeds", b"broken": "as a sentencepiece model"}
+    for content, words in cases.items():
         (folder / "spiece.model").write_bytes(content)
         with pytest.raises(UserError, match=words):
             Run(build(RunConfig, knobs, "config"), tmp_path / "run").check()
