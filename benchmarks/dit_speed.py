@@ -25,7 +25,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from walt_jax.config import build
-from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.dit_block import DiTConfig
 from walt_jax.denoiser.layout import Layout
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.malloc import keep_freed_memory
@@ -38,7 +38,7 @@ CHANNELS, SIDE, RATE = 4, 32, 1e-4
 def ours(batch: int):
     """A step, and how many parameters there are."""
     knobs = runpy.run_path(str(CONFIG))["get_config"]().denoiser.to_dict()
-    config = build(DenoiserConfig, {**knobs, "dtype": "float32", "scan": False, "remat": "none"}, "config.denoiser")
+    config = build(DiTConfig, {**knobs, "dtype": "float32", "scan": False, "remat": "none"}, "config.denoiser")
     grid = config.grid((1, SIDE, SIDE))
     model, width = Denoiser(config, grid), CHANNELS * 4
     rng = np.random.default_rng(0)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Layout
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.resize import interpolate, resize
+from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.generation.latent_diffusion import unboxed
 
 sizes = st.tuples(*[st.integers(1, 7)] * 3)
@@ -56,7 +56,7 @@ WINDOWS = ((1, None, None), (None, 2, 2))
 
 def shapes_of(grid, windows, scan):
     """A denoiser's parameters, for clips of this many tokens along each axis."""
-    config = DenoiserConfig(
+    config = WaltConfig(
         dim=16, heads=2, layers=2, windows=windows, cross_attention=False, self_conditioning=False, scan=scan
     )
     noisy, time = jnp.zeros((1, int(np.prod(grid)), 3)), jnp.zeros((1, 1))

@@ -108,8 +108,8 @@ def test_from_a_config():
         2.0, "interval", (0.1, 0.9), None, 0.5
     )
     for knobs, message in (
-        ({"interval": [0.1, 0.9]}, "read by kind 'interval' alone"),
-        ({"kind": "interval", "interval": [0.1, 0.9], "power": 4.0}, "read by kind 'power_cosine' alone"),
+        ({"interval": [0.1, 0.9]}, "read only by kind 'interval'"),
+        ({"kind": "interval", "interval": [0.1, 0.9], "power": 4.0}, "read only by kind 'power_cosine'"),
         ({"kind": "interval"}, "interval is missing"),
         ({"kind": "power_cosine"}, "power is missing"),
         ({"kind": "interval", "interval": [0.9, 0.1]}, "lowest"),

@@ -71,7 +71,7 @@ def test_resolution_shift_by_hand():
 def test_from_a_config():
     knobs = {"name": "logit_normal", "mean": -0.5, "std": 2}
     assert build(TimesConfig, knobs, "diffusion.times") == TimesConfig("logit_normal", -0.5, 2.0)
-    with pytest.raises(UserError, match="read by 'logit_normal' alone"):
+    with pytest.raises(UserError, match="read only by 'logit_normal'"):
         build(TimesConfig, {"mean": 0.5}, "diffusion.times")
     with pytest.raises(UserError, match="std is 0"):
         build(TimesConfig, {"name": "logit_normal", "std": 0.0}, "diffusion.times")
