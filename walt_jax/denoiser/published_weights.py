@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from einops import EinopsError, rearrange, repeat
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,6 +20,7 @@ from walt_jax.denoiser.sinusoids import TIME_WAVES
 from walt_jax.errors import UserError
 
 Params = dict[str, Any]
+QKV = ("query", "key", "value")
 Tensor = Float[np.ndarray, "..."]
 # Buffers, which follow from the config.
 FIXED = ("pos_embed", "temp_embed", "pos_embed.pos_embed", "temp_pos_embed")
@@ -37,8 +39,8 @@ class Entry(NamedTuple):
 
     ours: str
     theirs: str
-    read: Callable[[Tensor], Tensor]
-    write: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Tensor] = np.asarray
+    write: Callable[[Tensor], Tensor] = np.asarray
     part: int | None = None
 
 
@@ -61,8 +63,8 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     """
     tensors = _tensors(path)
     diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
-    entries = _entries(config, diffusers, tubelets)
     _check_config(path, config, diffusers)
+    entries = _entries(config, diffusers, tubelets)
     expected = {entry.theirs for entry in entries} | set(FIXED)
     if not config.embedders_per_block:
         expected |= _copies(path, tensors)
@@ -71,7 +73,7 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     if strange or missing:
         names = f"has {strange[0]}, which this config has no place for" if strange else f"lacks {missing[0]}"
         raise UserError(f"{path} {names}; use the config that its model has, such as configs/dit_xl_2.py.")
-    shapes = {"/".join(key): leaf.shape for key, leaf in flatten_dict(_unrolled(config, like)).items()}
+    shapes = {name: leaf.shape for name, leaf in _unrolled(like).items()}
     found = {}
     for entry in entries:
         tensor = tensors[entry.theirs]
@@ -91,8 +93,7 @@ def load(path: str | pathlib.Path, config: DenoiserConfig, like: Params, tubelet
     left = sorted(set(shapes) - set(found))
     if left:
         raise UserError(f"{path} has nothing for {left[0]} of this config; leave out what adds it, or another file.")
-    params = unflatten_dict({tuple(name.split("/")): value for name, value in found.items()})
-    return _rolled(config, params)
+    return _rolled(config, found)
 
 
 def export(params: Params, config: DenoiserConfig, diffusers: bool = True) -> dict[str, np.ndarray]:
@@ -102,12 +103,9 @@ def export(params: Params, config: DenoiserConfig, diffusers: bool = True) -> di
         UserError: if the config is neither DiT nor Latte.
     """
     _check_config("export", config, diffusers)
-    params = {key: np.asarray(leaf) for key, leaf in flatten_dict(params).items()}
-    unrolled = flatten_dict(_unrolled(config, unflatten_dict(params)))
-    ours = {"/".join(key): leaf for key, leaf in unrolled.items()}
     if config.patch_size[0] > 1:
         raise UserError(f"patch_size {config.patch_size}: published layouts have patches of one frame.")
-    entries = _entries(config, diffusers)
+    ours, entries = _unrolled(jax.tree.map(np.asarray, params)), _entries(config, diffusers)
     left = sorted(set(ours) - {entry.ours for entry in entries})
     if left:
         raise UserError(f"{left[0]} has no place in the published layouts: this config is neither DiT nor Latte.")
@@ -166,19 +164,9 @@ def _copies(path: str | pathlib.Path, tensors: dict[str, np.ndarray]) -> set[str
 # Layouts
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _transposed(x: Tensor) -> Tensor:
-    return x.T
-
-
-def _linear(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
-    entries = [Entry(f"{ours}/kernel", f"{theirs}.weight", _transposed, _transposed)]
-    if bias:
-        entries.append(Entry(f"{ours}/bias", f"{theirs}.bias", _same, _same))
-    return entries
+def _linear(ours: str, theirs: str) -> list[Entry]:
+    kernel = Entry(f"{ours}/kernel", f"{theirs}.weight", np.transpose, np.transpose)
+    return [kernel, Entry(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def _swapped(x: Tensor, dim: int) -> Tensor:
@@ -209,7 +197,7 @@ def _time_in(theirs: str, closed: bool, ours: str = "time_in") -> list[Entry]:
     turn = np.block([[cos, sin], [-sin, cos]])  # waves(x) = turn @ waves(x + 1)
     return [
         Entry(f"{ours}/kernel", f"{theirs}.weight", lambda x: turn.T @ x.T, lambda x: (turn @ x).T.astype(np.float32)),
-        Entry(f"{ours}/bias", f"{theirs}.bias", _same, _same),
+        Entry(f"{ours}/bias", f"{theirs}.bias"),
     ]
 
 
@@ -240,27 +228,23 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
             Entry("patch_out/bias", f"{name}.bias", patch_out, patch_out_back),
         ]
 
+    def patch_in_back(x: Tensor) -> Tensor:
+        return rearrange(x, "(p q c) d -> d c p q", p=height, q=width)
+
     patches = "pos_embed.proj" if diffusers else "x_embedder.proj"
-    entries = [
-        Entry(
-            "patch_in/kernel",
-            f"{patches}.weight",
-            patch_in,
-            lambda x: rearrange(x, "(p q c) d -> d c p q", p=height, q=width),
-        ),
-        Entry("patch_in/bias", f"{patches}.bias", _same, _same),
-    ]
+    entries = [Entry("patch_in/kernel", f"{patches}.weight", patch_in, patch_in_back)]
+    entries.append(Entry("patch_in/bias", f"{patches}.bias"))
     if not diffusers:
         entries += _time_in("t_embedder.mlp.0", closed=False) + _linear("time_out", "t_embedder.mlp.2")
         if config.classes:
-            entries.append(Entry("label_embedding", "y_embedder.embedding_table.weight", _same, _same))
+            entries.append(Entry("label_embedding", "y_embedder.embedding_table.weight"))
         entries += _modulation("adaln_out", "final_layer.adaLN_modulation.1", dim) + output("final_layer.linear")
     elif config.single:
         embedder = "adaln_single.emb.timestep_embedder"
         entries += _time_in(f"{embedder}.linear_1", closed=False) + _linear("time_out", f"{embedder}.linear_2")
         entries += _modulation("adaln", "adaln_single.linear", dim)
-        entries += _linear("text_in", "caption_projection.linear_1")
-        entries += _linear("text_out", "caption_projection.linear_2")
+        for number, name in enumerate(("text_in", "text_out"), 1):
+            entries += _linear(name, f"caption_projection.linear_{number}")
         entries += [_table("adaln_out_table", "scale_shift_table", dim), *output("proj_out")]
     else:
         for layer in range(config.layers if config.embedders_per_block else 1):
@@ -269,77 +253,52 @@ def _entries(config: DenoiserConfig, diffusers: bool, tubelets: Tubelets = "cent
             entries += _linear(f"{where}time_out", f"{embedder}.timestep_embedder.linear_2")
             if config.classes:
                 table = f"{embedder}.class_embedder.embedding_table.weight"
-                entries.append(Entry(f"{where}label_embedding", table, _same, _same))
+                entries.append(Entry(f"{where}label_embedding", table))
         entries += _modulation("adaln_out", "proj_out_1", dim) + output("proj_out_2")
-    each = len(config.block_windows)
     for layer in range(config.layers):
-        cycle, number = divmod(layer, each)
-        name = f"blocks.{layer}"
-        if diffusers:
-            stack = "temporal_transformer_blocks" if number else "transformer_blocks"
-            name = f"{stack}.{cycle}"
+        cycle, number = divmod(layer, len(config.block_windows))
+        stack = "temporal_transformer_blocks" if number else "transformer_blocks"
+        name = f"{stack}.{cycle}" if diffusers else f"blocks.{layer}"
         cross = config.block == "latte" and config.cross_at(config.block_windows[number])
         entries += _block(f"cycle{cycle}/block{number}", name, config, diffusers, cross)
     return entries
 
 
 def _block(ours: str, theirs: str, config: DenoiserConfig, diffusers: bool, cross: bool) -> list[Entry]:
-    dim, all_biased = config.dim, config.attention_bias == "all"
-    if not diffusers:
-        entries = _modulation(f"{ours}/adaln", f"{theirs}.adaLN_modulation.1", dim)
-        for part, name in enumerate(("query", "key", "value")):
-            for entry in _linear(f"{ours}/self_attention/{name}", f"{theirs}.attn.qkv", all_biased):
-                entries.append(entry._replace(part=part))
-        entries += _linear(f"{ours}/self_attention/out", f"{theirs}.attn.proj", config.attention_bias != "none")
-        return [
-            *entries,
-            *_linear(f"{ours}/mlp_in", f"{theirs}.mlp.fc1"),
-            *_linear(f"{ours}/mlp_out", f"{theirs}.mlp.fc2"),
-        ]
-
-    def attention(own: str, name: str) -> list[Entry]:
-        found = []
-        for part in ("query", "key", "value"):
-            found += _linear(f"{ours}/{own}/{part}", f"{theirs}.{name}.to_{part[0]}", all_biased)
-        return found + _linear(f"{ours}/{own}/out", f"{theirs}.{name}.to_out.0", config.attention_bias != "none")
-
-    entries = attention("self_attention", "attn1") + (attention("cross_attention", "attn2") if cross else [])
-    if config.single:
-        entries.append(_table(f"{ours}/adaln_table", f"{theirs}.scale_shift_table", dim))
+    if diffusers:
+        layers = {"mlp_in": "ff.net.0.proj", "mlp_out": "ff.net.2"}
+        for own, name in (("self_attention", "attn1"), ("cross_attention", "attn2"))[: 1 + cross]:
+            layers |= {f"{own}/{part}": f"{name}.to_{part[0]}" for part in QKV} | {f"{own}/out": f"{name}.to_out.0"}
     else:
-        entries += _modulation(f"{ours}/adaln", f"{theirs}.norm1.linear", dim)
-    return [
-        *entries,
-        *_linear(f"{ours}/mlp_in", f"{theirs}.ff.net.0.proj"),
-        *_linear(f"{ours}/mlp_out", f"{theirs}.ff.net.2"),
-    ]
+        layers = {"mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2", "self_attention/out": "attn.proj"}
+    entries = [entry for own, name in layers.items() for entry in _linear(f"{ours}/{own}", f"{theirs}.{name}")]
+    if config.single:
+        return [*entries, _table(f"{ours}/adaln_table", f"{theirs}.scale_shift_table", config.dim)]
+    if not diffusers:
+        for part, name in enumerate(QKV):
+            third = _linear(f"{ours}/self_attention/{name}", f"{theirs}.attn.qkv")
+            entries += [entry._replace(part=part) for entry in third]
+    name = "norm1.linear" if diffusers else "adaLN_modulation.1"
+    return entries + _modulation(f"{ours}/adaln", f"{theirs}.{name}", config.dim)
 
 
 # Scans
 
 
-def _unrolled(config: DenoiserConfig, params: Params) -> Params:
-    """Cycles by their names, also where they are stacked for a scan; of shapes as of arrays."""
-    if not config.scan:
-        return params
-    flat, count = flatten_dict(params), config.layers // len(config.block_windows)
-    rest = {key: leaf for key, leaf in flat.items() if key[0] != "cycles"}
-    for key, leaf in flat.items():
-        if key[0] == "cycles":
-            for cycle in range(count):
-                part = leaf[cycle] if isinstance(leaf, np.ndarray) else np.broadcast_to(np.float32(0), leaf.shape[1:])
-                rest[(f"cycle{cycle}", *key[1:])] = part
-    return unflatten_dict(rest)
+def _unrolled(params: Params) -> dict[str, Any]:
+    """Arrays or shapes by their paths, with cycles by their names also where they are stacked for a scan."""
+    flat = flatten_dict(params, sep="/")
+    for name in [name for name in flat if name.startswith("cycles/")]:
+        stack = flat.pop(name)
+        for cycle in range(stack.shape[0]):
+            shape = jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
+            flat[name.replace("cycles", f"cycle{cycle}", 1)] = stack[cycle] if isinstance(stack, np.ndarray) else shape
+    return flat
 
 
-def _rolled(config: DenoiserConfig, params: Params) -> Params:
+def _rolled(config: DenoiserConfig, flat: dict[str, Any]) -> Params:
     """The inverse of `_unrolled`, of arrays."""
-    if not config.scan:
-        return params
-    flat, stacked = flatten_dict(params), {}
-    rest = {key: leaf for key, leaf in flat.items() if not key[0].startswith("cycle")}
-    for key in flat:
-        if key[0] == "cycle0":
-            count = config.layers // len(config.block_windows)
-            stacked[("cycles", *key[1:])] = np.stack([flat[(f"cycle{cycle}", *key[1:])] for cycle in range(count)])
-    return unflatten_dict(rest | stacked)
+    for name in [name for name in flat if config.scan and name.startswith("cycle0/")]:
+        count, rest = config.layers // len(config.block_windows), name.removeprefix("cycle0/")
+        flat[f"cycles/{rest}"] = np.stack([flat.pop(f"cycle{cycle}/{rest}") for cycle in range(count)])
+    return unflatten_dict(flat, sep="/")
