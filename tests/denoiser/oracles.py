@@ -122,11 +122,11 @@ def dense_attention(params, x, places, sees, bounds, heads, relative="bias", tex
         logits = logits + math.sqrt(dim // heads) * xp.moveaxis(table[dt, dy, dx], -1, 1)
     visible = sees
     if text is not None:
-        clips, words = text.shape[1:3]
-        text = text.reshape(batch, clips * words, -1)
+        clips, length = text.shape[1:3]
+        text = text.reshape(batch, clips * length, -1)
         logits = xp.concatenate([logits, xp.einsum("bqhd,bkhd->bhqk", query, projected("key", text))], -1)
         value = xp.concatenate([value, projected("value", text)], 1)
-        own = np.repeat(np.arange(clips), words)[None, None] == places[:, :, :1]
+        own = np.repeat(np.arange(clips), length)[None, None] == places[:, :, :1]
         visible = xp.concatenate([sees, own & text_mask.reshape(batch, 1, -1)], -1)
     logits = xp.where(visible[:, None], logits / math.sqrt(dim // heads), -np.inf)
     weights = xp.exp(logits - logits.max(-1, keepdims=True))

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 HEADS, HEAD_DIM, WORDS = 2, 8, 4
 DIM = HEADS * HEAD_DIM
-# Lengths of rows and slots of a chunk: chunks of two kinds, that are computed in turn, or of one, all at once.
+# Lengths of rows and slots of a chunk: chunks of two kinds, computed one after the other, or of one kind, all at once.
 IN_TURN, AT_ONCE = ((8, 90), 96), ((90,), 180)
 CUTS = st.sampled_from([IN_TURN, AT_ONCE])
 MIXED = [[(3, 2, 4), (1, 5, 6), (2, 3, 3)], [(1, 1, 2), (2, 5, 3)], []]

@@ -109,8 +109,8 @@ def shapes(config, bounds, channels, text):
         text_mask=np.ones((1, 1, 3), bool) if config.cross_attention else None,
         label=np.zeros((1, 1), int) if config.classes else None,
     )
-    given = np.zeros((1, tokens, channels)), np.zeros((1, 1)), condition, layout
-    return jax.eval_shape(Denoiser(config, bounds).init, jax.random.key(0), *given)
+    inputs = np.zeros((1, tokens, channels)), np.zeros((1, 1)), condition, layout
+    return jax.eval_shape(Denoiser(config, bounds).init, jax.random.key(0), *inputs)
 
 
 def counts(config, bounds=(5, 16, 16), channels=8, text=2048):

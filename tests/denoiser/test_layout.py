@@ -98,7 +98,7 @@ def test_row_lengths_suit_the_packs_that_they_are_made_for(packs, window, isolat
     lengths = row_lengths(*places, [window], isolate_images, most)
     assert len(lengths[window.name]) <= most
     pack = make_pack(*places, [window], lengths, isolate_images)  # refuses windows longer than the longest row
-    # A token is in the group of those that it sees; one that sees itself alone may be in none.
+    # A token is in the group of those that it sees; one that sees only itself may be in none.
     sees = seen(packs, window, TOKENS, isolate_images)
     groups = pack.groups[window.name]
     for row, token in np.ndindex(len(packs), TOKENS):

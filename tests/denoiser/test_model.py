@@ -202,7 +202,7 @@ def test_in_packs_as_clip_by_clip_the_denoiser_equals_the_papers_equations(confi
 
 
 def test_the_last_convolution_equals_its_equations():
-    """Of equal clips alone: in packs it has no neighbours."""
+    """Only of equal clips: in packs it has no neighbours."""
     config = UViTConfig(dim=16, heads=2, layers=1, windows=((None, None, None),), output_conv=True)
     plain, values = dataclasses.replace(config, output_conv=False), videos(config)
     conv = {"kernel": normal(8, 1, 3, 3, CHANNELS, CHANNELS), "bias": normal(9, CHANNELS)}

@@ -66,16 +66,16 @@ def test_names_of_windows_that_differ_differ():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(GRIDS, max_size=4), WINDOWS, st.none() | st.sets(st.integers(0, 4)), st.integers(0, 9))
-def test_tokens_have_equal_numbers_where_a_loop_finds_them_in_one_window(grids, window, alone, fill):
-    tokens = sum(map(math.prod, grids)) + fill
+def test_tokens_have_equal_numbers_where_a_loop_finds_them_in_one_window(grids, window, isolated, padding):
+    tokens = sum(map(math.prod, grids)) + padding
     positions, _ = place_clips([grids], tokens, 4)
-    numbers = window_numbers(positions[0], window, None if alone is None else np.array(sorted(alone), np.int32))
+    numbers = window_numbers(positions[0], window, None if isolated is None else np.array(sorted(isolated), np.int32))
     keys = []
     for segment, grid in enumerate(grids):
         for place in np.ndindex(*grid):
             cell = [0 if size is None else axis // size for axis, size in zip(place, window, strict=True)]
-            keys.append(None if alone and segment in alone else (segment, *cell))
-    keys += [None] * fill
+            keys.append(None if isolated and segment in isolated else (segment, *cell))
+    keys += [None] * padding
     order = sorted({key for key in keys if key is not None})  # by segments first
     np.testing.assert_array_equal(numbers, [-1 if key is None else order.index(key) for key in keys])
 

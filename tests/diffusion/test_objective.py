@@ -14,7 +14,7 @@ from walt_jax.diffusion.schedule import Schedule
 from walt_jax.diffusion.times import TimesConfig
 from walt_jax.errors import UserError
 
-# Two packs of seven tokens: three clips, and two beside a place without one; what is -1 fills up.
+# Two packs of seven tokens: three clips, and two with an unused slot; -1 is padding.
 SEGMENTS = np.array([[0, 0, 0, 1, 1, 2, -1], [0, 1, 1, 1, 1, -1, -1]])
 TOKENS = np.array([[3, 2, 1], [1, 4, 0]], np.float32)
 VALID = SEGMENTS >= 0
@@ -164,7 +164,7 @@ def test_times_follow_the_config():
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE, FLOW], ids=lambda schedule: schedule.name)
 def test_a_complex_clip_has_more_noise_and_the_model_is_told(schedule):
-    """ᾱ is raised to the power 1 + strength · complexity; that the noise follows the time told is in the twin."""
+    """ᾱ is raised to the power 1 + strength · complexity; the twin checks that the noise follows the model's time."""
     plain, adapted = Recorder(), Recorder()
     loss(DiffusionConfig(schedule), plain, complexity=None)
     loss(DiffusionConfig(schedule, adaptive=0.8), adapted)
@@ -294,7 +294,7 @@ def test_what_fills_up_or_is_given_does_not_change_loss_or_gradient(options):
 
     def value(weight, outside):
         def denoise(noisy, time, estimate):
-            # Each value for itself, so that what doesn't count can have an effect through the loss alone.
+            # Each value for itself, so that what doesn't count can have an effect only through the loss.
             return weight * noisy + jnp.tanh(estimate) + outside * (1 - COUNTED)
 
         return loss(config, denoise, latents=LATENTS + outside * (1 - COUNTED))

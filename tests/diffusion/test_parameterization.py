@@ -56,12 +56,12 @@ def test_v_and_flow_lead_back_everywhere_at_both_ends(kind, x, eps, angle, lengt
 @settings(max_examples=20, deadline=None)
 @given(z=NUMBERS, said=NUMBERS, angle=INSIDE, length=LENGTHS)
 def test_any_statement_can_be_made_in_any_kind(first, second, z, said, angle, length):
-    """Whatever a network says, the x and ε that follow add up to z, and another kind's words mean the same x and ε."""
+    """The x and ε that follow from any prediction add up to z, and another kind can express the same x and ε."""
     alpha, sigma = pair(angle, length)
     x, eps = clean(first, said, z, alpha, sigma), noise(first, said, z, alpha, sigma)
     other = target(second, x, eps, alpha, sigma)
-    for kind, words in ((first, said), (second, other)):
-        x, eps = clean(kind, words, z, alpha, sigma), noise(kind, words, z, alpha, sigma)
+    for kind, prediction in ((first, said), (second, other)):
+        x, eps = clean(kind, prediction, z, alpha, sigma), noise(kind, prediction, z, alpha, sigma)
         np.testing.assert_allclose(alpha * x + sigma * eps, z, atol=1e-9)
         np.testing.assert_allclose(x, clean(first, said, z, alpha, sigma), atol=1e-8)
         np.testing.assert_allclose(eps, noise(first, said, z, alpha, sigma), atol=1e-8)

@@ -112,7 +112,7 @@ def test_ancestral_sampling_converges_in_distribution():
 
 
 def nonlinear(z, time, carried):
-    """A model whose answer depends on all it is given; its carried is its last estimate."""
+    """A model whose output depends on all its inputs; it carries its last estimate."""
     x = jnp.sin(z + 0.5) + 0.3 * time * carried - 0.2 * time
     return x, x
 
