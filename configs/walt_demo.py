@@ -46,7 +46,6 @@ def get_config() -> ConfigDict:
                 "layers": 6,
                 "windows": ((1, None, None), (None, 2, 2)),
                 "patch_size": (1, 2, 2),
-                "adaln_rank": 2,
                 "self_conditioning": True,
                 "scan": False,
                 "dtype": "float32",

@@ -83,7 +83,6 @@ def get_config() -> ConfigDict:
                 "layers": 24,
                 "windows": ((1, 16, 16), (5, 8, 8)),
                 "patch_size": (1, 1, 1),
-                "adaln_rank": 2,
                 "cross_attention": False,
                 "classes": 101,
                 "self_conditioning": True,
