@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
-from walt_jax.tokenizer.block_transform import Analysis, Synthesis, fit
+from walt_jax.tokenizer.block_transform import Analysis, Synthesis, best_gains, fit, fold, unfold
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.quantizers import HeadConfig
 from walt_jax.training.tokenizer_task import TokenizerTask
@@ -93,21 +93,79 @@ def test_clips_without_variance_and_clips_of_one_frame_are_fitted():
     assert set(fit(black[:, :1], CHANNELS, STRIDES)[0]) == {"first_kernel", "first_bias"}
 
 
-@pytest.mark.parametrize("head", [HeadConfig(), HeadConfig("kl"), HeadConfig("fsq", levels=(8, 8, 8, 4, 4, 4))])
-def test_a_tokenizer_starts_as_the_least_squares_map_of_its_latents(head, clips):
-    tokenizer = Tokenizer(dataclasses.replace(CONFIG, head=head))
+def test_signs_of_folded_values_are_the_gray_code_of_even_intervals():
+    bits = (3, 1, 2)
+    values = np.random.default_rng(0).uniform(-1.2, 1.2, (50, 3)).astype(np.float32)
+    signs = np.where(np.asarray(fold(jnp.asarray(values), bits)) > 0, 1.0, -1.0)
+    inside = np.clip(values, -1, 1 - 1e-6)
+    starts = np.cumsum((0, *bits))
+    for channel, (start, count) in enumerate(zip(starts, bits, strict=False)):
+        index = np.floor((inside[:, channel] + 1) / 2 * 2**count).astype(int)
+        gray = index ^ index >> 1
+        expected = [[1 if code >> bit & 1 else -1 for bit in reversed(range(count))] for code in gray]
+        # Bits after the first are 1 in the middle of an interval, as in the reflected code.
+        np.testing.assert_array_equal(signs[:, start : start + count], expected)
+        centres = (index + 0.5) / 2**count * 2 - 1
+        np.testing.assert_allclose(unfold(jnp.asarray(signs), bits)[:, channel], centres, atol=1e-6)
+
+
+def test_gains_use_the_quantizers_range():
+    rng = np.random.default_rng(0)
+    components = rng.normal(size=(4000, 2)) * (1, 4)
+    gains = best_gains(components, lambda values: np.clip(np.floor(values * 4) + 0.5, -3.5, 3.5))
+    assert 0.25 <= gains[0] <= 0.7 and gains[1] == pytest.approx(gains[0] / 4, rel=0.4)
+    np.testing.assert_array_equal(best_gains(np.ones((8, 2)), lambda values: values).shape, (2,))
+
+
+GRAY = {"head": HeadConfig("lfq"), "latent_channels": 9, "block_bits": (4, 3, 2)}
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"head": HeadConfig()},
+        {"head": HeadConfig("kl")},
+        {"head": HeadConfig("fsq", levels=(8, 8, 8, 4, 4, 4))},
+        {"head": HeadConfig("lfq")},
+        GRAY,
+    ],
+    ids=["continuous", "kl", "fsq", "lfq", "gray"],
+)
+def test_a_tokenizer_starts_as_the_least_squares_map_of_its_latents(knobs, clips):
+    tokenizer = Tokenizer(dataclasses.replace(CONFIG, **knobs))
     task = TokenizerTask(tokenizer, LossConfig())
     video = np.round((np.clip(clips, -1, 1) + 1) * 127.5).astype(np.uint8)
     params = task.fit(nn.meta.unbox(jax.jit(task.init)(jax.random.key(0))[0]), video)
     exact = video / 127.5 - 1
     apply = jax.jit(tokenizer.apply)
     back, quantized = apply({"params": params["tokenizer"]}, jnp.asarray(exact, jnp.float32))
-    latents = np.asarray(quantized.latents)
+    bits, latents = tokenizer.config.block_bits, quantized.latents
+    latents = np.asarray(unfold(latents, bits) if bits else latents)
     for first, part in ((True, latents[:, :1]), (False, latents[:, 1:])):
-        blocks, rows = blocks_of(exact, first), part.reshape(-1, CHANNELS).astype(np.float64)
+        blocks, rows = blocks_of(exact, first), part.reshape(-1, latents.shape[-1]).astype(np.float64)
         rows = np.concatenate([rows, np.ones((len(rows), 1))], 1)
         expected = rows @ np.linalg.lstsq(rows, blocks, rcond=None)[0]
         np.testing.assert_allclose(blocks_of(np.asarray(back), first), expected, atol=1e-3)
+
+
+def test_bits_spent_by_variance_lose_less_than_a_bit_a_component(clips):
+    def quantize(z):
+        return jnp.where(z > 0, 1.0, -1.0)
+
+    def error(bits):
+        analysis, synthesis = fit(clips, 9, STRIDES, bits, quantize)
+        signs = quantize(Analysis(9, STRIDES, bits).apply({"params": analysis}, clips, True))
+        return np.square(Synthesis(STRIDES, bits).apply({"params": synthesis}, signs, True) - clips).mean()
+
+    assert error(GRAY["block_bits"]) < 0.6 * error(())
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"block_bits": (4, 2)}, {**GRAY, "latent_channels": 8}, {**GRAY, "block_transform": False}]
+)
+def test_bits_that_fit_no_head_are_refused(knobs):
+    with pytest.raises(ValueError, match="block_bits"):
+        dataclasses.replace(CONFIG, **knobs)
 
 
 def filled(module, *inputs):

@@ -34,8 +34,10 @@ class TokenizerConfig:
         taps: frames that a convolution sees, 3 in the paper; 1 for a tokenizer of images.
         head: what is between encoder and decoder.
         route: how convolutions are computed, see `convolution.convolve`.
-        block_transform: whether there is a linear way beside encoder and decoder, see `block_transform`; not in the
+        block_transform: whether a linear path is added to encoder and decoder, see `block_transform`; not in the
             paper.
+        block_bits: with `block_transform` and the head "lfq": how many latent channels, a bit each, encode each
+            principal component, the first component first; () gives a bit to each.
     """
 
     latent_channels: Positive
@@ -50,6 +52,7 @@ class TokenizerConfig:
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
     route: Route = "auto"
     block_transform: bool = False
+    block_bits: tuple[Positive, ...] = ()
 
     def __post_init__(self):
         if len(self.downsample) != len(self.channel_multipliers) - 1:
@@ -64,6 +67,12 @@ class TokenizerConfig:
                 )
         if max((time for time, _, _ in self.downsample), default=1) > self.taps:
             raise ValueError(f"taps={self.taps} is less than a stride in time: frames would be passed over")
+        if self.block_bits and not (self.block_transform and self.head.name == "lfq"):
+            raise ValueError("block_bits is for block_transform=True with the head 'lfq'")
+        if self.block_bits and sum(self.block_bits) != self.latent_channels:
+            raise ValueError(
+                f"block_bits adds up to {sum(self.block_bits)} and latent_channels is {self.latent_channels}"
+            )
         self.head.check(self.latent_channels)
 
     def of_images(self) -> "TokenizerConfig":
@@ -193,7 +202,7 @@ class Encoder(nn.Module):
         x = Linear(self.features, ("channels_in", "latent"), kernel_init=init, dtype=dtype, name="conv_out")(x)
         x = x.astype(jnp.float32)
         if cfg.block_transform:
-            blocks = Analysis(cfg.latent_channels, cfg.strides, name="blocks")(video, cache is None)
+            blocks = Analysis(cfg.latent_channels, cfg.strides, cfg.block_bits, name="blocks")(video, cache is None)
             x = x + jnp.pad(blocks, ((0, 0),) * 4 + ((0, self.features - cfg.latent_channels),))
         return x, after
 
@@ -232,7 +241,7 @@ class Decoder(nn.Module):
         x = run(pixels, x).astype(jnp.float32)
         x = rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=cfg.patch_size, q=cfg.patch_size)
         if cfg.block_transform:
-            x = x + Synthesis(cfg.strides, name="blocks")(latents, cache is None)
+            x = x + Synthesis(cfg.strides, cfg.block_bits, name="blocks")(latents, cache is None)
         return x, after
 
 

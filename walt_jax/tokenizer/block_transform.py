@@ -22,6 +22,7 @@ from walt_jax.layers import along_channels
 # Kernels are relative to it, so that their entries are about 1 and an optimizer's step changes each component alike.
 FIRST_DEVIATION = 0.5
 SMALLEST_DEVIATION = 1 / 255  # a component below a pixel's rounding is not scaled up further
+GAINS = (0.1, 0.14, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5)  # tried by `fit`
 
 
 def typical_deviations(channels: int) -> Float[np.ndarray, " c"]:
@@ -41,39 +42,72 @@ def split_blocks(
     }
 
 
+def fold(x: Float[Array, "*n c"], bits: tuple[int, ...]) -> Float[Array, "*n b"]:
+    """Values of -1..1 to numbers whose signs are the values' Gray codes: channel i becomes bits[i] channels.
+
+    The sign of a value is its first bit; the second is whether its magnitude is below 1/2, and so on. Neighbouring
+    intervals differ in one sign, and every number is a continuous function of the value.
+    """
+    folded = []
+    for channel, count in enumerate(bits):
+        rest = x[..., channel]
+        for _ in range(count):
+            folded.append(rest)
+            rest = jnp.maximum(1 - 2 * jnp.abs(rest), -1)
+    return jnp.stack(folded, axis=-1)
+
+
+def unfold(signs: Float[Array, "*n b"], bits: tuple[int, ...]) -> Float[Array, "*n c"]:
+    """The centre of the interval, one of 2^bits[i] of equal length, in which `fold` found each value."""
+    values, start = [], 0
+    for count in bits:
+        value = jnp.zeros(signs.shape[:-1], signs.dtype)
+        for index in reversed(range(start, start + count)):
+            value = signs[..., index] * (1 - value) / 2
+        values.append(value)
+        start += count
+    return jnp.stack(values, axis=-1)
+
+
 class Analysis(nn.Module):
     """Blocks of pixels to latents; the first frame of a clip has blocks of its own.
 
     Attributes:
         channels: of the latents.
         strides: pixels of a block in (time, height, width).
+        bits: of the latents that each component becomes, see `fold`; () if each component is a latent channel.
     """
 
     channels: int
     strides: tuple[int, int, int]
+    bits: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, video: Float[Array, "b t h w 3"], first: bool) -> Float[Array, "b t2 h2 w2 c"]:
         """`first` says whether the chunk begins the clip."""
-        scale = along_channels(jnp.asarray(1 / typical_deviations(self.channels), jnp.float32))
-        latents = []
+        components = len(self.bits) or self.channels
+        scale = along_channels(jnp.asarray(1 / typical_deviations(components), jnp.float32))
+        values = []
         for name, blocks in split_blocks(video, self.strides, first).items():
             size = blocks.shape[-1]
-            kernel, bias = _affine(self, name, (size, self.channels), ("pixel", "latent"))
-            latents.append(blocks @ kernel * (scale / size) + along_channels(bias))
-        return jnp.concatenate(latents, axis=1)
+            kernel, bias = _affine(self, name, (size, components), ("pixel", "latent"))
+            values.append(blocks @ kernel * (scale / size) + along_channels(bias))
+        latents = jnp.concatenate(values, axis=1)
+        return fold(latents, self.bits) if self.bits else latents
 
 
 class Synthesis(nn.Module):
     """The way back, see `Analysis`."""
 
     strides: tuple[int, int, int]
+    bits: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, latents: Float[Array, "b t2 h2 w2 c"], first: bool) -> Float[Array, "b t h w 3"]:
         """`first` says whether the chunk begins the clip."""
-        count, channels = (1 if first else 0), latents.shape[-1]
-        scaled = latents * along_channels(jnp.asarray(typical_deviations(channels), jnp.float32))
+        values = unfold(latents, self.bits) if self.bits else latents
+        count, channels = (1 if first else 0), values.shape[-1]
+        scaled = values * along_channels(jnp.asarray(typical_deviations(channels), jnp.float32))
         time, p, q = self.strides
         video = []
         for name, part, r in (("first", scaled[:, :count], 1), ("later", scaled[:, count:], time)):
@@ -105,36 +139,60 @@ def principal_components(
     return mean, np.pad(directions, ((0, 0), (0, missing))), np.sqrt(np.pad(np.maximum(variances, 0), (0, missing)))
 
 
+def best_gains(components: Float[np.ndarray, "m c"], decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """For each channel the gain of `GAINS` with which the decoded values correlate most with the component."""
+    centred = components - components.mean(0)
+    explained = []
+    for gain in GAINS:
+        decoded = decode(components * gain)
+        decoded = decoded - decoded.mean(0)
+        variances = np.square(decoded).sum(0) * np.square(centred).sum(0)
+        explained.append(np.square((decoded * centred).sum(0)) / np.maximum(variances, 1e-12))
+    return np.array(GAINS)[np.argmax(explained, axis=0)]
+
+
 def fit(
     video: Float[np.ndarray, "b t h w 3"],
     channels: int,
     strides: tuple[int, int, int],
-    quantize: Callable[[Float[Array, "m 1 1 1 c"]], Float[Array, "m 1 1 1 c"]] = lambda latents: latents,
+    bits: tuple[int, ...] = (),
+    quantize: Callable[[Float[Array, "m 1 1 1 c"]], Float[Array, "m 1 1 1 c"]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters of `Analysis` and `Synthesis` with which latents are the principal components of blocks.
 
-    Each latent channel has mean 0 and variance 1 over the clips' blocks. `Synthesis` is the least-squares map from what
-    the head makes of the latents to the blocks.
+    Components have mean 0 and variance 1 over the clips' blocks. With `quantize` they are scaled further, each to the
+    range that loses least. `Synthesis` is the least-squares map from what the head decodes to the blocks.
 
     Args:
         video: clips in -1..1.
         channels: of the latents.
         strides: pixels of a block in (time, height, width).
-        quantize: the head: what it decodes of latents.
+        bits: see `Analysis`.
+        quantize: what a head that rounds decodes of latents; None for a head that does not round.
 
     Returns:
         Both modules' parameters, without those of later frames where the clips have one frame each.
     """
-    analysis, synthesis, typical = {}, {}, typical_deviations(channels)
+    components = len(bits) or channels
+    analysis, synthesis, typical = {}, {}, typical_deviations(components)
+
+    def decode(values: np.ndarray) -> np.ndarray:
+        if quantize is None:
+            return values
+        latents = jnp.asarray(values, jnp.float32)[:, None, None, None]
+        decoded = unfold(quantize(fold(latents, bits)), bits) if bits else quantize(latents)
+        return np.asarray(decoded, np.float64)[:, 0, 0, 0]
+
     for name, blocks in split_blocks(video, strides, True).items():
         blocks = np.asarray(blocks, np.float64).reshape(-1, blocks.shape[-1])
         if not len(blocks):
             continue
         size = blocks.shape[1]
-        mean, directions, deviations = principal_components(blocks, channels)
+        mean, directions, deviations = principal_components(blocks, components)
         kernel = directions / np.maximum(deviations, SMALLEST_DEVIATION * np.sqrt(size))
-        latents = (blocks - mean) @ kernel
-        decoded = np.asarray(quantize(jnp.asarray(latents, jnp.float32)[:, None, None, None]), np.float64)[:, 0, 0, 0]
+        values = (blocks - mean) @ kernel
+        gains = 1.0 if quantize is None else best_gains(values, decode)
+        kernel, decoded = kernel * gains, decode(values * gains)
         centre = decoded.mean(0)
         # Few clips may leave directions without variance: the smallest solution ignores them.
         back = np.linalg.pinv((decoded - centre).T @ (decoded - centre), 1e-9, hermitian=True)

@@ -62,8 +62,9 @@ class TokenizerTask:
         config = self.tokenizer.config
         head = Head(config.head, config.latent_channels)
         # "vq" has no codes yet, and "kl" decodes a draw: both are fitted as if their latents were decoded as they are.
-        quantize = {"quantize": lambda z: head.apply({}, z).latents} if config.head.name in ("lfq", "fsq") else {}
-        parts = block_transform.fit(to_float(video), config.latent_channels, config.strides, **quantize)
+        quantize = (lambda z: head.apply({}, z).latents) if config.head.name in ("lfq", "fsq") else None
+        shape = config.latent_channels, config.strides, config.block_bits
+        parts = block_transform.fit(to_float(video), *shape, quantize)
         tokenizer = dict(params["tokenizer"])
         for coder, fitted in zip(("encoder", "decoder"), parts, strict=True):
             tokenizer[coder] = {**tokenizer[coder], "blocks": {**tokenizer[coder]["blocks"], **fitted}}
