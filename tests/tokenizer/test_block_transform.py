@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
-from walt_jax.tokenizer.block_transform import Analysis, Synthesis, best_gains, fit, fold, unfold
+from walt_jax.tokenizer.block_transform import (
+    Analysis,
+    Synthesis,
+    best_gains,
+    clip_weights,
+    fit,
+    fold,
+    principal_components,
+    unfold,
+)
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.quantizers import HeadConfig
 from walt_jax.training.tokenizer_task import TokenizerTask
@@ -45,13 +54,23 @@ def blocks_of(video, first):
     )
 
 
-def projected(blocks, training, channels):
+def projected(blocks, training, channels, weights):
     """The twin: unit-variance coordinates along the right singular vectors, and the blocks of these."""
-    mean = training.mean(0)
-    _, singular, vectors = np.linalg.svd(training - mean, full_matrices=False)
+    mean = np.average(training, 0, weights)
+    scaled = (training - mean) * np.sqrt(weights / weights.sum())[:, None]
+    _, singular, vectors = np.linalg.svd(scaled, full_matrices=False)
     vectors = vectors[:channels] * np.where(vectors[:channels].sum(1, keepdims=True) < 0, -1, 1)
     coordinates = (blocks - mean) @ vectors.T
-    return coordinates * np.sqrt(len(training)) / singular[:channels], mean + coordinates @ vectors
+    return coordinates / singular[:channels], mean + coordinates @ vectors
+
+
+def weights_of(clips, channels):
+    """`clip_weights`, one clip's as often as it has blocks: for first frames and for later ones."""
+    parts = [blocks_of(clips, first) for first in (True, False)]
+    weights = clip_weights([part.reshape(len(clips), -1, part.shape[1]) for part in parts], channels)
+    return {
+        first: np.repeat(weights, len(part) // len(clips)) for first, part in zip((True, False), parts, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +89,9 @@ def test_latents_are_the_principal_components_of_blocks(clips, fitted):
     unseen = smooth(99)
     latents = Analysis(CHANNELS, STRIDES).apply({"params": fitted[0]}, unseen, True)
     back = Synthesis(STRIDES).apply({"params": fitted[1]}, latents, True)
+    weights = weights_of(clips, CHANNELS)
     for first, part in ((True, latents[:, :1]), (False, latents[:, 1:])):
-        expected, blocks = projected(blocks_of(unseen, first), blocks_of(clips, first), CHANNELS)
+        expected, blocks = projected(blocks_of(unseen, first), blocks_of(clips, first), CHANNELS, weights[first])
         np.testing.assert_allclose(part.reshape(-1, CHANNELS), expected, atol=1e-4)
         np.testing.assert_allclose(blocks_of(np.asarray(back), first), blocks, atol=1e-4)
 
@@ -109,12 +129,29 @@ def test_signs_of_folded_values_are_the_gray_code_of_even_intervals():
         np.testing.assert_allclose(unfold(jnp.asarray(signs), bits)[:, channel], centres, atol=1e-6)
 
 
+def test_weighted_clips_have_a_better_mean_psnr_than_equal_ones():
+    rng = np.random.default_rng(0)
+    # High contrast in four directions, and low contrast in two others.
+    deviations = np.repeat([(8, 4, 4, 4, 0, 0), (0, 0, 0, 0, 2, 0.5)], 8, axis=0)[:, None] / 10
+    blocks = rng.normal(size=(16, 50, 6)) * deviations
+
+    def mean_log_error(weights):
+        mean, directions, _ = principal_components(blocks.reshape(-1, 6), 2, np.repeat(weights / 50, 50))
+        lost = (blocks - mean) - (blocks - mean) @ directions @ directions.T
+        return np.log(np.square(lost).mean((1, 2)) + 1e-4).mean()
+
+    weights = clip_weights([blocks], 2)
+    assert weights.sum() == pytest.approx(1) and mean_log_error(weights) <= mean_log_error(np.full(16, 1 / 16)) - 0.1
+
+
 def test_gains_use_the_quantizers_range():
     rng = np.random.default_rng(0)
     components = rng.normal(size=(4000, 2)) * (1, 4)
-    gains = best_gains(components, lambda values: np.clip(np.floor(values * 4) + 0.5, -3.5, 3.5))
+    components -= components.mean(0)
+    gains = best_gains(
+        components, np.full(4000, 1 / 4000), lambda values: np.clip(np.floor(values * 4) + 0.5, -3.5, 3.5)
+    )
     assert 0.25 <= gains[0] <= 0.7 and gains[1] == pytest.approx(gains[0] / 4, rel=0.4)
-    np.testing.assert_array_equal(best_gains(np.ones((8, 2)), lambda values: values).shape, (2,))
 
 
 GRAY = {"head": HeadConfig("lfq"), "latent_channels": 9, "block_bits": (4, 3, 2)}
@@ -141,10 +178,12 @@ def test_a_tokenizer_starts_as_the_least_squares_map_of_its_latents(knobs, clips
     back, quantized = apply({"params": params["tokenizer"]}, jnp.asarray(exact, jnp.float32))
     bits, latents = tokenizer.config.block_bits, quantized.latents
     latents = np.asarray(unfold(latents, bits) if bits else latents)
+    weights = weights_of(exact, len(bits) or tokenizer.config.latent_channels)
     for first, part in ((True, latents[:, :1]), (False, latents[:, 1:])):
         blocks, rows = blocks_of(exact, first), part.reshape(-1, latents.shape[-1]).astype(np.float64)
         rows = np.concatenate([rows, np.ones((len(rows), 1))], 1)
-        expected = rows @ np.linalg.lstsq(rows, blocks, rcond=None)[0]
+        root = np.sqrt(weights[first])[:, None]
+        expected = rows @ np.linalg.lstsq(rows * root, blocks * root, rcond=None)[0]
         np.testing.assert_allclose(blocks_of(np.asarray(back), first), expected, atol=1e-3)
 
 

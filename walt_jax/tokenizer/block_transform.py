@@ -19,9 +19,13 @@ from jaxtyping import Array, Float
 from walt_jax.layers import along_channels
 
 # Root mean square over a block's values of the i-th component (from 1) is about 0.5 / i in natural clips of -1..1.
-# Kernels are relative to it, so that their entries are about 1 and an optimizer's step changes each component alike.
+# Kernels are relative to it, so that an optimizer's step changes each component alike; and their entries are about
+# ENTRY, so that a learning rate that suits convolutions changes the transform slowly: it starts at an optimum.
 FIRST_DEVIATION = 0.5
+ENTRY = 4.0
+REWEIGHTINGS = 3  # of the clips; the weights have settled by then
 SMALLEST_DEVIATION = 1 / 255  # a component below a pixel's rounding is not scaled up further
+SMALLEST_ERROR = 1e-4  # of a clip's mean squared error: 46 dB; better ones get no more weight
 GAINS = (0.1, 0.14, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5)  # tried by `fit`
 
 
@@ -91,7 +95,7 @@ class Analysis(nn.Module):
         for name, blocks in split_blocks(video, self.strides, first).items():
             size = blocks.shape[-1]
             kernel, bias = _affine(self, name, (size, components), ("pixel", "latent"))
-            values.append(blocks @ kernel * (scale / size) + along_channels(bias))
+            values.append(blocks @ kernel * (scale / (ENTRY * size)) + along_channels(bias))
         latents = jnp.concatenate(values, axis=1)
         return fold(latents, self.bits) if self.bits else latents
 
@@ -112,42 +116,70 @@ class Synthesis(nn.Module):
         video = []
         for name, part, r in (("first", scaled[:, :count], 1), ("later", scaled[:, count:], time)):
             kernel, bias = _affine(self, name, (channels, 3 * r * p * q), ("latent", "pixel"))
-            blocks = part @ kernel + along_channels(bias)
+            blocks = part @ kernel / ENTRY + along_channels(bias)
             video.append(rearrange(blocks, "b t h w (r p q c) -> b (t r) (h p) (w q) c", r=r, p=p, q=q))
         return jnp.concatenate(video, axis=1)
 
 
 def _affine(module: nn.Module, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> tuple[Array, Array]:
-    kernel_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), axes)
+    kernel_init = nn.with_logical_partitioning(nn.initializers.normal(ENTRY), axes)
     bias_init = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
     return module.param(f"{name}_kernel", kernel_init, shape), module.param(f"{name}_bias", bias_init, shape[1:])
 
 
 def principal_components(
-    blocks: Float[np.ndarray, "m n"], channels: int
+    blocks: Float[np.ndarray, "m n"], channels: int, weights: Float[np.ndarray, " m"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n c"], Float[np.ndarray, " c"]]:
-    """The mean, the `channels` directions of largest variance, and the deviation along each.
+    """The weighted mean, the `channels` directions of largest variance, and the deviation along each.
 
-    Directions are of length 1, and positive in sum; zeros beyond the n that there are.
+    Weights add up to 1. Directions are of length 1, and positive in sum; zeros beyond the n that there are.
     """
-    mean = blocks.mean(0)
+    mean = weights @ blocks
     centred = blocks - mean
-    variances, directions = np.linalg.eigh(centred.T @ centred / len(blocks))
+    variances, directions = np.linalg.eigh((centred.T * weights) @ centred)
     variances, directions = variances[::-1][:channels], directions[:, ::-1][:, :channels]
     directions = directions * np.where(directions.sum(0) < 0, -1, 1)
     missing = channels - len(variances)
     return mean, np.pad(directions, ((0, 0), (0, missing))), np.sqrt(np.pad(np.maximum(variances, 0), (0, missing)))
 
 
-def best_gains(components: Float[np.ndarray, "m c"], decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def clip_weights(blocks: list[Float[np.ndarray, "b _ _"]], channels: int) -> Float[np.ndarray, " b"]:
+    """Weights of clips with which principal components reach the best mean PSNR of clips, instead of mean error.
+
+    The mean over clips of log(error) has the gradient of a mean of errors, each weighted by 1 / error: components and
+    weights are computed alternately (Rybkin et al. 2021 train with this loss).
+
+    Args:
+        blocks: of the first frames and of later ones: clips, positions, values.
+        channels: how many components there are.
+    """
+    clips = len(blocks[0])
+    weights, values = np.full(clips, 1 / clips), sum(part[0].size for part in blocks)
+    for _ in range(REWEIGHTINGS):
+        errors = np.zeros(clips)
+        for part in blocks:
+            if part.shape[1]:
+                rows = np.repeat(weights / part.shape[1], part.shape[1])
+                mean, directions, _ = principal_components(part.reshape(-1, part.shape[2]), channels, rows)
+                centred = part - mean
+                errors += np.square(centred).sum((1, 2)) - np.square(centred @ directions).sum((1, 2))
+        weights = 1 / (np.maximum(errors, 0) / values + SMALLEST_ERROR)
+        weights /= weights.sum()
+    return weights
+
+
+def best_gains(
+    components: Float[np.ndarray, "m c"],
+    weights: Float[np.ndarray, " m"],
+    decode: Callable[[np.ndarray], np.ndarray],
+) -> Float[np.ndarray, " c"]:
     """For each channel the gain of `GAINS` with which the decoded values correlate most with the component."""
-    centred = components - components.mean(0)
     explained = []
     for gain in GAINS:
         decoded = decode(components * gain)
-        decoded = decoded - decoded.mean(0)
-        variances = np.square(decoded).sum(0) * np.square(centred).sum(0)
-        explained.append(np.square((decoded * centred).sum(0)) / np.maximum(variances, 1e-12))
+        decoded = decoded - weights @ decoded
+        variances = weights @ np.square(decoded) * (weights @ np.square(components))
+        explained.append(np.square(weights @ (decoded * components)) / np.maximum(variances, 1e-12))
     return np.array(GAINS)[np.argmax(explained, axis=0)]
 
 
@@ -160,7 +192,8 @@ def fit(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters of `Analysis` and `Synthesis` with which latents are the principal components of blocks.
 
-    Components have mean 0 and variance 1 over the clips' blocks. With `quantize` they are scaled further, each to the
+    Clips are weighted for the best mean PSNR, see `clip_weights`. Components have mean 0 and variance 1 over their
+    blocks. With `quantize` they are scaled further, each to the
     range that loses least. `Synthesis` is the least-squares map from what the head decodes to the blocks.
 
     Args:
@@ -183,20 +216,26 @@ def fit(
         decoded = unfold(quantize(fold(latents, bits)), bits) if bits else quantize(latents)
         return np.asarray(decoded, np.float64)[:, 0, 0, 0]
 
-    for name, blocks in split_blocks(video, strides, True).items():
-        blocks = np.asarray(blocks, np.float64).reshape(-1, blocks.shape[-1])
-        if not len(blocks):
+    parts = {
+        name: np.asarray(rearrange(blocks, "b t h w n -> b (t h w) n"), np.float64)
+        for name, blocks in split_blocks(video, strides, True).items()
+    }
+    weights = clip_weights(list(parts.values()), components)
+    for name, blocks in parts.items():
+        _, positions, size = blocks.shape
+        if not positions:
             continue
-        size = blocks.shape[1]
-        mean, directions, deviations = principal_components(blocks, components)
+        blocks, rows = blocks.reshape(-1, size), np.repeat(weights / positions, positions)
+        mean, directions, deviations = principal_components(blocks, components, rows)
         kernel = directions / np.maximum(deviations, SMALLEST_DEVIATION * np.sqrt(size))
         values = (blocks - mean) @ kernel
-        gains = 1.0 if quantize is None else best_gains(values, decode)
+        gains = 1.0 if quantize is None else best_gains(values, rows, decode)
         kernel, decoded = kernel * gains, decode(values * gains)
-        centre = decoded.mean(0)
+        centre = rows @ decoded
+        weighted = ((decoded - centre) * rows[:, None]).T
         # Few clips may leave directions without variance: the smallest solution ignores them.
-        back = np.linalg.pinv((decoded - centre).T @ (decoded - centre), 1e-9, hermitian=True)
-        back = back @ (decoded - centre).T @ (blocks - mean)
-        analysis[f"{name}_kernel"], analysis[f"{name}_bias"] = kernel * size * typical, -mean @ kernel
-        synthesis[f"{name}_kernel"], synthesis[f"{name}_bias"] = back / typical[:, None], mean - centre @ back
+        back = np.linalg.pinv(weighted @ (decoded - centre), 1e-9, hermitian=True) @ weighted @ (blocks - mean)
+        analysis[f"{name}_kernel"], analysis[f"{name}_bias"] = kernel * (ENTRY * size * typical), -mean @ kernel
+        synthesis[f"{name}_kernel"] = back * (ENTRY / typical[:, None])
+        synthesis[f"{name}_bias"] = mean - centre @ back
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (analysis, synthesis))

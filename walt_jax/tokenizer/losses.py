@@ -18,6 +18,8 @@ class LossConfig:
 
     Attributes:
         reconstruction: of the mean squared error.
+        log_error: whether `reconstruction` weighs the mean over clips of log(squared error) instead (Rybkin et al.
+            2021, a Gaussian likelihood of the best variance): mean PSNR, to which each clip contributes alike.
         commitment: of the distance between encodings and their codes (heads "lfq" and "vq").
         entropy: of LFQ's entropy penalty, at the end.
         entropy_start: times that weight at the first step; it falls linearly
@@ -33,6 +35,7 @@ class LossConfig:
     """
 
     reconstruction: float = 1.0
+    log_error: bool = False
     commitment: float = 0.25
     entropy: float = 0.1
     entropy_start: float = 3.0
