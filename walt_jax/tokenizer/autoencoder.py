@@ -23,17 +23,17 @@ class TokenizerConfig:
     Attributes:
         latent_channels: c of W.A.L.T, values a latent position has; 18 with the head "lfq" are 2^18 codes.
         base_channels: width at full resolution (128 in the paper).
-        channel_multipliers: a scale each, full resolution first.
+        channel_multipliers: one per scale, full resolution first.
         downsample: for each transition between scales, the (time, height, width) strides. MAGVIT-v2 halves height and
             width in each, and time late: (1, 2, 2), (2, 2, 2), (2, 2, 2).
         residual_blocks: at each scale (4 in the paper).
         norm_groups: groups of each group norm (32 in the paper).
-        patch_size: side of the square of pixels that is folded into channels before the first convolution (1 in the
+        patch_size: side of the square of pixels that is moved into channels before the first convolution (1 in the
             paper). 2 leaves out the scale at full resolution, which costs more than all others together.
         dtype: of the computation, "float32" or "bfloat16".
-        taps: frames that a convolution sees, 3 in the paper; 1 for a tokenizer of images.
+        taps: kernel size of convolutions in time, 3 in the paper; 1 for a tokenizer of images.
         head: what is between encoder and decoder.
-        route: how convolutions are computed, see `convolution.convolve`.
+        route: implementation of the convolutions, see `convolution.convolve`.
         block_transform: whether a linear path is added to encoder and decoder, see `block_transform`; not in the
             paper.
         block_bits: with `block_transform` and the head "lfq": how many latent channels, a bit each, encode each
@@ -101,10 +101,10 @@ class TokenizerConfig:
 
 
 class FrameNorm(nn.Module):
-    """Group normalisation with statistics per frame: over time they would tie frame 0 to frames that come later.
+    """Group normalisation with statistics per frame: statistics over time would make frame 0 depend on later frames.
 
-    With `condition` (the latents) it is the decoder's adaptive group norm: scale and shift of a frame are linear in the
-    mean of the latent frame that it is decoded from; without, they are learned constants.
+    With `condition` (the latents) it is the decoder's adaptive group norm: a frame's scale and shift are linear functions
+    of the mean of the latent frame that it is decoded from. Without, they are learned constants.
     """
 
     groups: int
@@ -117,7 +117,7 @@ class FrameNorm(nn.Module):
         condition: Float[Array, "b t2 h2 w2 z"] | None = None,
         first: bool = True,
     ) -> Float[Array, "b t h w c"]:
-        """`first` says whether the chunk begins the clip, and so whether its frame 0 has a latent frame to itself."""
+        """`first` says whether the chunk begins the clip, so that its frame 0 has its own latent frame."""
         *_, channels = x.shape
         grouped = rearrange(x, "b t h w (g c) -> b t (h w) g c", g=self.groups).astype(jnp.float32)
         mean = grouped.mean(axis=(2, 4), keepdims=True)
@@ -137,10 +137,10 @@ class FrameNorm(nn.Module):
 
 
 def frames_of_latents(x: Float[Array, "b t2 c"], frames: int, first: bool) -> Float[Array, "b t c"]:
-    """For each of a chunk's frames the latent frame that it is decoded from: frame 0 of a clip has one to itself."""
-    alone = 1 if first else 0
-    factor = (frames - alone) // max(x.shape[1] - alone, 1)
-    return jnp.concatenate([x[:, :alone], jnp.repeat(x[:, alone:], factor, axis=1)], axis=1)
+    """For each of a chunk's frames the latent frame that it is decoded from: frame 0 of a clip has its own."""
+    own = 1 if first else 0
+    factor = (frames - own) // max(x.shape[1] - own, 1)
+    return jnp.concatenate([x[:, :own], jnp.repeat(x[:, own:], factor, axis=1)], axis=1)
 
 
 class ResidualBlock(nn.Module):
@@ -246,10 +246,10 @@ class Decoder(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, head and decoder. Video is in -1..1; latents are as they come, see `training` for their normalisation.
+    """Encoder, head and decoder. Video is in -1..1; latents are not normalised, see `training` for that.
 
-    `encode`, `tokenize` and `decode` take a clip, or its chunks in turn: each call takes the cache that the one before
-    returned, None for the first. Chunks give what the whole gives.
+    `encode`, `tokenize` and `decode` take a clip, or its chunks one after the other: each call takes the cache that the
+    previous one returned, None for the first. Chunks and the whole clip give equal results.
     """
 
     config: TokenizerConfig
@@ -262,9 +262,9 @@ class Tokenizer(nn.Module):
     def encode(
         self, video: Float[Array, "b t h w 3"], cache: Cache = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
-        """Latents of a chunk of any length, the first of at least one frame.
+        """Latents of a chunk of any length; the first chunk has at least one frame.
 
-        Frames that don't make a latent frame yet wait in the cache.
+        Frames that do not complete a latent frame yet are kept in the cache.
         """
         z, cache = self._features(video, cache)
         return self.head(z).latents, cache
@@ -314,8 +314,8 @@ class Tokenizer(nn.Module):
             video = jnp.concatenate([waiting, video], axis=1)
         _, height, width, _ = self.config.latent_shape(1, *video.shape[2:4])
         frames = video.shape[1]
-        alone = 1 if cache is None else 0
-        complete = alone + (frames - alone) // stride * stride
+        first = 1 if cache is None else 0
+        complete = first + (frames - first) // stride * stride
         waiting = video[:, complete:] if complete < frames else None
         if complete:
             z, after = self.encoder(video[:, :complete], part(cache, "encoder"))

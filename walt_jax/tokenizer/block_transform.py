@@ -3,7 +3,7 @@
 A block of pixels, as large as one latent position, becomes its first principal components over training clips, and
 these become the block again. `fit` computes both maps before the first step; they are ordinary parameters from there
 on. What encoder and decoder add starts at zero. Not in MAGVIT-v2: its encoder ends in a normalisation that removes
-brightness and contrast, and has to learn a way around that before it learns anything else.
+brightness and contrast, and has to learn to represent both otherwise before it learns anything else.
 """
 
 from collections.abc import Callable
@@ -101,7 +101,7 @@ class Analysis(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """The way back, see `Analysis`."""
+    """Latents to blocks of pixels, see `Analysis`."""
 
     strides: tuple[int, int, int]
     bits: tuple[int, ...] = ()

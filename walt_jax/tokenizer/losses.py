@@ -29,7 +29,7 @@ class LossConfig:
         r1: of the gradient penalty on real clips, 10 · E‖∇D‖² in the paper (without a half).
         lecam: of LeCam's regularisation.
         perceptual: of the distance between features of original and reconstruction, see `perceptual`; off unless
-            weights are given.
+            `perceptual_weights` is set.
         perceptual_weights: a safetensors file with that network's weights.
         discriminator: its shape, where `adversarial` is above 0.
     """
