@@ -103,8 +103,8 @@ class TokenizerConfig:
 class FrameNorm(nn.Module):
     """Group normalisation with statistics per frame: statistics over time would make frame 0 depend on later frames.
 
-    With `condition` (the latents) it is the decoder's adaptive group norm: a frame's scale and shift are linear functions
-    of the mean of the latent frame that it is decoded from. Without, they are learned constants.
+    With `condition` (the latents) it is the decoder's adaptive group norm: a frame's scale and shift are linear in the
+    mean of the latent frame that it is decoded from. Without, they are learned constants.
     """
 
     groups: int

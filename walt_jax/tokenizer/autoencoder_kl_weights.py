@@ -132,8 +132,8 @@ def load_weights(
 ) -> tuple[AutoencoderKLConfig, Params]:
     """Reads an autoencoder in diffusers' names, new or old, or in latent-diffusion's; the names tell which.
 
-    The sizes are those of the config.json next to the file. What that doesn't say is taken from the tensors' shapes, and
-    what these don't show (norm_groups, scaling_factor) is Stable Diffusion's.
+    The sizes are those of the config.json next to the file. What that lacks is taken from the tensors' shapes, and what
+    these don't show (norm_groups, scaling_factor) is Stable Diffusion's.
 
     Args:
         path: a .safetensors file; its numbers may be float16 or bfloat16.
