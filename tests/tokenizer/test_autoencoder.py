@@ -116,7 +116,7 @@ def newest_seen(function, x):
 
 
 LATENTS = 1 + (FRAMES - 1) // STRIDE
-DECODED_FROM = [math.ceil(frame / STRIDE) for frame in range(FRAMES)]  # frame 0 alone, then STRIDE frames each
+DECODED_FROM = [math.ceil(frame / STRIDE) for frame in range(FRAMES)]  # frame 0 from the first, then STRIDE frames each
 
 
 def test_encoding_is_causal(encode):

@@ -148,7 +148,8 @@ def separately(task, params, moving, video, key, step):
 
     def generator(tokenizer):
         (reconstruction, quantized), moved = run(tokenizer)
-        loss = config.reconstruction * jnp.mean((reconstruction - video) ** 2)
+        errors = jnp.stack([jnp.mean((mine - clip) ** 2) for mine, clip in zip(reconstruction, video, strict=True)])
+        loss = config.reconstruction * jnp.mean(jnp.log(errors + 1e-4) if config.log_error else errors)
         done = min(step / config.entropy_steps, 1)
         penalties = {
             "entropy": config.entropy * (config.entropy_start * (1 - done) + done),
@@ -203,7 +204,7 @@ PERCEPTUAL = {"perceptual": 0.8, "perceptual_weights": "vgg.safetensors"}
     ("kind", "head", "knobs", "size"),
     [
         (Pointwise, HeadConfig("lfq", groups=2), {"entropy_steps": 40, **WITH_DISCRIMINATOR}, (3, 4, 4)),
-        (Pointwise, HeadConfig("kl"), {"kl": 0.3, **PERCEPTUAL}, (1, 16, 16)),
+        (Pointwise, HeadConfig("kl"), {"kl": 0.3, "log_error": True, **PERCEPTUAL}, (1, 16, 16)),
         (Tokenizer, HeadConfig("vq", codes=3), {"reconstruction": 3.0}, (3, 4, 4)),
     ],
     ids=["lfq, discriminator", "kl, perceptual", "vq"],

@@ -23,19 +23,21 @@ class TokenizerConfig:
     Attributes:
         latent_channels: c of W.A.L.T, values a latent position has; 18 with the head "lfq" are 2^18 codes.
         base_channels: width at full resolution (128 in the paper).
-        channel_multipliers: a scale each, full resolution first.
+        channel_multipliers: one per scale, full resolution first.
         downsample: for each transition between scales, the (time, height, width) strides. MAGVIT-v2 halves height and
             width in each, and time late: (1, 2, 2), (2, 2, 2), (2, 2, 2).
         residual_blocks: at each scale (4 in the paper).
         norm_groups: groups of each group norm (32 in the paper).
-        patch_size: side of the square of pixels that is folded into channels before the first convolution (1 in the
+        patch_size: side of the square of pixels that is moved into channels before the first convolution (1 in the
             paper). 2 leaves out the scale at full resolution, which costs more than all others together.
         dtype: of the computation, "float32" or "bfloat16".
-        taps: frames that a convolution sees, 3 in the paper; 1 for a tokenizer of images.
+        taps: kernel size of convolutions in time, 3 in the paper; 1 for a tokenizer of images.
         head: what is between encoder and decoder.
-        route: how convolutions are computed, see `convolution.convolve`.
-        block_transform: whether there is a linear way beside encoder and decoder, see `block_transform`; not in the
+        route: implementation of the convolutions, see `convolution.convolve`.
+        block_transform: whether a linear path is added to encoder and decoder, see `block_transform`; not in the
             paper.
+        block_bits: with `block_transform` and the head "lfq": how many latent channels, a bit each, encode each
+            principal component, the first component first; () gives a bit to each.
     """
 
     latent_channels: Positive
@@ -50,6 +52,7 @@ class TokenizerConfig:
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
     route: Route = "auto"
     block_transform: bool = False
+    block_bits: tuple[Positive, ...] = ()
 
     def __post_init__(self):
         if len(self.downsample) != len(self.channel_multipliers) - 1:
@@ -64,6 +67,12 @@ class TokenizerConfig:
                 )
         if max((time for time, _, _ in self.downsample), default=1) > self.taps:
             raise ValueError(f"taps={self.taps} is less than a stride in time: frames would be passed over")
+        if self.block_bits and not (self.block_transform and self.head.name == "lfq"):
+            raise ValueError("block_bits is for block_transform=True with the head 'lfq'")
+        if self.block_bits and sum(self.block_bits) != self.latent_channels:
+            raise ValueError(
+                f"block_bits adds up to {sum(self.block_bits)} and latent_channels is {self.latent_channels}"
+            )
         self.head.check(self.latent_channels)
 
     def of_images(self) -> "TokenizerConfig":
@@ -92,10 +101,10 @@ class TokenizerConfig:
 
 
 class FrameNorm(nn.Module):
-    """Group normalisation with statistics per frame: over time they would tie frame 0 to frames that come later.
+    """Group normalisation with statistics per frame: statistics over time would make frame 0 depend on later frames.
 
-    With `condition` (the latents) it is the decoder's adaptive group norm: scale and shift of a frame are linear in the
-    mean of the latent frame that it is decoded from; without, they are learned constants.
+    With `condition` (the latents) it is the decoder's adaptive group norm: a frame's scale and shift are linear in the
+    mean of the latent frame that it is decoded from. Without, they are learned constants.
     """
 
     groups: int
@@ -108,7 +117,7 @@ class FrameNorm(nn.Module):
         condition: Float[Array, "b t2 h2 w2 z"] | None = None,
         first: bool = True,
     ) -> Float[Array, "b t h w c"]:
-        """`first` says whether the chunk begins the clip, and so whether its frame 0 has a latent frame to itself."""
+        """`first` says whether the chunk begins the clip, so that its frame 0 has its own latent frame."""
         *_, channels = x.shape
         grouped = rearrange(x, "b t h w (g c) -> b t (h w) g c", g=self.groups).astype(jnp.float32)
         mean = grouped.mean(axis=(2, 4), keepdims=True)
@@ -128,10 +137,10 @@ class FrameNorm(nn.Module):
 
 
 def frames_of_latents(x: Float[Array, "b t2 c"], frames: int, first: bool) -> Float[Array, "b t c"]:
-    """For each of a chunk's frames the latent frame that it is decoded from: frame 0 of a clip has one to itself."""
-    alone = 1 if first else 0
-    factor = (frames - alone) // max(x.shape[1] - alone, 1)
-    return jnp.concatenate([x[:, :alone], jnp.repeat(x[:, alone:], factor, axis=1)], axis=1)
+    """For each of a chunk's frames the latent frame that it is decoded from: frame 0 of a clip has its own."""
+    own = 1 if first else 0
+    factor = (frames - own) // max(x.shape[1] - own, 1)
+    return jnp.concatenate([x[:, :own], jnp.repeat(x[:, own:], factor, axis=1)], axis=1)
 
 
 class ResidualBlock(nn.Module):
@@ -193,7 +202,7 @@ class Encoder(nn.Module):
         x = Linear(self.features, ("channels_in", "latent"), kernel_init=init, dtype=dtype, name="conv_out")(x)
         x = x.astype(jnp.float32)
         if cfg.block_transform:
-            blocks = Analysis(cfg.latent_channels, cfg.strides, name="blocks")(video, cache is None)
+            blocks = Analysis(cfg.latent_channels, cfg.strides, cfg.block_bits, name="blocks")(video, cache is None)
             x = x + jnp.pad(blocks, ((0, 0),) * 4 + ((0, self.features - cfg.latent_channels),))
         return x, after
 
@@ -232,15 +241,15 @@ class Decoder(nn.Module):
         x = run(pixels, x).astype(jnp.float32)
         x = rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=cfg.patch_size, q=cfg.patch_size)
         if cfg.block_transform:
-            x = x + Synthesis(cfg.strides, name="blocks")(latents, cache is None)
+            x = x + Synthesis(cfg.strides, cfg.block_bits, name="blocks")(latents, cache is None)
         return x, after
 
 
 class Tokenizer(nn.Module):
-    """Encoder, head and decoder. Video is in -1..1; latents are as they come, see `training` for their normalisation.
+    """Encoder, head and decoder. Video is in -1..1; latents are not normalised, see `training` for that.
 
-    `encode`, `tokenize` and `decode` take a clip, or its chunks in turn: each call takes the cache that the one before
-    returned, None for the first. Chunks give what the whole gives.
+    `encode`, `tokenize` and `decode` take a clip, or its chunks one after the other: each call takes the cache that the
+    previous one returned, None for the first. Chunks and the whole clip give equal results.
     """
 
     config: TokenizerConfig
@@ -253,9 +262,9 @@ class Tokenizer(nn.Module):
     def encode(
         self, video: Float[Array, "b t h w 3"], cache: Cache = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
-        """Latents of a chunk of any length, the first of at least one frame.
+        """Latents of a chunk of any length; the first chunk has at least one frame.
 
-        Frames that don't make a latent frame yet wait in the cache.
+        Frames that do not complete a latent frame yet are kept in the cache.
         """
         z, cache = self._features(video, cache)
         return self.head(z).latents, cache
@@ -305,8 +314,8 @@ class Tokenizer(nn.Module):
             video = jnp.concatenate([waiting, video], axis=1)
         _, height, width, _ = self.config.latent_shape(1, *video.shape[2:4])
         frames = video.shape[1]
-        alone = 1 if cache is None else 0
-        complete = alone + (frames - alone) // stride * stride
+        first = 1 if cache is None else 0
+        complete = first + (frames - first) // stride * stride
         waiting = video[:, complete:] if complete < frames else None
         if complete:
             z, after = self.encoder(video[:, :complete], part(cache, "encoder"))

@@ -22,7 +22,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """The autoencoder's shape; unless given, that of Stable Diffusion 1 and 2, DiT and Latte.
+    """The autoencoder's shape; the defaults are those of Stable Diffusion 1 and 2, DiT and Latte.
 
     Attributes:
         block_channels: width of each scale, full resolution first. Each scale after the first halves height and width.
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder, frame by frame; pixels are in -1..1, and a frame's latents depend on that frame alone.
+    """Encoder and decoder, frame by frame; pixels are in -1..1, and a frame's latents depend on that frame only.
 
     A clip `[b, t, h, w, 3]` or images `[b, h, w, 3]`: all axes before the last three are folded into the batch. Memory
     of the attention grows with the fourth power of a side (4 · 64² · 64² bytes a frame of 512² pixels).

@@ -2,7 +2,7 @@
 
 Nothing is downloaded. The file is `vae/diffusion_pytorch_model.safetensors` of Stable Diffusion 1 or 2,
 `diffusion_pytorch_model.safetensors` of stabilityai/sd-vae-ft-mse or -ema, or a `.safetensors` with the names of
-latent-diffusion: an autoencoder alone, or a whole model, of which the first stage is read.
+latent-diffusion: only an autoencoder, or a whole model, of which the first stage is read.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 Params = dict[str, Any]
 Shape = tuple[int, ...]
 
-# The first stage within latent-diffusion's whole models, and what its training leaves beside it.
+# The first stage within latent-diffusion's whole models, and what its training saves next to it.
 FIRST_STAGE = "first_stage_model."
 OF_TRAINING = ("loss.", "model_ema.decay", "model_ema.num_updates")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -132,8 +132,8 @@ def load_weights(
 ) -> tuple[AutoencoderKLConfig, Params]:
     """Reads an autoencoder in diffusers' names, new or old, or in latent-diffusion's; the names tell which.
 
-    The sizes are those of the config.json beside the file. What that doesn't say is taken from the tensors' shapes, and
-    what these don't show (norm_groups, scaling_factor) is Stable Diffusion's.
+    The sizes are those of the config.json next to the file. What that lacks is taken from the tensors' shapes, and what
+    these don't show (norm_groups, scaling_factor) is Stable Diffusion's.
 
     Args:
         path: a .safetensors file; its numbers may be float16 or bfloat16.
@@ -228,11 +228,14 @@ def _match(
             f"The tensors of {path} are not named like an autoencoder's of diffusers or latent-diffusion; give the "
             ".safetensors file of an AutoencoderKL."
         )
-    beside = path.with_name("config.json")
+    sizes = path.with_name("config.json")
     source, remedy = (
-        (f"{beside} asks", f"give the file that {beside} belongs to")
+        (f"{sizes} asks", f"give the file that {sizes} belongs to")
         if stated
-        else ("its other tensors ask", "give a complete file, or put the config.json that was published with it beside")
+        else (
+            "its other tensors ask",
+            "give a complete file, or put the config.json that was published with it next to",
+        )
     )
 
     def shape_of(name: str) -> Shape:
@@ -261,7 +264,7 @@ def _match(
     try:
         config = AutoencoderKLConfig(**sizes, dtype=dtype)
     except ValueError as error:
-        where = f"mend {beside}" if stated else "put the config.json that was published with it beside it"
+        where = f"mend {sizes}" if stated else "put the config.json that was published with it next to it"
         raise UserError(f"The autoencoder's weights {path} can't be used: {error}; {where}.") from error
 
     wanted = _parameter_shapes(config)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from walt_jax.layers import Initializer, on_cpu
 
-# What a layer remembers of the frames before a chunk: None at the start of a clip, then a tree of arrays (none for a
-# layer that looks at one frame alone). It goes in as an argument and comes out as a result; nothing else is kept.
+# What a layer keeps of the frames before a chunk: None at the start of a clip, then a tree of arrays (empty for a
+# layer whose kernel spans one frame). It is an argument and a result; there is no other state.
 Cache = Any
 
 # How the same convolution is computed: see `convolve`.
@@ -39,7 +39,7 @@ def convolve(
         x: the clip.
         kernel: the taps.
         strides: (time, height, width).
-        route: "direct" is one 3-D convolution. "folded" puts the time taps into the input channels of one 2-D
+        route: "direct" is one 3-D convolution. "folded" concatenates the time taps as input channels of one 2-D
             convolution over all frames: on CPU, XLA's 3-D convolution runs at a third of the 2-D one's rate. "auto" is
             "folded" on CPU and "direct" elsewhere. Results are equal but for rounding.
     """
@@ -69,7 +69,7 @@ def causal_convolution(
     past: Float[Array, "b kt-1 h w i"] | None = None,
     route: Route = "auto",
 ) -> tuple[Float[Array, "b t2 h2 w2 o"], Float[Array, "b kt-1 h w i"] | None]:
-    """Convolution that pads kt - 1 frames in front and none behind.
+    """Convolution that pads kt - 1 frames before the clip and none after it.
 
     Args:
         x: a clip, or a chunk of one. A first chunk of 1 + s·n frames makes 1 + n, a later one of s·n frames makes n.
@@ -148,7 +148,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Convolution, then depth to space (and time): the inverse of `Downsample` in shape.
 
-    The first s - 1 frames of a clip are dropped, so that 1 + n frames become 1 + s·n and frame 0 stays alone.
+    The first s - 1 frames of a clip are dropped, so that 1 + n frames become 1 + s·n and frame 0 stays one frame.
     """
 
     features: int

@@ -31,7 +31,7 @@ class DiscriminatorConfig:
 def blur_pool(x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
     """Every second position of time, height and width after a blur by [1, 3, 3, 1] / 8 along each (Zhang 2019).
 
-    n positions become ceil(n / 2). Edges are repeated, so that a constant stays what it is, and a still one frame.
+    n positions become ceil(n / 2). Edges are repeated, so that constants do not change and one frame stays one frame.
     """
     for axis in (1, 2, 3):
         length = x.shape[axis]

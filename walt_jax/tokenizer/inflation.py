@@ -1,4 +1,4 @@
-"""A tokenizer of images becomes one of video: the same on a first frame, and on every frame that a latent is of."""
+"""A video tokenizer from an image tokenizer: equal on first frames, and on the last frame of each latent frame."""
 
 from typing import Any, Literal
 

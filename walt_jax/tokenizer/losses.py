@@ -18,6 +18,8 @@ class LossConfig:
 
     Attributes:
         reconstruction: of the mean squared error.
+        log_error: whether `reconstruction` weighs the mean over clips of log(squared error) instead (Rybkin et al.
+            2021, a Gaussian likelihood of the best variance): mean PSNR, to which each clip contributes alike.
         commitment: of the distance between encodings and their codes (heads "lfq" and "vq").
         entropy: of LFQ's entropy penalty, at the end.
         entropy_start: times that weight at the first step; it falls linearly
@@ -27,12 +29,13 @@ class LossConfig:
         r1: of the gradient penalty on real clips, 10 · E‖∇D‖² in the paper (without a half).
         lecam: of LeCam's regularisation.
         perceptual: of the distance between features of original and reconstruction, see `perceptual`; off unless
-            weights are given.
+            `perceptual_weights` is set.
         perceptual_weights: a safetensors file with that network's weights.
         discriminator: its shape, where `adversarial` is above 0.
     """
 
     reconstruction: float = 1.0
+    log_error: bool = False
     commitment: float = 0.25
     entropy: float = 0.1
     entropy_start: float = 3.0

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from walt_jax.generation.codec import to_float
 from walt_jax.tokenizer import block_transform, losses
 from walt_jax.tokenizer.autoencoder import Tokenizer
+from walt_jax.tokenizer.block_transform import SMALLEST_ERROR
 from walt_jax.tokenizer.discriminator import Discriminator
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import FeatureWeights, feature_distance
@@ -62,8 +63,9 @@ class TokenizerTask:
         config = self.tokenizer.config
         head = Head(config.head, config.latent_channels)
         # "vq" has no codes yet, and "kl" decodes a draw: both are fitted as if their latents were decoded as they are.
-        quantize = {"quantize": lambda z: head.apply({}, z).latents} if config.head.name in ("lfq", "fsq") else {}
-        parts = block_transform.fit(to_float(video), config.latent_channels, config.strides, **quantize)
+        quantize = (lambda z: head.apply({}, z).latents) if config.head.name in ("lfq", "fsq") else None
+        shape = config.latent_channels, config.strides, config.block_bits
+        parts = block_transform.fit(to_float(video), *shape, quantize)
         tokenizer = dict(params["tokenizer"])
         for coder, fitted in zip(("encoder", "decoder"), parts, strict=True):
             tokenizer[coder] = {**tokenizer[coder], "blocks": {**tokenizer[coder]["blocks"], **fitted}}
@@ -99,8 +101,12 @@ class TokenizerTask:
             return (reconstruction, penalty), (quantized, moved)
 
         def pixels(reconstruction):
-            error = jnp.square(reconstruction - video).mean()
-            loss, parts = self.config.reconstruction * error, {"psnr_db": psnr_db(error)}
+            errors = jnp.square(reconstruction - video).mean(axis=(1, 2, 3, 4))
+            error = errors.mean()
+            loss = self.config.reconstruction * (
+                jnp.log(errors + SMALLEST_ERROR).mean() if self.config.log_error else error
+            )
+            parts = {"psnr_db": psnr_db(error)}
             if self.features is not None:
                 parts["perceptual"] = feature_distance(self.features, reconstruction, video).mean()
                 loss = loss + self.config.perceptual * parts["perceptual"]
