@@ -318,7 +318,7 @@ def test_keys_are_all_that_is_random():
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "flow"])
 def test_noise_alone_is_no_target_where_there_is_no_signal_at_the_end(schedule):
     knobs = {"schedule": {"name": schedule}, "parameterization": "eps"}
-    with pytest.raises(UserError, match="parameterization='eps' says nothing"):
+    with pytest.raises(UserError, match="parameterization='eps' does not determine"):
         build(DiffusionConfig, knobs, "config.diffusion")
 
 
