@@ -221,6 +221,13 @@ def test_w_a_l_ts_fine_tuning_changes_its_grid_and_windows():
         ] * len(config.denoiser_stages)
 
 
+def test_packs_whose_windows_do_not_divide_all_clips_have_a_plan():
+    """Tables of relative positions have the sizes of each clip's windows."""
+    knobs = runpy.run_path(str(CONFIGS / "walt_trends.py"))["get_config"]("packed")
+    counts = plan(build(RunConfig, json.loads(json.dumps(knobs.to_dict())), "config"))
+    assert counts["stages"]["denoiser"]["train_flops_per_step"] > 0
+
+
 def test_packs_of_equal_clips_cost_what_those_clips_do():
     """Two clips of eight tokens a pack."""
     stage = dataclasses.replace(

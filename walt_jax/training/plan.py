@@ -121,7 +121,8 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
             clip = shape.nominal
             latents = config.tokenizer.latent_shape(*clip)
             single = dataclasses.replace(task, model=_of_shape(task.model, latents))
-            steps.append(_gradients(config, single, params, moving, clip, 1, stage))
+            own = unboxed(jax.eval_shape(single.init, jax.random.key(0)))  # tables have the windows' sizes
+            steps.append(_gradients(config, single, *own, clip, 1, stage))
             encodings.append(_encoding(config, clip))
             tokens.append(math.prod(config.denoiser.grid(latents[:3])))
         total = sum(weight * count for weight, count in zip(weights, tokens, strict=True))
