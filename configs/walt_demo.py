@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",
             },
             "diffusion": {
-                # Plain DDPM, moved to less noise: without much noise in training there is no motion, without little no shape.
+                # DDPM, shifted to less noise: motion is learned at the highest levels, shapes at low ones.
                 "schedule": {"name": "linear", "zero_terminal_snr": False, "shift": 0.5},
                 "self_conditioning": 0.9,
             },
