@@ -44,6 +44,6 @@ def get_config(variant: str = "walt") -> ConfigDict:
     config.denoiser = {**SIZES, **DENOISERS[variant]}
     config.diffusion.self_conditioning = 0.0 if "block" in DENOISERS[variant] else 0.9
     config.normalise_latents = True
-    config.diffusion.schedule.update(zero_terminal_snr=True, shift=1.0)
+    config.diffusion.schedule.zero_terminal_snr = True
     config.stages.denoiser.update(steps=800, batch_size=16, checkpoint_every=400, cached_clips=4096)
     return config

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config = parent(__file__, "walt_demo")
     config.data.update(source="", frames=17, height=48, width=80)
     config.text.update(vocab_size=1024, length=32)
-    config.tokenizer.update(patch_size=2, downsample=((2, 2, 2), (2, 1, 1)))
     config.stages.tokenizer.update(steps=1300, batch_size=2)
     # Clips keep their aspect ratio in packs; the tokenizer learns on crops, of which few sizes have to be compiled.
     config.stages.tokenizer.shapes = {
@@ -32,7 +31,7 @@ def get_config() -> ConfigDict:
         "large": {"frames": 9, "side": 80, "weight": 1.0},
         "image": {"frames": 1, "side": 96, "weight": 2.0},
     }
-    config.denoiser.update(dim=192, heads=3, layers=6, windows=((1, None, None), (None, 3, 5)), isolate_images=True)
+    config.denoiser.update(windows=((1, None, None), (None, 3, 5)), isolate_images=True)
     config.stages.denoiser.update(
         steps=600, shapes=shapes, pack={"tokens": 1536, "clips": 16}, batch_size=2, cached_clips=512
     )

@@ -35,8 +35,10 @@ def get_config(variant: str = "base") -> ConfigDict:
     """`--config=configs/walt_trends.py:VARIANT`, one of `VARIANTS`."""
     config = parent(__file__, "walt_demo")
     config.normalise_latents = True
-    config.denoiser.update(windows=((1, None, None), (None, 2, 2)), positions="learned", relative="bias")
-    config.diffusion.schedule.update(zero_terminal_snr=True, shift=1.0)
+    config.denoiser.update(
+        dim=128, heads=2, layers=4, windows=((1, None, None), (None, 2, 2)), positions="learned", relative="bias"
+    )
+    config.diffusion.schedule.zero_terminal_snr = True
     config.stages.denoiser.update(
         steps=800, batch_size=16, shapes=ConfigDict(), pack=None, checkpoint_every=400, cached_clips=4096
     )
