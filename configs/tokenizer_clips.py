@@ -24,6 +24,13 @@ HEADS = {
     "vq": {"latent_channels": 8, "head": {"name": "vq", "codes": 1024, "decay": 0.99}},
 }
 
+# Penalties, relative to the logarithm of the error. "lfq" needs none: they would undo the codes that it starts with.
+LOSSES = {
+    "lfq": {"commitment": 0.0, "entropy": 0.0},
+    "vq": {"commitment": 0.05},
+    "kl": {"kl": 1e-4},
+}
+
 
 def get_config(head: str = "continuous") -> ConfigDict:
     """`--config=configs/tokenizer_clips.py:fsq` chooses the head."""
@@ -50,7 +57,7 @@ def get_config(head: str = "continuous") -> ConfigDict:
                 "dtype": "float32",
                 **HEADS[head],
             },
-            "losses": {"reconstruction": 1.0, "log_error": True, "commitment": 0.05, "entropy": 0.02, "kl": 1e-4},
+            "losses": {"reconstruction": 1.0, "log_error": True, **LOSSES.get(head, {})},
             "stages": ConfigDict(
                 {
                     "video": {
@@ -62,7 +69,7 @@ def get_config(head: str = "continuous") -> ConfigDict:
                         "checkpoint_every": 300,
                         "optimizer": {
                             "name": "adamw",
-                            "learning_rate": 1e-3,
+                            "learning_rate": 5e-4,
                             "warmup_steps": 50,
                             "final_fraction": 0.02,
                         },

@@ -54,8 +54,10 @@ def by_hand(config) -> tuple[int, int]:
             decoder, x = decoder + taps * 9 * x * made + made, widths[scale - 1]
     decoder += 2 * x + taps * 9 * x * pixels + pixels
     time, height, width = config.strides
-    blocks = 3 * height * width * (1 + time) * channels if config.block_transform else 0
-    return encoder + blocks, decoder + blocks
+    values = 3 * height * width * (1 + time)  # of a first frame's block and of a later one
+    if config.block_transform:
+        encoder, decoder = encoder + values * channels + 2 * channels, decoder + values * channels + values
+    return encoder, decoder
 
 
 @pytest.mark.parametrize(
