@@ -108,6 +108,9 @@ def test_modules_add_up(counts):
             assert sum(module[column] for module in counts["modules"][name].values()) == counts[column][name]
 
 
+POSITIONS = 2 * 3 * 64 * 32 * 8  # fractions of three axes, 64 sinusoids each, for 8 tokens
+
+
 def denoiser_by_hand():
     """Twice the multiplications of one pass: 2 × 2 × 2 tokens, and 16 text tokens."""
     dim, tokens, patch, text, width = 32, 8, 4 * 12, 16, 16
@@ -123,7 +126,7 @@ def denoiser_by_hand():
     own, cross = 4 * dim * dim * tokens, 4 * dim * dim * tokens + 2 * dim * dim * text
     # Scores and their use: each token with those of its frame, of its place in all frames, or of its frame and text.
     scores = 2 * dim * tokens * (4 + 2) + 2 * (2 * dim * tokens * (4 + text))
-    return 2 * (once + 2 * (lora + mlp + own + cross) + scores)
+    return 2 * (once + 2 * (lora + mlp + own + cross) + scores) + POSITIONS
 
 
 def text_encoder_by_hand():
@@ -136,14 +139,18 @@ def test_forward_operations_are_those_by_hand(counts):
     assert counts["forward_flops_per_clip"]["denoiser"] == denoiser_by_hand()
 
 
-def denoiser_step_by_hand():
-    """Self-conditioning's first pass, and one with gradients, but for those of latents and sinusoids."""
+def denoiser_step_by_hand(times_positions):
+    """Self-conditioning's first pass, and one with gradients, except those of latents and sinusoids.
+
+    The clips of a batch have the same positions, which are embedded once; in packs each clip's are.
+    """
     first_layers = 2 * (2 * 48 * 32 * 8 + 256 * 32)
-    return BATCH * ((1 + 3) * denoiser_by_hand() - first_layers + 3 * text_encoder_by_hand())
+    clip = (1 + 3) * (denoiser_by_hand() - POSITIONS) - first_layers + 3 * text_encoder_by_hand()
+    return BATCH * clip + times_positions * (1 + 3 - 1) * POSITIONS
 
 
 def test_a_step_of_the_denoiser_is_that_by_hand(counts):
-    assert counts["train_flops_per_step"] == denoiser_step_by_hand()
+    assert counts["train_flops_per_step"] == denoiser_step_by_hand(1)
 
 
 def test_a_step_of_the_tokenizer_is_three_passes_without_the_gradient_of_pixels(counts):
@@ -234,7 +241,7 @@ def test_packs_of_equal_clips_cost_what_those_clips_do():
         TINY.stages["denoiser"], shapes={"clip": ShapeConfig()}, pack=PackConfig(16, 4), batch_size=BATCH // 2
     )
     config = dataclasses.replace(TINY, stages={**TINY.stages, "denoiser": stage})
-    assert plan(config)["train_flops_per_step"] == denoiser_step_by_hand()
+    assert plan(config)["train_flops_per_step"] == denoiser_step_by_hand(BATCH)
 
 
 @pytest.mark.parametrize(
