@@ -2,9 +2,8 @@
 
     python -m walt_jax.main --config=configs/walt_demo.py --workdir=runs/demo
 
-On two slow CPU cores (JAX 0.10.2): 51 minutes, 3.8 GB; 30.5 dB on unseen clips; 98 % of 126 samples of trained
-combinations and all of 18 of others have colour, shape and direction right. With 950 steps of the denoiser rather than
-1,100: 19 minutes on fast cores, and three runs had 88 to 95 % and 89 to 94 %.
+On two CPU cores that other programs used too (JAX 0.10.2): 31 minutes; 29.7 dB on unseen clips; 98 % of 126 samples of
+trained combinations and all of 18 of others have colour, shape and direction right.
 """
 
 from ml_collections import ConfigDict
