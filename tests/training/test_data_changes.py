@@ -1,5 +1,6 @@
 """Files that are added, removed or lost between two runs or during one: the order of the others stays."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -14,7 +15,7 @@ from walt_jax.data import latents as latents_lib
 from walt_jax.data.latents import LatentClips
 from walt_jax.data.media import write_video
 from walt_jax.errors import UserError
-from walt_jax.evaluation.evaluate import EvaluationConfig, _unseen_clips
+from walt_jax.evaluation.reconstruction import usable_clips
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_data import RunData
 
@@ -175,12 +176,13 @@ def test_files_that_vanish_are_counted_and_stop_the_run_above_the_limit(allowed,
 def test_held_out_clips_that_vanish_are_replaced_in_the_evaluation(folder):
     rows = [f"{file.name},,{'val' if number < 2 else 'train'}" for number, file in enumerate(sorted(folder.iterdir()))]
     (folder / "metadata.csv").write_text("\n".join(["file_name,caption,split", *rows]) + "\n")
-    unseen, config = run_data(folder, max_bad_fraction=1.0).unseen().sources[0], EvaluationConfig(clips=1)
+    unseen = run_data(folder, max_bad_fraction=1.0).unseen().sources[0]
+    cut = functools.partial(usable_clips, unseen, range(len(unseen)), count=1, seed=1234)
     for name, level in zip(unseen.names, (10, 30), strict=True):
-        clips, captions = _unseen_clips(unseen, config)
+        clips, captions = cut()
         assert len(clips) == len(captions) == 1 and np.median(clips[0]) == pytest.approx(level, abs=2)
         (folder / name).unlink()
     with pytest.raises(UserError, match="held_out split"):
-        _unseen_clips(unseen, config)
+        cut()
     with pytest.raises(UserError, match="No held-out clip can be read any more"):
-        _unseen_clips(unseen, config)
+        cut()

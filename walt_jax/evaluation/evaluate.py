@@ -12,7 +12,6 @@ from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
-from walt_jax.errors import UserError
 from walt_jax.evaluation import drawn_score
 from walt_jax.evaluation.rate_distortion import h264_points, plot
 from walt_jax.evaluation.reconstruction import (
@@ -22,6 +21,7 @@ from walt_jax.evaluation.reconstruction import (
     psnr_db,
     rate_distortion,
     reconstruction_sheet,
+    usable_clips,
 )
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import shrunk
@@ -80,7 +80,7 @@ def evaluate(
     Returns:
         The metrics: {"name", "value", "unit", "protocol"} each, with "target" where there is one.
     """
-    clips, captions = _unseen_clips(unseen, config)
+    clips, captions = usable_clips(unseen, range(len(unseen)), config.clips, config.seed)
     report = _reconstruction(workdir, codec, tokenizer, clips, captions, data, config)
     metrics = report["metrics"]
     if generator is not None and generator.low_res is not None:
@@ -105,25 +105,6 @@ def evaluate(
 
 def _distinct(source: Source, count: int) -> list[str]:
     return list(dict.fromkeys(source.captions))[:count]
-
-
-def _unseen_clips(source: Source, config: EvaluationConfig) -> tuple[list[Clip], list[str]]:
-    """A random window and crop of each of the first `config.clips` usable clips, and its caption.
-
-    Raises:
-        UserError: if no clip is usable.
-    """
-    clips, captions = [], []
-    for index in range(len(source)):
-        clip = source.sample(index, np.random.default_rng([config.seed, index]))
-        if clip is not None:
-            clips.append(clip["video"])
-            captions.append(clip["caption"])
-        if len(clips) == config.clips:
-            break
-    if not clips:
-        raise UserError("No held-out clip can be read any more; --mode=data says why.")
-    return clips, captions
 
 
 def _super_resolution(

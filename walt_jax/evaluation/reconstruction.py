@@ -1,8 +1,9 @@
 """Measures reconstructions: PSNR, SSIM, LPIPS, and the bits that codes take."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from walt_jax.data.media import compare_sheet
+from walt_jax.data.pipeline import Source
+from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer, to_float
 from walt_jax.tokenizer.perceptual import FeatureWeights, feature_distance
 from walt_jax.tokenizer.quantizers import code_statistics, joint_index
@@ -19,6 +22,19 @@ from walt_jax.tokenizer.quantizers import code_statistics, joint_index
 SSIM_WINDOW = 11
 BATCH = 8
 Clip = UInt8[np.ndarray, "t h w 3"]
+
+
+def usable_clips(source: Source, indices: Iterable[int], count: int, seed: int) -> tuple[list[Clip], list[str]]:
+    """A random window and crop of each of the first `count` usable clips among `indices`, and its caption.
+
+    Raises:
+        UserError: if no clip is usable.
+    """
+    found = (source.sample(index, np.random.default_rng([seed, index])) for index in indices)
+    usable = list(itertools.islice((clip for clip in found if clip is not None), count))
+    if not usable:
+        raise UserError("No held-out clip can be read any more; --mode=data says why.")
+    return [clip["video"] for clip in usable], [clip["caption"] for clip in usable]
 
 
 def psnr_db(original: Clip, reconstruction: Clip) -> float:

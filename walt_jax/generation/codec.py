@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -55,6 +55,11 @@ class TrainedTokenizer(flax.struct.PyTreeNode):
     variables: Any
     mean: Float[Array, " c"]
     std: Float[Array, " c"]
+
+    @classmethod
+    def unnormalised(cls, variables: Any, channels: int) -> Self:
+        """With statistics that leave latents as the encoder outputs them."""
+        return cls(variables, jnp.zeros(channels), jnp.ones(channels))
 
 
 @dataclasses.dataclass(frozen=True)

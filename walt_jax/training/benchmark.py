@@ -200,7 +200,7 @@ def _frozen(model: LatentDiffusion) -> TrainedTokenizer:
     strides = tokenizer.config.strides
     variables = jax.jit(tokenizer.init)(jax.random.key(0), jnp.zeros((1, 1, *strides[1:], 3)))
     channels = model.latent_shape[3]
-    return TrainedTokenizer(unboxed(variables), jnp.zeros(channels), jnp.ones(channels))
+    return TrainedTokenizer.unnormalised(unboxed(variables), channels)
 
 
 def _with(model: LatentDiffusion, config: DenoiserConfig) -> LatentDiffusion:

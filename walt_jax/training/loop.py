@@ -264,7 +264,7 @@ class StageLog:
     def __init__(
         self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int, gone: Callable[[], Sequence[str]]
     ):
-        self._name, self._stage, self._gone, self._told = name, stage, gone, 0
+        self._name, self._stage, self._gone, self._reported = name, stage, gone, 0
         self._metrics = MetricsLog(workdir, name, start)
         self._progress = Progress(name, start, stage.steps)
         self._collapse = CollapseWatch()
@@ -289,9 +289,9 @@ class StageLog:
             warnings = self._collapse.update(values)
             if gone := self._gone():
                 rate["files_gone"] = len(gone)
-                if len(gone) > self._told:
+                if len(gone) > self._reported:
                     warnings.append(f"{len(gone)} files have vanished and are skipped, the last being {gone[-1]}.")
-                    self._told = len(gone)
+                    self._reported = len(gone)
             self._metrics.write(step, {**values, **rate}, warnings)
             for sentence in warnings:
                 self._progress.warn(f"Step {step} of {self._name}: {sentence}")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from walt_jax.data.media import contact_sheet
 from walt_jax.data.pipeline import Source
-from walt_jax.evaluation.reconstruction import reconstruction_sheet
+from walt_jax.evaluation.reconstruction import reconstruction_sheet, usable_clips
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.sample import Generator
 from walt_jax.workdir import write_atomically
@@ -79,6 +79,5 @@ def samples(generator: Callable[[Any], Generator], unseen: Source) -> Preview:
 def _clips(unseen: Source) -> tuple[np.ndarray, list[str]]:
     """Up to `CLIPS` usable clips, spread evenly over the source, and their captions."""
     indices = dict.fromkeys(np.linspace(0, len(unseen) - 1, CLIPS).astype(int).tolist())
-    found = [unseen.sample(index, np.random.default_rng([SEED, index])) for index in indices]
-    usable = [clip for clip in found if clip is not None]
-    return np.stack([clip["video"] for clip in usable]), [clip["caption"] for clip in usable]
+    clips, captions = usable_clips(unseen, indices, CLIPS, SEED)
+    return np.stack(clips), captions

@@ -72,6 +72,7 @@ class Run:
         self.codec = make_codec(config)
         self.text = RunText(config, workdir)
         self.data = RunData(config, workdir, self.codec, self.text, self.low_res)
+        self._low_res: LowRes | None = None  # read from its checkpoint once
 
     def check(self) -> None:
         """Opens everything that training will read.
@@ -151,8 +152,10 @@ class Run:
         if self.config.init_from:
             initial["denoiser"] = self._published()
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
-        if self.config.low_res_from:
-            self._keep_tokenizer(self._base_run(), self.workdir / LOW_RES)
+        if self.config.low_res_from and not (self.workdir / LOW_RES).exists():
+            base = self._base_run()
+            stage = None if base.config.takes_autoencoder else base.trained_tokenizer()[0]
+            self._keep_tokenizer(base, stage, self.workdir / LOW_RES)
         for name in self.config.trained_stages:
             index, stage = names.index(name), self.config.stages[name]
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
@@ -226,7 +229,7 @@ class Run:
         codec = Codec(Tokenizer(self.config.tokenizer.of_images())) if images else self.codec
         return preview.reconstructions(
             codec,
-            lambda served: TrainedTokenizer(served, jnp.zeros(channels), jnp.ones(channels)),
+            lambda served: TrainedTokenizer.unnormalised(served, channels),
             self.data.unseen(),
             images,
         )
@@ -306,8 +309,7 @@ class Run:
 
     def _statistics(self, served: Any) -> dict:
         """Mean and standard deviation of the latents, which normalise them for the denoiser."""
-        channels = self.config.tokenizer.latent_channels
-        raw = TrainedTokenizer(served, jnp.zeros(channels), jnp.ones(channels))
+        raw = TrainedTokenizer.unnormalised(served, self.config.tokenizer.latent_channels)
         return latent_statistics(lambda video: self.codec.encode(raw, video)[0], self._some_batches(), STATISTICS_CLIPS)
 
     def _fit_blocks(self, stage: str, params: Any) -> Any:
@@ -322,8 +324,7 @@ class Run:
 
     def _trained_tokenizer(self, trained: Trained) -> TrainedTokenizer:
         if not self.config.normalise_latents:
-            channels = self.config.tokenizer.latent_channels
-            return TrainedTokenizer(trained.served, jnp.zeros(channels), jnp.ones(channels))
+            return TrainedTokenizer.unnormalised(trained.served, self.config.tokenizer.latent_channels)
         mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
         return TrainedTokenizer(trained.served, mean, std)
 
@@ -378,11 +379,11 @@ class Run:
         """The tokenizer that `tokenizer_from` names; the workdir gets a copy, so that it does not need that run."""
         if self.config.takes_autoencoder:
             _, params = read_autoencoder(self.config.tokenizer_from)
-            channels = self.config.tokenizer.latent_channels
-            return TrainedTokenizer({"params": params}, jnp.zeros(channels), jnp.ones(channels))
+            return TrainedTokenizer.unnormalised({"params": params}, self.config.tokenizer.latent_channels)
         other = self._other_run()
-        self._keep_tokenizer(other, self.workdir / TOKENIZER)
-        return other.trained_tokenizer()[1]
+        stage, tokenizer = other.trained_tokenizer()
+        self._keep_tokenizer(other, stage, self.workdir / TOKENIZER)
+        return tokenizer
 
     def low_res(self) -> LowRes | None:
         """The tokenizer of the base run, where this run's denoiser upscales.
@@ -390,14 +391,15 @@ class Run:
         Raises:
             UserError: if the base run has none yet, or its latents have another shape than the denoiser reads.
         """
-        if not self.config.low_res_from:
-            return None
+        if not self.config.low_res_from or self._low_res is not None:
+            return self._low_res
         base, scale = self._base_run(), self.config.denoiser.upscale
         for name in self.config.denoiser_stages:
             for shape in (*self.config.clip_shapes(name), self.config.nominal(name)):
                 for height, width in shape.sizes():
                     self._check_low_res(base, (shape.frames, height, width), scale)
-        return LowRes(base.codec, base.tokenizer(), scale)
+        self._low_res = LowRes(base.codec, base.tokenizer(), scale)
+        return self._low_res
 
     def _check_low_res(self, base: "Run", clip: tuple[int, int, int], scale: int) -> None:
         t, h, w, c = self.config.tokenizer.latent_shape(*clip)
@@ -427,15 +429,17 @@ class Run:
         takes_another = base.config.tokenizer_from and not base.config.takes_autoencoder
         return base._other_run() if takes_another else base
 
-    def _keep_tokenizer(self, other: "Run", copy: pathlib.Path) -> None:
-        """Copies another run's tokenizer into the workdir: its average and statistics, no optimizer state."""
+    def _keep_tokenizer(self, other: "Run", stage: str | None, copy: pathlib.Path) -> None:
+        """Copies another run's tokenizer into the workdir: its average and statistics, no optimizer state.
+
+        `stage` is the one that trained it; None where that run uses a published autoencoder.
+        """
         if other.workdir == copy or not self.workdir.exists():
             return
         temporary = copy.with_name(f"{copy.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        if not other.config.takes_autoencoder:
-            stage, _ = other.trained_tokenizer()
+        if stage is not None:
             source = other.workdir / "checkpoints" / stage
             shutil.copytree(source, temporary / "checkpoints" / stage, ignore=_not_served)
         write_atomically(temporary / CONFIG, json.dumps(dataclasses.asdict(other.config), indent=1) + "\n")
