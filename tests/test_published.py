@@ -85,6 +85,7 @@ def test_training_starts_from_them_and_goes_back_to_such_a_file(files, tmp_path,
     train = [
         f"--config.data.source={pictures}",
         "--config.stages.denoiser.steps=1",
+        "--config.stages.denoiser.cached_clips=8",
         "--config.stages.denoiser.batch_size=2",
         "--config.stages.denoiser.optimizer.learning_rate=1e-30",
         "--config.evaluation.clips=2",
