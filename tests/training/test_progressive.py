@@ -34,7 +34,7 @@ def knobs():
     )
     config.denoiser.update(
         dim=8, layers=1, windows=((None, 1, 1),), patch_size=(1, 1, 1), cross_attention=False,
-        self_conditioning=False, isolate_images=True,
+        self_conditioning=False, isolate_images=True, positions="learned", relative="bias",
     )  # fmt: skip
     config.diffusion.self_conditioning = 0.0
     stage = {"task": "denoiser", "steps": 3, "batch_size": 2, "optimizer": optimizer, "log_every": 1,
