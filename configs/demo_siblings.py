@@ -45,5 +45,6 @@ def get_config(variant: str = "walt") -> ConfigDict:
     config.diffusion.self_conditioning = 0.0 if "block" in DENOISERS[variant] else 0.9
     config.normalise_latents = True
     config.diffusion.schedule.zero_terminal_snr = True
+    config.diffusion.times = ConfigDict({"name": "uniform"})
     config.stages.denoiser.update(steps=800, batch_size=16, checkpoint_every=400, cached_clips=4096)
     return config

@@ -2,8 +2,9 @@
 
     python -m walt_jax.main --config=configs/walt_demo.py --workdir=runs/demo
 
-On two CPU cores that other programs used too (JAX 0.10.2): 31 minutes; 29.7 dB on unseen clips; 98 % of 126 samples of
-trained combinations and all of 18 of others have colour, shape and direction right.
+Measured in two parts on two CPU cores that other programs used too (JAX 0.10.2): the tokenizer reconstructs unseen
+clips at 28.4 dB; of the denoiser's samples 94 % of 126 of trained combinations and 94 % of 18 of others have colour,
+shape and direction right. A run of about as many steps took 19.5 minutes by the clock, 23 of both cores together.
 """
 
 from ml_collections import ConfigDict
@@ -33,16 +34,17 @@ def get_config() -> ConfigDict:
                 "latent_channels": 12,
                 "base_channels": 32,
                 "channel_multipliers": (1, 2, 2),
-                "downsample": ((2, 2, 2), (2, 1, 1)),
+                "downsample": ((2, 1, 1), (2, 1, 1)),
                 "residual_blocks": 1,
                 "norm_groups": 8,
-                "patch_size": 2,
+                "patch_size": 4,
                 "dtype": "float32",
             },
+            "losses": {"log_error": True},
             "denoiser": {
-                "dim": 192,
-                "heads": 3,
-                "layers": 6,
+                "dim": 128,
+                "heads": 2,
+                "layers": 4,
                 # The grid is 5 × 4 × 4 tokens, which is the paper's spatiotemporal window.
                 "windows": ((1, None, None), (None, 4, 4)),
                 "positions": "fractional",
@@ -52,12 +54,17 @@ def get_config() -> ConfigDict:
                 "scan": False,
                 "dtype": "float32",
             },
-            "diffusion": {"schedule": {"name": "linear", "zero_terminal_snr": False}, "self_conditioning": 0.9},
+            "diffusion": {
+                "schedule": {"name": "linear", "zero_terminal_snr": False},
+                # Of uniform times half are almost pure noise, and few are where a caption decides on the shape.
+                "times": {"name": "logit_normal", "mean": 0.25, "std": 0.8},
+                "self_conditioning": 0.9,
+            },
             "stages": ConfigDict(
                 {
                     "tokenizer": {
                         "task": "tokenizer",
-                        "steps": 1100,
+                        "steps": 1000,
                         "batch_size": 4,
                         "ema_decay": 0.98,
                         "log_every": 10,
@@ -73,8 +80,8 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 800,
-                        "batch_size": 32,
+                        "steps": 1200,
+                        "batch_size": 16,
                         "ema_decay": 0.99,
                         "log_every": 10,
                         "checkpoint_every": 300,

@@ -31,7 +31,8 @@ def get_config() -> ConfigDict:
         "large": {"frames": 9, "side": 80, "weight": 1.0},
         "image": {"frames": 1, "side": 96, "weight": 2.0},
     }
-    config.denoiser.update(windows=((1, None, None), (None, 3, 5)), isolate_images=True)
+    config.tokenizer.update(downsample=((2, 2, 2), (2, 1, 1)), patch_size=2)
+    config.denoiser.update(dim=192, heads=3, layers=6, windows=((1, None, None), (None, 3, 5)), isolate_images=True)
     config.stages.denoiser.update(
         steps=600, shapes=shapes, pack={"tokens": 1536, "clips": 16}, batch_size=2, cached_clips=512
     )

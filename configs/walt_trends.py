@@ -39,6 +39,7 @@ def get_config(variant: str = "base") -> ConfigDict:
         dim=128, heads=2, layers=4, windows=((1, None, None), (None, 2, 2)), positions="learned", relative="bias"
     )
     config.diffusion.schedule.zero_terminal_snr = True
+    config.diffusion.times = ConfigDict({"name": "uniform"})
     config.stages.denoiser.update(
         steps=800, batch_size=16, shapes=ConfigDict(), pack=None, checkpoint_every=400, cached_clips=4096
     )

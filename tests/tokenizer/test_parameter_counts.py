@@ -68,7 +68,7 @@ def by_hand(config) -> tuple[int, int]:
         ("magvit2_video_256x448", "finetune", 336.3),
         ("magvit2_image", "images", 95.9),
         ("tokenizer_clips", "video", 3.17),
-        ("walt_demo", "tokenizer", 2.24),
+        ("walt_demo", "tokenizer", 1.97),
     ],
 )
 def test_the_tokenizers(name, stage, millions):

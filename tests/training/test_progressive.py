@@ -30,7 +30,12 @@ def knobs():
     del config.text
     optimizer = {"name": "adamw", "learning_rate": 1e-2}  # quicker to compile than Muon
     config.tokenizer.update(
-        base_channels=4, channel_multipliers=(1, 1), downsample=((2, 2, 2),), norm_groups=2, latent_channels=4
+        base_channels=4,
+        channel_multipliers=(1, 1),
+        downsample=((2, 2, 2),),
+        patch_size=2,
+        norm_groups=2,
+        latent_channels=4,
     )
     config.denoiser.update(
         dim=8, layers=1, windows=((None, 1, 1),), patch_size=(1, 1, 1), cross_attention=False,
