@@ -1,0 +1,70 @@
+"""The kernel on a mesh of eight devices, interpreted; prints what `test_fused` looks at."""
+
+import json
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from oracles import normal
+
+from walt_jax.denoiser.kernels import tpu
+from walt_jax.denoiser.kernels.sharded import sharded
+from walt_jax.errors import UserError
+
+ROWS, TOKENS, HEADS, FEATURES = 4, 16, 2, 8
+AXES = "data", "fsdp", "tensor", "context"
+
+
+def with_gradients(function):
+    """A compiled function of (query, key, value, bias) that has the gradients too."""
+    segments = np.array([[0, 1] * (TOKENS // 2)] * ROWS)
+
+    def weighed(*arguments):
+        out, logsum = function(*arguments, None, (segments[:1], segments), interpret=True)
+        return (out * normal(8, *out.shape)).sum() + (logsum * normal(9, *logsum.shape)).sum(), (out, logsum)
+
+    return jax.jit(jax.grad(weighed, (0, 1, 2, 3), has_aux=True))
+
+
+def alone(query, key, value, bias, places, segments, interpret):
+    segments = np.broadcast_to(segments[0], segments[1].shape), segments[1]
+    return tpu.fused(query, key, value, bias, places, segments, interpret)
+
+
+def within(*arguments, interpret):
+    """`sharded` where the rows' axes are those of a `shard_map` already, as for packs."""
+    *tokens, bias, _, segments = arguments
+    rows = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(
+        lambda *x: sharded(*x[:4], None, x[4:], interpret),
+        in_specs=(rows, rows, rows, PartitionSpec(), PartitionSpec(), rows),
+        out_specs=(rows, rows),
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )(*tokens, bias, *segments)
+
+
+def message(*shape):
+    try:
+        jax.eval_shape(lambda x: sharded(x, x, x, None, None, None), jax.ShapeDtypeStruct(shape, np.float32))
+    except UserError as error:
+        return str(error)
+
+
+def difference(one, other):
+    return max(float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def main():
+    mesh = jax.make_mesh((2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    arguments = [normal(i, ROWS, TOKENS, HEADS, FEATURES) for i in range(3)] + [normal(3, HEADS, TOKENS, TOKENS)]
+    expected = jax.device_get(with_gradients(alone)(*arguments))
+    placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) for x in arguments[:3]]
+    with jax.set_mesh(mesh):
+        found = jax.device_get([with_gradients(function)(*placed, arguments[3]) for function in (sharded, within)])
+        rows, heads = message(3, TOKENS, HEADS, FEATURES), message(ROWS, TOKENS, 3, FEATURES)
+    one, other = (difference(each, expected) for each in found)
+    print(json.dumps({"difference": one, "difference_within": other, "rows": rows, "heads": heads}))
+
+
+main()

@@ -1,0 +1,231 @@
+"""The kernel equals `attend`: values, sums, and the gradients of both to all that has one. Interpreted, so on a CPU.
+
+`attend` itself equals its equations, see `test_attention`.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from oracles import LARGEST, filled, normal
+
+from walt_jax.denoiser import attention
+from walt_jax.denoiser.attention import WindowAttention, attend
+from walt_jax.denoiser.kernels import tpu
+from walt_jax.denoiser.layout import Layout, PackRows, make_pack, place_clips
+from walt_jax.denoiser.windows import Window
+from walt_jax.layers import compiling_for
+from walt_jax.parallel.cost import flops
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of attention, and what it is restricted by."""
+
+    rows: int
+    queries: int
+    keys: int
+    heads: int
+    features: int
+    bias: str = "none"  # "shared" by rows, or "placed": by the places of their tokens
+    segments: bool = False
+
+    def arguments(self, seed):
+        """((query, key, value, bias), places, segments); the first query of the last row sees no key."""
+        rng, sizes = np.random.default_rng(seed), (self.queries, self.keys)
+        q, k, v = (normal(seed + i, self.rows, n, self.heads, self.features) for i, n in enumerate((*sizes, self.keys)))
+        count = 21
+        between = {"none": None, "shared": sizes, "placed": (count, count)}[self.bias]
+        bias = between and normal(seed + 3, self.heads, *between)
+        places = [rng.integers(0, count, (self.rows, n)) for n in sizes] if self.bias == "placed" else None
+        segments = [rng.integers(-1, 2, (self.rows, n)) for n in sizes] if self.segments else None
+        if self.segments:
+            segments[0][-1, 0] = 7
+        return (q, k, v, bias), places, segments
+
+    def plainly(self, arguments, places, segments):
+        """The obvious way: a bias and a mask for all pairs."""
+        q, k, v, bias = arguments
+        if bias is not None:
+            bias = bias[None] if places is None else rows_of(bias, *places)
+        mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None])[:, None]
+        return attend(q, k, v, bias, mask)
+
+
+def rows_of(bias, queries, keys):
+    return jnp.moveaxis(bias[:, queries[:, :, None], keys[:, None]], 1, 0)
+
+
+def interpreted(arguments, places, segments):
+    return tpu.fused(*arguments, places, segments, interpret=True)
+
+
+def with_gradients(function, arguments, places, segments):
+    """((values, sums), gradients), where a query sees any key."""
+
+    def weighed(arguments):
+        out, logsum = function(arguments, places, segments)
+        seen = logsum > attention.NEVER / 2
+        out, logsum = jnp.where(seen[..., None], out, 0), jnp.where(seen, logsum, 0)
+        return (out * normal(8, *out.shape)).sum() + (logsum * normal(9, *logsum.shape)).sum(), (out, logsum)
+
+    gradients, both = jax.grad(weighed, has_aux=True)(arguments)
+    return both, gradients
+
+
+def check(case, seed=0, tolerance=CLOSE):
+    ours, theirs = (
+        jax.jit(functools.partial(with_gradients, function))(*case.arguments(seed))
+        for function in (interpreted, case.plainly)
+    )
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, **tolerance), ours, theirs)
+
+
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])  # a new program for each example
+@given(
+    st.builds(
+        Case,
+        rows=st.integers(1, 3),
+        queries=st.integers(1, 40),
+        keys=st.integers(1, 40),
+        heads=st.integers(1, 2),
+        features=st.sampled_from([8, 24, 72]),
+        bias=st.sampled_from(["none", "shared", "placed"]),
+        segments=st.booleans(),
+    ),
+    st.integers(0, 99),
+)
+def test_equals_attention_with_a_matrix_of_all_pairs(case, seed):
+    check(case, seed)
+
+
+def test_blocks_of_queries(monkeypatch):
+    """Gradients of keys are summed over blocks, that of the bias over blocks and rows."""
+    monkeypatch.setattr(tpu, "PAIRS", 128 * 48)
+    monkeypatch.setattr(tpu, "PROGRAM_BYTES", 0)  # a row a program
+    check(Case(2, 200, 40, 1, 8, "shared", segments=True))
+
+
+def test_heads_that_fill_tiles_together():
+    """Two programs of two heads each; and short rows that share one, their bias repeated."""
+    check(Case(6, 12, 12, 4, 64, "shared", segments=True))
+
+
+def test_numbers_of_16_bits():
+    """Against float32: rounding of inputs, of weights and of results, each of 8 bits. Sums stay in float32."""
+    case = Case(2, 24, 40, 2, 16, "placed")
+    arguments, *rest = case.arguments(0)
+    arguments = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arguments)
+    ours = jax.jit(functools.partial(with_gradients, interpreted))(arguments, *rest)
+    exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arguments)
+    theirs = jax.jit(functools.partial(with_gradients, case.plainly))(exact, *rest)
+    assert ours[0][0].dtype == jnp.bfloat16 and ours[0][1].dtype == jnp.float32
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other)
+        assert np.linalg.norm(one - other) < 0.01 * np.linalg.norm(other)
+
+
+def test_a_query_that_sees_nothing_has_zeros_and_no_gradient():
+    arguments = tuple(normal(i, 1, 3, 1, 8) for i in range(3))
+    segments = np.array([[0, 0, 5]]), np.array([[0, 0, 0]])
+
+    def weighed(q, k, v):
+        out, logsum = tpu.fused(q, k, v, segments=segments, interpret=True)
+        return out[:, 2].sum(), (out, logsum)
+
+    gradients, (out, logsum) = jax.grad(weighed, (0, 1, 2), has_aux=True)(*arguments)
+    assert not out[:, 2].any() and (logsum[:, 2] < -1e37).all()
+    assert not any(x.any() for x in gradients)
+
+
+PACK = [[(3, 2, 4), (1, 5, 6)], [(2, 3, 3), (2, 5, 3)]]
+ROUTES = [("bias", "pack"), ("rotary", "pack"), ("bias", "clip")]
+
+
+@pytest.mark.parametrize(("relative", "kind"), ROUTES)
+def test_a_layer_on_tpus_computes_what_it_does_here(relative, kind, monkeypatch):
+    """Self-attention and text jointly, in packs and equal clips, with gradients to parameters, tokens and text."""
+    window = Window(None, 2, 3)
+    grid, tokens, clips = (2, 4, 6), 60, 2 if kind == "pack" else 1
+    layout = Layout(grid=grid)
+    if kind == "pack":
+        rows = PackRows({window.name: ((18, 8),)}, (30, 4))
+        layout = Layout(pack=make_pack(*place_clips(PACK, tokens, clips), [window], rows))
+    x, text = normal(0, 2, tokens if kind == "pack" else 48, 16), normal(1, 2, clips, 5, 16)
+    mask = np.arange(5)[None, None] < np.array([[0, 5], [3, 1]])[:, :clips, None]
+    layer = WindowAttention(2, (window,), (window.bounds(LARGEST),), relative, True, "none", jnp.float32)
+    params = filled(layer, x, layout, text, mask)
+
+    def computed(platform):
+        def loss(params, x, text):
+            with compiling_for(platform):
+                y = layer.apply(params, x, layout, text, mask)
+            return (jnp.where(layout.valid()[..., None], y, 0) * normal(2, *y.shape)).sum(), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x, text)
+
+    expected = computed(None)
+    calls, sharded = [], attention.sharded
+
+    def interpreted(*arguments):
+        calls.append(arguments)
+        return sharded(*arguments, interpret=True)
+
+    monkeypatch.setattr(attention, "sharded", interpreted)
+    (gradients, out), (others, other) = computed("tpu"), expected
+    assert len(calls) == 2  # windows, text
+    inside = np.broadcast_to(layout.valid(), out.shape[:2])
+    np.testing.assert_allclose(out[inside], other[inside], **CLOSE)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), gradients, others)
+
+
+def test_a_bias_that_the_chip_cannot_hold_is_left_to_xla():
+    assert tpu.holds(16, 64, 1024, jnp.bfloat16) and not tpu.holds(16, 64, 1280, jnp.bfloat16)
+    assert tpu.holds(16, 72, 320, jnp.bfloat16) and not tpu.holds(16, 72, 1280, jnp.bfloat16)
+
+
+def test_a_kernel_counts_the_operations_of_its_equations():
+    """Not those of one of its programs, of windows that share a row, or of what the backward pass computes again."""
+    case = Case(2, 32, 32, 2, 64)
+    both = (functools.partial(with_gradients, function) for function in (interpreted, case.plainly))
+    ours, theirs = (flops(function, *case.arguments(0)) for function in both)
+    assert ours == theirs == 6 * 2 * 2 * 2 * 32 * 32 * 64
+
+
+def test_an_expanded_table_is_the_bias_of_all_offsets():
+    bounds, sizes, heads = (3, 4, 2), (2, 4, 1), 2
+    table = normal(0, 5 * 7 * 3, heads)
+    places = np.indices(sizes).reshape(3, -1).T
+    expected = np.moveaxis(table[attention.relative_index(places, places, bounds)], -1, 0)
+    np.testing.assert_array_equal(attention.expanded(table, bounds, sizes), expected)
+
+
+SCRIPT = pathlib.Path(__file__).with_name("fused_on_a_mesh.py")
+
+
+def test_on_a_mesh_each_device_has_its_rows_and_heads():
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run([sys.executable, SCRIPT], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["difference"] < 1e-5 and found["difference_within"] < 1e-5
+    assert found["rows"].startswith("attention has 3 rows, which the mesh's data × fsdp = 4 do not divide")
+    assert found["heads"].startswith("attention has 3 heads, which the mesh's tensor = 2 do not divide")

@@ -1,0 +1,1 @@
+"""Attention that keeps all pairs of tokens on the chip: for TPUs."""
