@@ -1,1 +1,1 @@
-"""Programs without a device to run them on: what they cost."""
+"""Many devices, and none: the mesh and the table of rules that divides arrays over it; what programs cost."""

@@ -5,13 +5,13 @@ its addition as one "flop" where this counts two.
 """
 
 import collections
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
+
+from walt_jax.parallel.analysis import operations, traced
 
 
 def flops_by_module(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
@@ -27,44 +27,26 @@ def flops_by_module(function: Callable[..., Any], *arguments: Any) -> dict[str, 
         {"blocks/self_attention/query": …}: layers of one name count together ("cycle0", "cycle1" as "cycle").
     """
     totals: dict[str, int] = collections.Counter()
-    _add(jax.make_jaxpr(function)(*arguments).jaxpr, "", 1, totals)
+    for each in operations(traced(function, *arguments)):
+        if each.products:
+            totals[module_of(each.op_name.rsplit("/", 1)[0])] += each.flops
     return dict(totals)
+
+
+def jaxpr_flops(jaxpr: core.Jaxpr, leave_out: Sequence[str] = ()) -> int:
+    """Floating-point operations of a program that is traced already.
+
+    Args:
+        jaxpr: the program.
+        leave_out: name scopes whose operations are not counted.
+    """
+    left = set(leave_out)
+    return sum(each.flops for each in operations(jaxpr) if left.isdisjoint(re.split(r"[/().]+", each.op_name)))
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Floating-point operations of a call, see `flops_by_module`."""
     return sum(flops_by_module(function, *arguments).values())
-
-
-def _add(jaxpr: core.Jaxpr, prefix: str, times: int, totals: dict[str, int]) -> None:
-    for equation in jaxpr.eqns:
-        path = f"{prefix}/{equation.source_info.name_stack}"
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left, out = equation.invars[0].aval, equation.outvars[0].aval
-            totals[module_of(path)] += times * 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
-        elif name == "conv_general_dilated":
-            kernel, out = equation.invars[1].aval, equation.outvars[0].aval
-            numbers = params["dimension_numbers"]
-            features = kernel.shape[numbers.rhs_spec[0]]
-            # A strided convolution's gradient dilates its input; multiplications by these zeros are not counted.
-            work = math.prod(out.shape) * math.prod(kernel.shape) // features // math.prod(params["lhs_dilation"])
-            totals[module_of(path)] += times * 2 * work
-        elif name == "cond":
-            branches = [_counted(branch.jaxpr, path) for branch in params["branches"]]
-            for module, count in max(branches, key=lambda counts: sum(counts.values())).items():
-                totals[module] += times * count
-        else:
-            again = times * params["length"] if name == "scan" else times
-            for inner in core.jaxprs_in_params(params):
-                _add(inner, path, again, totals)
-
-
-def _counted(jaxpr: core.Jaxpr, prefix: str) -> dict[str, int]:
-    totals: dict[str, int] = collections.Counter()
-    _add(jaxpr, prefix, 1, totals)
-    return totals
 
 
 def module_of(path: str) -> str:

@@ -1,0 +1,169 @@
+"""The mesh: all devices along four named axes, and where a batch goes on it."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from walt_jax.config import Range
+from walt_jax.errors import UserError
+from walt_jax.parallel.rules import Rules, active_rules
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH_AXES = ("data", "fsdp")
+
+Size = Annotated[int, Range(-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis; -1, at most once, is what the others leave.
+
+    Attributes:
+        data: copies of the model, each with its part of the batch.
+        fsdp: the batch is divided along it too, and so are parameters, gradients and optimizer state; each layer's
+            parameters are gathered when it runs.
+        tensor: heads and hidden features of each layer are divided along it.
+        context: tokens of each clip are divided along it.
+        slices: groups of devices with fast links within and slow ones between them: TPU slices, hosts of GPUs. Only
+            `data` spans them. -1 is as many as the devices say.
+    """
+
+    data: Size = -1
+    fsdp: Size = 1
+    tensor: Size = 1
+    context: Size = 1
+    slices: Size = -1
+
+    def __post_init__(self):
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"{' and '.join(a for a in AXES if sizes[a] == -1)} are -1; only one axis can be the rest")
+        for name in (*AXES, "slices"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} is 0; an axis has at least 1 device, or -1 for what the others leave")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """A mesh of the devices, with the axes `AXES` of type Auto.
+
+    Without an axis of -1 the first devices are taken, as many as the sizes need. Of several slices each has an equal
+    part of `data`, so that gradients of parameters are summed within a slice before they cross the slow links.
+
+    Raises:
+        UserError: if the sizes and the number of devices or slices don't fit.
+    """
+    slices = _slices(config, devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    named = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "the axes"
+    if fixed > len(devices) or (-1 in sizes.values() and len(devices) % fixed):
+        raise UserError(
+            f"config.mesh needs {'a multiple of ' if -1 in sizes.values() else ''}{fixed} devices ({named}), and there "
+            f"are {len(devices)}; choose sizes whose product divides {len(devices)}."
+        )
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    taken = list(devices)[: math.prod(sizes.values())]
+    if slices > 1 and (len(taken) < len(devices) or sizes["data"] % slices):
+        raise UserError(
+            f"config.mesh.data is {sizes['data']}, and there are {slices} slices of {len(devices) // slices} devices, "
+            f"of which it takes equal parts; set fsdp × tensor × context to a divisor of {len(devices) // slices} and "
+            "data to -1."
+        )
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(tuple(sizes.values()), taken, allow_split_physical_axes=True)
+    else:
+        within = {**sizes, "data": sizes["data"] // slices}
+        array = mesh_utils.create_hybrid_device_mesh(
+            tuple(within.values()), (slices, 1, 1, 1), taken, allow_split_physical_axes=True
+        )
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(config: MeshConfig, devices: Sequence[Any]) -> int:
+    """The number of slices that the devices are in.
+
+    Raises:
+        UserError: if the config names another.
+    """
+    found = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if config.slices not in (-1, found):
+        raise UserError(f"config.mesh.slices is {config.slices}, and the devices are in {found}; set it to {found}.")
+    return found
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def described(mesh: Mesh) -> str:
+    """Such as "data 2 × fsdp 4"; "1 device" where that is all."""
+    return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh, rules: Rules = ()) -> Iterator[None]:
+    """Programs that are traced within have their activations constrained to this mesh by these rules.
+
+    A mesh of one device changes nothing.
+    """
+    if mesh.size == 1:
+        yield
+        return
+    with jax.set_mesh(mesh), active_rules(rules):
+        yield
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Each device has all of an array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """For each array of a batch how it is divided: its first axis over `data` and `fsdp`.
+
+    Args:
+        batch: clips, latents or tokens with their captions, as the tasks read them; arrays or their shapes.
+        mesh: see `make_mesh`.
+
+    Raises:
+        UserError: if the batch can't be divided.
+    """
+    shards, divided = data_shards(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    def sharding(leaf: Any) -> NamedSharding:
+        if np.shape(leaf)[0] % shards == 0:
+            return divided
+        raise UserError(uneven("A batch", np.shape(leaf)[0], mesh))
+
+    return jax.tree.map(sharding, batch)
+
+
+def uneven(what: str, size: int, mesh: Mesh) -> str:
+    """A sentence on a batch that can't be divided."""
+    smaller, rest = divmod(math.gcd(size, data_shards(mesh)), mesh.shape["fsdp"])
+    remedy = "make the axes smaller" if rest else f"set --config.mesh.data={smaller}"
+    return (
+        f"{what} has {size} rows, which config.mesh.data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']} does not "
+        f"divide; make its batch_size a multiple of {data_shards(mesh)}, or {remedy}."
+    )
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a batch onto the mesh; each process has its own rows of it.
+
+    Args:
+        batch: NumPy arrays, this process's part of the batch.
+        mesh: see `make_mesh`.
+
+    Raises:
+        UserError: as `batch_shardings`.
+    """
+    return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(batch, mesh), batch)
