@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from walt_jax.config import build
-from walt_jax.denoiser.layout import make_pack, place_clips, row_lengths
+from walt_jax.denoiser.layout import Needs, PackRows, make_pack, place_clips
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run_config import RunConfig, make_model, make_task
@@ -65,7 +65,8 @@ def batches(config: RunConfig, clips: int, packs: int) -> dict[str, dict]:
     each = clips // packs
     positions, sizes = place_clips([[grid] * each] * packs, each * math.prod(grid), each)
     windows, isolate = config.denoiser.attention_windows, config.denoiser.isolate_images
-    pack = make_pack(positions, sizes, windows, row_lengths(positions, sizes, windows, isolate), isolate)
+    rows = PackRows.choose([Needs.of(positions[:1], sizes[:1], windows, isolate)])
+    pack = make_pack(positions, sizes, windows, rows, isolate, shards=packs)
     width = shape[3] * math.prod(config.denoiser.patch_size)
     tokens = np.zeros((packs, each * math.prod(grid), width), np.float32)
     return {
@@ -100,7 +101,8 @@ def compiled(config: RunConfig, batch: dict, mesh: Mesh) -> dict:
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
     step = make_train_step(task, optimizer, stage.ema_decay, platform="tpu")
     began = time.perf_counter()
-    lowered = step.trace(*arguments, key).lower(lowering_platforms=("tpu",))
+    with jax.set_mesh(mesh):
+        lowered = step.trace(*arguments, key).lower(lowering_platforms=("tpu",))
     lowering = time.perf_counter() - began
     began = time.perf_counter()
     program = lowered.compile()

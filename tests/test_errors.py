@@ -70,6 +70,8 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--config.denoiser.block=gpt"], ["config.denoiser.block", "'gpt'", "walt or dit"]),
         ([TINY, "--workdir=W", "--config.sampling.guidance.channels=99"], ["channels", "12"]),
         ([TINY, "--workdir=W", "--config.diffusion.multiscale=3"], ["multiscale=3", "4 × 4"]),
+        ([TINY, "--workdir=W", "--config.stages.denoiser.accumulate=3"], ["accumulate=3", "batches of 4 clips"]),
+        ([TINY, "--workdir=W", "--profile_steps=5"], ["--profile_steps=5", "--profile_steps=10:15"]),
         ([TINY, "--workdir=gs://bucket/run"], ["gs://bucket/run", "on this machine"]),
         ([TINY, "--workdir=gs://bucket/run", "--mode=plan"], ["gs://bucket/run", "on this machine"]),
         ([TINY, "--workdir=W", "--config.stages.denoisr.steps=3"], ["denoisr", "tokenizer, denoiser"]),

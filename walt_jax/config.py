@@ -125,6 +125,10 @@ def _convert(hint: Any, value: Any, where: str, bounds: Range = NUMBER) -> Any:
         if value is None and type(None) in options:
             return None
         options = [option for option in options if option is not type(None)]
+        if not any(map(dataclasses.is_dataclass, options)):  # one value, or several
+            several = isinstance(value, tuple | list)
+            fitting = [option for option in options if (typing.get_origin(option) is tuple) == several]
+            return _convert((fitting or options)[0], value, where)
         return _convert(_named(options, value, where) if len(options) > 1 else options[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

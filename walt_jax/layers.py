@@ -1,11 +1,16 @@
 """Shared by the tokenizer, the denoiser and the text encoder: a linear layer with named axes, and what CPUs need."""
 
+import contextlib
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from walt_jax.parallel.rules import gathered
 
 Initializer = Callable[..., Array]
 
@@ -15,12 +20,31 @@ def along_channels(values: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
     return values[None, None, None, None]
 
 
-def on_cpu() -> bool:
-    """Whether programs are traced for a CPU, some of whose compiler's weaknesses are worked around.
+_target = jax.make_user_context(default_value=None)  # part of the key of JAX's caches of traces
 
-    Decided when a program is traced: `jax.lax.platform_dependent` would trace both ways, in twice the time.
+
+def compiling_for(platform: str | None) -> contextlib.AbstractContextManager:
+    """Within it, programs are traced for this platform: "cpu", "cuda" or "tpu"; None is this machine's.
+
+    To be used inside of the function that is traced, or around its tracing, where a program is compiled for hardware
+    that is not there.
     """
-    return jax.default_backend() == "cpu"
+    return _target(platform)
+
+
+def platform() -> str:
+    """What programs are traced for: "cpu", "gpu", "cuda", "tpu".
+
+    Decided when a program is traced, by the devices of the mesh in context, if there is one, or JAX's default:
+    `jax.lax.platform_dependent` would trace all ways, in a multiple of the time.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return _target.value or (device.platform if device else jax.default_backend())
+
+
+def on_cpu() -> bool:
+    """Whether programs are traced for a CPU, some of whose compiler's weaknesses are worked around."""
+    return platform() == "cpu"
 
 
 def product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
@@ -33,6 +57,34 @@ def product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array
     if not on_cpu():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def mixed_product(
+    x: Float[Array, "*n i"], kernel: Float[Array, "i o"], axes: tuple[str, str], dtype: Any
+) -> Float[Array, "*n o"]:
+    """x W in `dtype`, narrower than the kernel's: the kernel's gradient is added up in the kernel's type.
+
+    Without this, each device would round its sum over tokens to `dtype`, and devices would add up rounded sums.
+    """
+    return product(x, gathered(kernel, axes, dtype))
+
+
+def _mixed_forward(x: Array, kernel: Array, axes: tuple[str, str], dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return mixed_product(x, kernel, axes, dtype), (x, kernel)
+
+
+def _mixed_backward(
+    axes: tuple[str, str], dtype: Any, saved: tuple[Array, Array], slope: Float[Array, "*n o"]
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    tokens = tuple(range(x.ndim - 1))
+    own = jax.lax.dot_general(x, slope, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype)
+    _, divide = jax.vjp(lambda kernel: gathered(kernel, axes, kernel.dtype), kernel)
+    return product(slope, gathered(kernel, axes, dtype).T), divide(own)[0]
+
+
+mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
 def stored(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -68,9 +120,13 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), (x.shape[-1], self.features)
         )
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        if jnp.dtype(self.dtype) == kernel.dtype:
+            y = product(x.astype(self.dtype), gathered(kernel, self.axes, self.dtype))
+        else:
+            y = mixed_product(x.astype(self.dtype), kernel, self.axes, self.dtype)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
-            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+            bias = self.param("bias", bias_init, (self.features,))
+            # In the bias's type, which its gradient is added up in.
+            y = (y.astype(bias.dtype) + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))).astype(self.dtype)
         return y

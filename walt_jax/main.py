@@ -101,6 +101,33 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "stage", None, "encode: the stage whose clips are encoded; the last by default", flag_values=values
     )
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "plan: hardware to plan for, such as v5e:4x4, 'v5p:4x4x8', '2x v5e:16x16' or h100:8; TPUs are compiled for "
+        "without one, GPUs analysed",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "price_per_chip_hour",
+        None,
+        "plan: of the topology's chips, to state what a million clips cost",
+        flag_values=values,
+        lower_bound=0.0,
+    )
+    flags.DEFINE_bool(
+        "auto_mesh",
+        False,
+        "train: takes the mesh that --mode=plan ranks first for the devices here, instead of config.mesh",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "train: trace these steps of each stage, such as 10:15, into the workdir's profile/, for TensorBoard; counted "
+        "from the first step that the command does",
+        flag_values=values,
+    )
     flags.DEFINE_bool("gif", False, "sample: also write each video as a GIF", flag_values=values)
     return values
 
@@ -156,6 +183,8 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     """
     workdir = local(values.workdir)
     knobs = knobs_of(values, workdir)
+    if values.config is None:  # the devices here may be others than those that trained the run
+        knobs.pop("mesh", None)
 
     import jax
 
@@ -213,9 +242,13 @@ def open_trained_run(values: flags.FlagValues) -> Any:
 def train(values: flags.FlagValues) -> None:
     """Runs the stages, then evaluates."""
     from walt_jax.training.data_files import sentences
+    from walt_jax.training.profiling import profile_steps
     from walt_jax.workdir import check_empty, check_same, claim, locked, write_atomically
 
+    profile = profile_steps(values.profile_steps) if values.profile_steps else None
     run, knobs = open_run(values)
+    if values.auto_mesh:
+        run, knobs = _on_best_mesh(run)
     start = time.monotonic()
     with locked(run.workdir):
         before = knobs_before(run.workdir)
@@ -233,9 +266,26 @@ def train(values: flags.FlagValues) -> None:
         for line in sentences(files):
             print(line, flush=True)
         write_atomically(run.workdir / "files.json", json.dumps(files, indent=1, ensure_ascii=False) + "\n")
-        run.train()
-        report = _evaluate(run)
+        with run.on_mesh():
+            run.train(profile)
+            report = _evaluate(run)
     print(f"Done in {time.monotonic() - start:.0f} s; wrote {run.workdir}, look at {report} first.")
+
+
+def _on_best_mesh(run: Any) -> tuple[Any, dict[str, Any]]:
+    """The run on the mesh that is ranked first for the devices here, and its knobs.
+
+    Raises:
+        UserError: if these are of no known kind, or no mesh fits.
+    """
+    import jax
+
+    from walt_jax.parallel.topology import attached
+    from walt_jax.training.plan_search import best_mesh
+    from walt_jax.training.run import Run
+
+    config = dataclasses.replace(run.config, mesh=best_mesh(run.config, attached(jax.devices())))
+    return Run(config, run.workdir), _all_knobs(config)
 
 
 def evaluate(values: flags.FlagValues) -> None:
@@ -243,7 +293,7 @@ def evaluate(values: flags.FlagValues) -> None:
     from walt_jax.workdir import locked
 
     run = open_trained_run(values)
-    with locked(run.workdir):
+    with locked(run.workdir), run.on_mesh():
         report = _evaluate(run)
     print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
 
@@ -298,7 +348,8 @@ def sample(values: flags.FlagValues) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     seeds = [values.seed + index for _ in prompts for index in range(values.num_samples)]
     prompts = [prompt for prompt in prompts for _ in range(values.num_samples)]
-    clips = generator.generate(prompts, seeds)
+    with run.on_mesh():
+        clips = generator.generate(prompts, seeds)
     rows = write_samples(out, clips, prompts, seeds, run.config.data.fps, (".mp4", ".gif") if values.gif else (".mp4",))
     print(f"wrote {len(rows)} videos, samples.json and contact_sheet.png to {out}")
 
@@ -331,7 +382,8 @@ def reconstruct(values: flags.FlagValues) -> None:
                     progress.update()
 
             frames = run.codec.stream(tokenizer, read_frames(values.video, fps))
-            count = write_video_stream(out, watched(frames), fps)
+            with run.on_mesh():
+                count = write_video_stream(out, watched(frames), fps)
     except ClipError as error:
         raise UserError(f"--video={values.video} can't be read: {error}.") from error
     print(f"wrote {count} frames to {out}; sound is not copied")
@@ -380,7 +432,8 @@ def encode(values: flags.FlagValues) -> None:
     workdir = run.workdir
     out = epath.Path(values.out) if values.out else workdir / "encoded"
     tokenizer = run.tokenizer() if run.config.tokenizer_from else run.run_in(workdir).tokenizer()
-    report = run.encode(out, tokenizer, values.clips, values.stage)
+    with run.on_mesh():
+        report = run.encode(out, tokenizer, values.clips, values.stage)
     print(
         f"wrote {report['clips']:,} clips, {report['latents_bytes']:,} bytes of latents, to {out}; train on them with "
         f"--config.tokenizer_from={workdir} --config.stages.NAME.latents={out}"
@@ -388,8 +441,16 @@ def encode(values: flags.FlagValues) -> None:
 
 
 def plan(values: flags.FlagValues) -> None:
-    """Prints the config, or that of the workdir's run, and counts its parameters and operations; reads no data."""
+    """Prints the config, or that of the workdir's run, and counts its parameters and operations; reads no data.
+
+    With a topology it also says whether the config fits there and how fast it can be.
+    """
+    from walt_jax.parallel.topology import topology
     from walt_jax.workdir import write_atomically
+
+    named = values.topology and topology(values.topology)
+    if named is None and values.price_per_chip_hour is not None:
+        raise UserError("--price_per_chip_hour is of the chips of a --topology; name one, such as --topology=v5e:4x4.")
 
     workdir = local(values.workdir)
     knobs = knobs_of(values, workdir)
@@ -400,7 +461,9 @@ def plan(values: flags.FlagValues) -> None:
     from walt_jax.workdir import flatten
 
     config = build(RunConfig, knobs, "config")
-    counts = plan(config)
+    # First: a mesh that does not fit says so at once.
+    on_hardware = {} if named is None else _plan_hardware(config, named, values.price_per_chip_hour, workdir)
+    counts = plan(config) | on_hardware
     for name, value in flatten(counts["config"]).items():
         print(f"--config.{name}={value!r}")
     for name, size in counts["params"].items():
@@ -413,8 +476,28 @@ def plan(values: flags.FlagValues) -> None:
             + f"; their latents {stage['latents_bytes_per_clip'] / 1e3:,.3g} GB a million clips"
         )
         print(f"stage {name:20} {stage['train_flops_per_step'] / 1e12:12,.4f} TFLOP a step{encoding or ''}")
+    if named is not None:
+        from walt_jax.training.plan_hardware import sentences
+        from walt_jax.training.plan_search import ranking_lines
+
+        for line in [*sentences(counts), *(ranking_lines(counts["ranking"]) if "ranking" in counts else [])]:
+            print(line)
     write_atomically(workdir / "plan.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
-    print(f"wrote {workdir / 'plan.json'}")
+    print(f"wrote {workdir / 'plan.json'}" + (f" and {workdir / 'plan.png'}" if named is not None else ""))
+
+
+def _plan_hardware(config: Any, topology: Any, price: float | None, workdir: pathlib.Path) -> dict[str, Any]:
+    """The plan on a topology, with a ranking of others where it does not fit or is slow; draws `plan.png`."""
+    from walt_jax.training.plan_hardware import plan_hardware
+    from walt_jax.training.plan_picture import picture
+    from walt_jax.training.plan_search import SLOW, ranked
+
+    found = plan_hardware(config, topology, price)
+    if not found["fits"] or found["estimated_mfu"] < SLOW:
+        found["ranking"] = ranked(config, topology)
+    workdir.mkdir(parents=True, exist_ok=True)
+    picture(found, workdir / "plan.png")
+    return found
 
 
 def benchmark(values: flags.FlagValues) -> None:

@@ -21,8 +21,18 @@ OURS = (
     "encoded",
 )  # what may be in a workdir before a run is
 # What may differ between two commands on one run: none of it changes what is trained.
-FREE_GROUPS = ("sampling", "evaluation")
-FREE_KNOBS = ("log_every", "checkpoint_every", "preview_every", "cache_bytes", "max_bad_fraction")
+FREE_GROUPS = ("sampling", "evaluation", "mesh")
+FREE_KNOBS = (
+    "rules",
+    "accumulate",
+    "remat",
+    "peak_flops_per_second",
+    "log_every",
+    "checkpoint_every",
+    "preview_every",
+    "cache_bytes",
+    "max_bad_fraction",
+)
 
 
 def local(workdir: str) -> pathlib.Path:

@@ -32,7 +32,7 @@ def packed(sizes, batch_size=2, tokens=TOKENS, clips=CLIPS, buffer=8, seed=None,
 
 
 def taken(dataset, count):
-    return list(itertools.islice(iter(dataset), count))
+    return [batch.packs for batch in itertools.islice(iter(dataset), count)]
 
 
 def clips_of(batches):
@@ -96,8 +96,8 @@ def test_batches_are_packs_of_a_queue(sizes, batch_size, buffer, clips):
     order, queue, come = Items(sizes), [], 0
     iterator = iter(packed(sizes, batch_size, TOKENS, clips, buffer))
     for _ in range(8):
-        batch = next(iterator)
-        assert len(batch) == batch_size
+        batch, deferred = next(iterator)
+        assert len(batch) == batch_size and deferred == [0]
         for pack in batch:
             while len(queue) < buffer:
                 queue.append(order[come])
@@ -116,7 +116,7 @@ def test_each_clip_comes_once_an_epoch(sizes, buffer):
     """Neighbouring epochs mix, as those that wait are overtaken; with what waits they are whole."""
     iterator, seen = iter(packed(sizes, 1, buffer=buffer)), []
     while len(seen) < 3 * len(sizes):
-        seen += clips_of([next(iterator)])
+        seen += clips_of([next(iterator).packs])
     left = [Items(sizes)[number] for number in iterator.get_state()["waiting"]]
     times = collections.Counter(item.index for item in seen + left)
     assert set(times) == set(range(len(sizes)))
@@ -190,7 +190,7 @@ def test_nearly_all_of_a_pack_is_clips(sizes, tokens):
 def test_another_number_of_hosts_goes_on_with_what_is_left(sizes, before, after, steps, buffer):
     """Hosts stop with half-filled queues; the others pack what waited, each clip once, and then go on in the order."""
     iterators = [iter(packed(sizes, 1, buffer=buffer, seed=3, share=Share(host, before))) for host in range(before)]
-    seen = clips_of([next(iterator) for iterator in iterators for _ in range(steps)])
+    seen = clips_of([next(iterator).packs for iterator in iterators for _ in range(steps)])
     states = [iterator.get_state() for iterator in iterators]
     progress = [
         Progress(Share.from_json(state["share"]), state["stream"]["next_index"], state["waiting"]) for state in states
@@ -201,7 +201,40 @@ def test_another_number_of_hosts_goes_on_with_what_is_left(sizes, before, after,
     assert sorted(numbers) == list(range(shares[0].start))
     for share in shares:
         iterator = iter(packed(sizes, 1, buffer=buffer, seed=3, share=share))
-        used = [item.number for _ in range(3) for item in next(iterator)[0]]
+        used = [item.number for _ in range(3) for item in next(iterator).packs[0]]
         state = iterator.get_state()
         mine = [share.number(position) for position in range(state["stream"]["next_index"])]
         assert sorted(used + state["waiting"]) == sorted(mine)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, st.integers(1, 3), st.integers(1, 2), st.integers(1, 8), st.integers(1, 5))
+def test_clips_that_a_shard_cannot_hold_wait_for_the_next(sizes, shards, packs, buffer, most):
+    """Here a shard has room for so many clips; none is lost, the oldest goes, and those that wait are counted."""
+    asked = []
+
+    def hold(clips):
+        asked.append(len(clips))
+        return len(clips) <= most
+
+    items = Items(sizes)
+    dataset = Packed(items, shards * packs, TOKENS, CLIPS, buffer, Share(), shards, hold)
+    iterator, seen, waited = iter(dataset), [], 0
+    for _ in range(4):
+        oldest = min(iterator.get_state()["waiting"], default=len(seen))
+        asked.clear()
+        batch = next(iterator)
+        assert len(batch.packs) == shards * packs and len(batch.deferred) == shards
+        assert sum(batch.deferred) == sum(count > most for count in asked)
+        for shard in range(shards):
+            clips = clips_of([batch.packs[shard * packs : (shard + 1) * packs]])
+            assert 1 <= len(clips) <= most
+            seen += clips
+        assert oldest in [item.number for item in seen]
+        waited += sum(batch.deferred)
+    state = json.dumps(iterator.get_state())
+    numbers = [item.number for item in seen] + json.loads(state)["waiting"]
+    assert sorted(numbers) == list(range(len(numbers)))
+    other = iter(dataset)
+    other.set_state(json.loads(state))
+    assert next(other) == next(iterator)

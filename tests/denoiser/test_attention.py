@@ -29,16 +29,16 @@ from oracles import (
 
 from walt_jax.denoiser import attention
 from walt_jax.denoiser.attention import WindowAttention, rotate
-from walt_jax.denoiser.layout import Layout, make_pack, place_clips
+from walt_jax.denoiser.layout import Layout, PackRows, make_pack, place_clips
 from walt_jax.denoiser.windows import Window, window_numbers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 HEADS, HEAD_DIM, WORDS = 2, 8, 4
 DIM = HEADS * HEAD_DIM
-# Lengths of rows and slots of a chunk: chunks of two kinds, computed one after the other, or of one kind, all at once.
-IN_TURN, AT_ONCE = ((8, 90), 96), ((90,), 180)
-CUTS = st.sampled_from([IN_TURN, AT_ONCE])
+# Rows of two lengths, and of one; for one data shard, and for one of each pack.
+TWO_LENGTHS, OF_EACH_PACK = (((8, 12), (96, 4)), 1), (((8, 4), (96, 1)), PACKS)
+CUTS = st.sampled_from([TWO_LENGTHS, OF_EACH_PACK])
 MIXED = [[(3, 2, 4), (1, 5, 6), (2, 3, 3)], [(1, 1, 2), (2, 5, 3)], []]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # One module for all windows, so that it is compiled once: in packs a window's name only says where its groups are.
@@ -49,10 +49,10 @@ def module(relative="bias", window=ANY, qk_norm=True, bounds=LARGEST):
     return WindowAttention(HEADS, (window,), (bounds,), relative, qk_norm, "none", jnp.float32)
 
 
-def packed(packs, window, isolate_images=False, cut=IN_TURN):
-    lengths, slots = cut
-    pack = make_pack(*place_clips(packs, TOKENS, CLIPS), [window], {window.name: lengths}, isolate_images, slots)
-    assert pack.groups[window.name].all_at_once == (len(lengths) == 1)
+def packed(packs, window, isolate_images=False, cut=TWO_LENGTHS):
+    rows, shards = cut
+    rows = PackRows({window.name: rows}, (16, (TOKENS // 16 + CLIPS) * PACKS // shards))
+    pack = make_pack(*place_clips(packs, TOKENS, CLIPS), [window], rows, isolate_images, shards)
     return Layout(pack=pack.replace(groups={ANY.name: pack.groups[window.name]}))
 
 
@@ -201,7 +201,7 @@ def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, cu
     np.testing.assert_allclose(logsum[inside], masked_logsum[inside], **CLOSE)
 
 
-@pytest.mark.parametrize("cut", [IN_TURN, AT_ONCE])
+@pytest.mark.parametrize("cut", [TWO_LENGTHS, OF_EACH_PACK])
 def test_what_only_fills_a_pack_up_reaches_nothing(cut):
     """Not even as NaN, and neither do its gradients."""
     layout = packed(MIXED, Window(None, 2, 4), cut=cut)
@@ -223,7 +223,13 @@ def test_how_rows_are_cut_changes_nothing():
     q, k, v = projections()
     first, *others = (
         grouped_route(q, k, v, packed(packs, window, cut=cut), *WEIGHTS)
-        for cut in (IN_TURN, ((3, 20, 96), 96), ((3,), 96), ((40,), 96))
+        for cut in (
+            TWO_LENGTHS,
+            (((3, 20), (20, 8), (96, 1)), 1),
+            (((3, 90),), 1),
+            (((3, 30),), PACKS),
+            (((40, 7),), 1),
+        )
     )
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), first, other)
@@ -361,7 +367,8 @@ def test_with_numbers_of_16_bits_sums_keep_32():
 
 def test_with_numbers_of_16_bits_packs_and_equal_clips_give_the_same():
     grid, tokens = (2, 3, 4), 24
-    pack = Layout(pack=make_pack(*place_clips([[grid], [grid]], tokens, 1), [ANY], {ANY.name: (tokens,)}))
+    rows = PackRows({ANY.name: ((tokens, 2),)}, (tokens, 2))
+    pack = Layout(pack=make_pack(*place_clips([[grid], [grid]], tokens, 1), [ANY], rows))
     x, text, mask = normal(0, 2, tokens, DIM), *texts(1, (2, 1))
     layer = WindowAttention(HEADS, (ANY,), (LARGEST,), "bias", True, "none", jnp.bfloat16)
     apply = jax.jit(layer.apply)

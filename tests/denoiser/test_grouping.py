@@ -1,4 +1,4 @@
-"""Windows of any length are laid into chunks with nothing lost, nothing twice, and little padding."""
+"""Windows of any length are laid into rows with nothing lost, nothing twice, and little padding."""
 
 import itertools
 import math
@@ -9,24 +9,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from walt_jax.denoiser.grouping import (
-    SPARE,
     choose_lengths,
+    choose_rows,
+    choose_text_rows,
+    cost,
     group,
+    placed,
     scores_computed,
-    scores_needed,
     text_rows,
+    text_rows_needed,
 )
 
-NUMBERS = st.lists(st.lists(st.integers(-1, 5), min_size=1, max_size=40), min_size=1, max_size=3)
+SHARDS = 2
+NUMBERS = st.integers(1, 20).flatmap(
+    lambda tokens: (
+        st.lists(st.lists(st.integers(-1, 5), min_size=tokens, max_size=tokens), min_size=SHARDS, max_size=3 * SHARDS)
+        .filter(lambda packs: len(packs) % SHARDS == 0)
+        .map(lambda packs: np.array(packs, np.int32))
+    )
+)
+WINDOWS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
-def cost(lengths, windows):
+def padding(lengths, windows):
     """Scores that windows take, each in the shortest row that holds it."""
     return sum(min(length for length in lengths if length >= window) ** 2 for window in windows)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5))
+@given(WINDOWS, st.integers(1, 5))
 def test_no_other_choice_of_lengths_has_less_padding(windows, most):
     chosen = choose_lengths(windows, most)
     assert list(chosen) == sorted(set(chosen))
@@ -38,132 +49,146 @@ def test_no_other_choice_of_lengths_has_less_padding(windows, most):
         for count in range(most)
         for some in itertools.combinations(different[:-1], min(count, len(different) - 1))
     ]
-    assert cost(chosen, windows) == min(cost(other, windows) for other in others)
+    assert padding(chosen, windows) == min(padding(other, windows) for other in others)
 
 
 def test_with_lengths_enough_nothing_is_padded():
-    assert choose_lengths([256, 80, 80, 16, 256]) == (16, 80, 256)
+    assert choose_lengths([256, 80, 80, 16, 256], 12) == (16, 80, 256)
 
 
-def arrays(numbers):
-    return [np.array(pack, np.int32) for pack in numbers]
+def placed_one_by_one(windows, rows):
+    """The room that is left in rows: the longest window first, each into the fullest row with room."""
+    ends = np.cumsum([0, *(length * number for length, number in rows)])
+    room = {
+        int(end + length * row): length
+        for (length, number), end in zip(rows, ends[:-1], strict=True)
+        for row in range(number)
+    }
+    for window in sorted(windows, reverse=True):
+        fitting = [row for row in room if room[row] >= window]
+        if not fitting:
+            return None
+        row = min(fitting, key=lambda row: room[row])
+        room[row] -= window
+    return sorted(room.values())
+
+
+@settings(max_examples=150, deadline=None)
+@given(WINDOWS, st.dictionaries(st.integers(1, 40), st.integers(1, 4), min_size=1, max_size=3))
+def test_windows_go_into_the_fullest_rows_without_overlap(windows, rows):
+    rows = tuple(sorted(rows.items()))
+    first, twin = placed(np.array(windows), rows), placed_one_by_one(windows, rows)
+    assert (first is None) == (twin is None)
+    if first is None:
+        return
+    row_of = np.concatenate(
+        [np.repeat(np.arange(number) + 1000 * kind, length) for kind, (length, number) in enumerate(rows)]
+    )
+    room = dict(zip(*np.unique(row_of, return_counts=True), strict=True))
+    taken = np.zeros(len(row_of), bool)
+    for start, window in zip(first, windows, strict=True):
+        slots = slice(start, start + window)
+        assert not taken[slots].any() and len(set(row_of[slots])) == 1
+        taken[slots] = True
+        room[row_of[start]] -= window
+    assert sorted(room.values()) == twin
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WINDOWS, min_size=1, max_size=6), st.integers(1, 4))
+def test_chosen_rows_hold_the_windows_of_each_shard_and_none_is_idle(shards, most):
+    shards = [np.array(windows) for windows in shards]
+    rows = choose_rows(shards, most)
+    assert [length for length, _ in rows] == sorted({length for length, _ in rows}) and len(rows) <= most
+    assert all(placed(windows, rows) is not None for windows in shards)
+    longest = max(map(max, shards))
+    each_in_its_own = ((longest, max(map(len, shards))),)
+    assert cost(rows) <= cost(each_in_its_own)
+
+
+def test_equal_windows_take_rows_without_padding():
+    shards = [np.full(12, 80)] * 5
+    assert choose_rows(shards) == ((80, 12),)
+    assert choose_text_rows(shards) == (80, 12)
+
+
+def test_without_windows_there_is_a_row_nevertheless():
+    assert choose_rows([np.zeros(0, int)]) == ((1, 1),)
 
 
 def windows_of(numbers):
-    """The tokens of each window, numbered through all packs."""
-    offsets = np.cumsum([0, *map(len, numbers)])
+    """The tokens of each window, numbered through the packs of one shard."""
+    tokens = numbers.shape[1]
     return sorted(
-        tuple(offset + np.flatnonzero(pack == number))
-        for offset, pack in zip(offsets, numbers, strict=False)
-        for number in set(pack[pack >= 0])
+        tuple(pack * tokens + np.flatnonzero(row == number))
+        for pack, row in enumerate(numbers)
+        for number in set(row[row >= 0].tolist())
     )
 
 
-def rows_of(groups):
-    """(length, tokens, windows in the row) of each row of the chunks that are used."""
-    chunks = zip(groups.kind, groups.slots, groups.row_window, strict=True)
-    for kind, slots, windows in chunks:
-        length = groups.lengths[kind - 1] if kind else len(slots)
-        whole = len(slots) // length * length
-        for start in range(0, whole, length):
-            yield kind, slots[start : start + length], windows[start : start + length]
-        yield 0, slots[whole:], windows[whole:]  # what is left of a chunk is in no row
+@settings(max_examples=100, deadline=None)
+@given(NUMBERS, st.integers(1, 3), st.sampled_from([1, SHARDS]))
+def test_every_window_is_in_one_row_and_every_token_in_one_slot(numbers, most, shards):
+    parts = np.split(numbers, shards)
+    lengths = [np.array([len(window) for window in windows_of(part)], int) for part in parts]
+    rows = choose_rows(lengths, most)
+    groups = group(numbers, rows, shards)
+    total, size = numbers.size // shards, sum(length * number for length, number in rows)
+    assert groups.slots.shape == groups.row_window.shape == (shards, size)
+    assert groups.place.shape == (shards, total)
+    assert scores_computed(groups) == shards * sum(number * length**2 for length, number in rows)
+    for part, slots, row_window, place in zip(parts, groups.slots, groups.row_window, groups.place, strict=True):
+        np.testing.assert_array_equal(row_window == -1, slots == total)
+        found, start = [], 0
+        for length, number in rows:
+            for _ in range(number):
+                tokens, windows = slots[start : start + length], row_window[start : start + length]
+                found += [tuple(sorted(tokens[windows == window])) for window in set(windows[windows >= 0].tolist())]
+                start += length
+        assert sorted(found) == windows_of(part)
+        inside = part.ravel() >= 0
+        np.testing.assert_array_equal(slots[place[inside]], np.flatnonzero(inside))
+        assert np.all(place[~inside] == size)
+
+
+def test_windows_without_room_are_refused():
+    with pytest.raises(ValueError, match="1 windows of up to 9 tokens don't fit rows of"):
+        group(np.zeros((1, 9), int), ((4, 2), (8, 1)))
+    with pytest.raises(ValueError, match=r"3 windows of up to 3 tokens don't fit"):
+        group(np.repeat(np.arange(3), 3)[None], ((3, 2),))
+    with pytest.raises(ValueError, match="2 clips don't fit 2 rows of 4 tokens"):
+        text_rows(np.repeat([[0, 1]], 5, axis=1), 2, (4, 2))
+
+
+SEGMENTS = st.integers(1, 40).flatmap(
+    lambda tokens: st.lists(st.lists(st.integers(-1, 3), min_size=tokens, max_size=tokens), min_size=2, max_size=2)
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(NUMBERS, st.sets(st.integers(1, 50), max_size=3), st.integers(1, 64))
-def test_every_window_is_in_one_row_and_every_token_in_one_slot(numbers, lengths, slots):
-    numbers = arrays(numbers)
-    windows = windows_of(numbers)
-    longest = max(map(len, windows), default=1)
-    lengths = tuple(sorted({*lengths, longest}))
-    groups = group(numbers, lengths, slots)
-    total = sum(map(len, numbers))
-    width = max(slots, lengths[-1])
-    if len(lengths) == 1:  # whole rows, for then chunks that aren't used are computed as well
-        width -= width % lengths[0]
-    assert groups.slots.shape == groups.row_window.shape == (len(groups.kind), width)
-
-    found = []
-    for kind, tokens, row_window in rows_of(groups):
-        np.testing.assert_array_equal(row_window == -1, tokens == total)
-        if kind == 0:
-            assert np.all(tokens == total)
-        found += [tuple(sorted(tokens[row_window == number])) for number in set(row_window[row_window >= 0])]
-    assert sorted(found) == windows
-
-    inside = np.concatenate(numbers) >= 0
-    np.testing.assert_array_equal(groups.slots.ravel()[groups.place[inside]], np.flatnonzero(inside))
-    assert np.all(groups.place[~inside] == groups.slots.size)
-    assert scores_computed(groups) >= scores_needed(numbers) == sum(len(window) ** 2 for window in windows)
-
-
-def test_equal_windows_that_fill_chunks_have_no_padding():
-    numbers = arrays([np.repeat(np.arange(8), 8), np.arange(64) % 8])
-    groups = group(numbers, (8,), 32)
-    assert scores_computed(groups) == scores_needed(numbers) == 16 * 8**2
-    assert np.count_nonzero(groups.kind) == 4
-
-
-def test_small_windows_share_a_row():
-    groups = group(arrays([np.repeat(np.arange(8), 4)]), (16,), 16)
-    assert np.count_nonzero(groups.kind) == 2
-
-
-def test_a_window_longer_than_the_longest_row_is_refused():
-    with pytest.raises(ValueError, match="a window has 9 tokens, and the longest row 8"):
-        group(arrays([[0] * 9]), (4, 8))
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.integers(1, 16), min_size=1, max_size=40),
-    st.sampled_from([(3, 16), (16,)]),
-    st.one_of(st.just(16), st.integers(16, 40)),
-)
-def test_there_are_few_different_counts_of_chunks(windows, lengths, slots):
-    """Each is a program to compile. Were the count what is used, there would be one a batch."""
-    tokens = 640
-    numbers = np.full(tokens, -1)
-    numbers[: sum(windows)] = np.repeat(np.arange(len(windows)), windows)
-    groups = group(arrays([numbers]), lengths, slots)
-    slots = groups.slots.shape[1]
-    # What is computed all at once has none to spare, for they would be computed too.
-    count = len(lengths) + math.ceil((1 if groups.all_at_once else SPARE) * tokens / slots)
-    counts = [count, math.ceil(SPARE * count), math.ceil(SPARE * math.ceil(SPARE * count))]
-    assert len(groups.kind) in counts
-
-
-def test_more_chunks_are_taken_when_those_there_are_do_not_suffice():
-    # Windows of 9 in rows of 16, one a chunk: the 1 + ⌈1.25 · 180 / 16⌉ = 16 chunks hold 16 of the 20, the next 20 all.
-    groups = group(arrays([np.repeat(np.arange(20), 9)]), (16,), 16)
-    assert not groups.all_at_once
-    assert len(groups.kind) == 20
-    assert np.count_nonzero(groups.kind) == 20
-    # Two rows a chunk, computed at once: 1 + ⌈180 / 32⌉ = 7 chunks, then 9, then 12 hold the 10 that there are.
-    groups = group(arrays([np.repeat(np.arange(20), 9)]), (16,), 32)
-    assert groups.all_at_once
-    assert len(groups.kind) == 12
-    assert np.count_nonzero(groups.kind) == 10
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.integers(1, 40).flatmap(
-        lambda tokens: st.lists(st.lists(st.integers(-1, 3), min_size=tokens, max_size=tokens), min_size=1, max_size=3)
-    ),
-    st.integers(1, 20),
-)
-def test_a_row_for_text_has_tokens_of_one_clip(segments, slots):
+@given(SEGMENTS, st.integers(1, 20), st.sampled_from([1, 2]))
+def test_a_row_for_text_has_tokens_of_one_clip(segments, length, shards):
     segments = np.array(segments)
-    rows = text_rows(segments, 4, slots)
-    batch, tokens = segments.shape
-    flat = segments.ravel()
-    # As many rows for all packs of this shape.
-    assert rows.slots.shape == (batch * (tokens // slots + 4), slots)
-    for clip, members in zip(rows.clip, rows.slots, strict=True):
-        members = members[members < flat.size]
-        np.testing.assert_array_equal(members // tokens * 4 + flat[members], np.full(len(members), clip))
-    np.testing.assert_array_equal(rows.slots.ravel()[rows.place[flat >= 0]], np.flatnonzero(flat >= 0))
-    assert np.count_nonzero(rows.slots < flat.size) == np.count_nonzero(flat >= 0)
-    assert np.all(rows.place[flat < 0] == rows.slots.size)
+    tokens = segments.shape[1]
+    parts = np.split(segments, shards)
+    counts = [
+        np.array([np.count_nonzero(row == clip) for row in part for clip in range(4) if clip in row]) for part in parts
+    ]
+    number = max(max(text_rows_needed(each, length) for each in counts), 1)
+    rows = text_rows(segments, 4, (length, number), shards)
+    assert rows.slots.shape == (shards, number, length)
+    for part, slots, clips, place in zip(parts, rows.slots, rows.clip, rows.place, strict=True):
+        flat = part.ravel()
+        for clip, members in zip(clips, slots, strict=True):
+            members = members[members < flat.size]
+            np.testing.assert_array_equal(members // tokens * 4 + flat[members], np.full(len(members), clip))
+        np.testing.assert_array_equal(slots.ravel()[place[flat >= 0]], np.flatnonzero(flat >= 0))
+        assert np.count_nonzero(slots < flat.size) == np.count_nonzero(flat >= 0)
+        assert np.all(place[flat < 0] == slots.size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WINDOWS, min_size=1, max_size=5))
+def test_text_rows_suffice_for_each_shard_and_not_more(shards):
+    length, number = choose_text_rows([np.array(clips) for clips in shards])
+    assert number == max(sum(math.ceil(clip / length) for clip in clips) for clips in shards)

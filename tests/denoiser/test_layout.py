@@ -7,14 +7,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import BATCHES, CLIPS, TOKENS, WINDOWS, normal, places_of, seen
+from oracles import BATCHES, CLIPS, PACKS, TOKENS, WINDOWS, normal, places_of, seen
 
-from walt_jax.denoiser.layout import Layout, from_tokens, make_pack, place_clips, raster, row_lengths, to_tokens
+from walt_jax.denoiser.layout import (
+    Layout,
+    Needs,
+    PackRows,
+    from_tokens,
+    make_pack,
+    place_clips,
+    raster,
+    to_tokens,
+)
 from walt_jax.denoiser.windows import Window
 
 
 def layout_of(packs, tokens=TOKENS, clips=CLIPS):
-    return Layout(pack=make_pack(*place_clips(packs, tokens, clips), [], {}))
+    return Layout(pack=make_pack(*place_clips(packs, tokens, clips), [], PackRows({}, (tokens, clips * len(packs)))))
 
 
 @settings(max_examples=30, deadline=None)
@@ -91,31 +100,45 @@ def test_patches_become_tokens_in_raster_order_and_latents_again(grid, patch):
     np.testing.assert_array_equal(from_tokens(tokens, grid, patch), latents)
 
 
-@settings(max_examples=30, deadline=None)
-@given(BATCHES, WINDOWS, st.booleans(), st.integers(1, 4))
-def test_row_lengths_suit_the_packs_that_they_are_made_for(packs, window, isolate_images, most):
-    places = place_clips(packs, TOKENS, CLIPS)
-    lengths = row_lengths(*places, [window], isolate_images, most)
-    assert len(lengths[window.name]) <= most
-    pack = make_pack(*places, [window], lengths, isolate_images)  # refuses windows longer than the longest row
+@settings(max_examples=15, deadline=None)
+@given(BATCHES, WINDOWS, st.booleans(), st.integers(1, 4), st.sampled_from([1, PACKS]))
+def test_rows_suit_the_packs_that_they_are_chosen_for(packs, window, isolate_images, most, shards):
+    positions, sizes = places = place_clips(packs, TOKENS, CLIPS)
+    parts = zip(np.split(positions, shards), np.split(sizes, shards), strict=True)
+    needs = [Needs.of(*part, [window], isolate_images) for part in parts]
+    rows = PackRows.choose(needs, most)
+    assert all(map(rows.hold, needs)) and len(rows.windows[window.name]) <= most
+    clips = [[Needs.of(*place_clips([[grid]], TOKENS, 1), [window], isolate_images) for grid in p] for p in packs]
+    for number, shard in enumerate(needs):
+        of_clips = [clip for pack in np.arange(PACKS).reshape(shards, -1)[number] for clip in clips[pack]]
+        if of_clips:
+            added = Needs.sum(of_clips)
+            np.testing.assert_array_equal(np.sort(added.windows[window.name]), np.sort(shard.windows[window.name]))
+            np.testing.assert_array_equal(added.clips, shard.clips)
+    pack = make_pack(*places, [window], rows, isolate_images, shards)
     # A token is in the group of those that it sees; one that sees only itself may be in none.
-    sees = seen(packs, window, TOKENS, isolate_images)
-    groups = pack.groups[window.name]
-    for row, token in np.ndindex(len(packs), TOKENS):
-        slot = groups.place[row * TOKENS + token]
-        others = row * TOKENS + np.flatnonzero(sees[row, token])
-        if slot < groups.slots.size:
-            chunk, place = divmod(slot, groups.slots.shape[1])
-            length = lengths[window.name][groups.kind[chunk] - 1]
-            start = place // length * length
-            mine = groups.row_window[chunk, start : start + length] == groups.row_window[chunk, place]
-            assert set(groups.slots[chunk, start : start + length][mine]) == set(others)
+    sees, groups = seen(packs, window, TOKENS, isolate_images), pack.groups[window.name]
+    for row, token in np.ndindex(PACKS, TOKENS):
+        shard, first = row // (PACKS // shards), row % (PACKS // shards) * TOKENS
+        others = first + np.flatnonzero(sees[row, token])
+        slot = groups.place[shard, first + token]
+        if slot < groups.slots.shape[1]:
+            mine = groups.row_window[shard] == groups.row_window[shard, slot]
+            assert set(groups.slots[shard][mine]) == set(others)
         else:
-            assert list(others) == [row * TOKENS + token]
+            assert list(others) == [first + token]
 
 
-def test_where_no_token_is_in_a_window_there_is_a_length_nevertheless():
-    places = place_clips([[(1, 2, 2)]], 6, 1)
-    lengths = row_lengths(*places, [Window(None, 2, 2)], isolate_images=True)
-    assert lengths == {"all×2×2": (1,)}
-    assert not np.any(make_pack(*places, [Window(None, 2, 2)], lengths, isolate_images=True).groups["all×2×2"].kind)
+def test_rows_without_room_hold_no_more():
+    needs = Needs.of(*place_clips([[(2, 2, 2), (1, 2, 2)]], 12, 2), [Window(1, None, None)], False)
+    name = "1×all×all"
+    assert needs.windows[name].tolist() == [4, 4, 4] and needs.clips.tolist() == [8, 4]
+    for windows, text, holds in ((3, (4, 3), True), (2, (4, 3), False), (3, (4, 2), False), (3, (8, 2), True)):
+        assert PackRows({name: ((4, windows),)}, text).hold(needs) == holds
+
+
+def test_where_no_token_is_in_a_window_there_is_a_row_nevertheless():
+    places, window = place_clips([[(1, 2, 2)]], 6, 1), Window(None, 2, 2)
+    rows = PackRows.choose([Needs.of(*places, [window], True)])
+    assert rows.windows == {"all×2×2": ((1, 1),)}
+    assert np.all(make_pack(*places, [window], rows, isolate_images=True).groups["all×2×2"].row_window == -1)

@@ -16,13 +16,14 @@ from oracles import filled, normal, places_of
 
 from walt_jax.denoiser.dit_block import DiTConfig
 from walt_jax.denoiser.latte_block import LatteConfig
-from walt_jax.denoiser.layout import Layout, make_pack, place_clips, row_lengths
+from walt_jax.denoiser.layout import Layout, Needs, PackRows, make_pack, place_clips
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.sinusoids import timestep_embedding
 from walt_jax.denoiser.stdit_block import STDiTConfig
 from walt_jax.denoiser.uvit_block import UViTConfig
 from walt_jax.denoiser.vdt_block import VDTConfig
 from walt_jax.denoiser.walt_block import WaltConfig
+from walt_jax.parallel.cost import flops_by_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,8 +42,8 @@ LOW = normal(8, 2, 2, 1, 2, CHANNELS)  # of the two videos
 def layout(config, most=2):
     places = place_clips(PACKS, TOKENS, 3)
     windows = config.attention_windows
-    lengths = row_lengths(*places, windows, config.isolate_images, most)
-    return Layout(pack=make_pack(*places, windows, lengths, config.isolate_images, slots=48))
+    rows = PackRows.choose([Needs.of(*places, windows, config.isolate_images)], most)
+    return Layout(pack=make_pack(*places, windows, rows, config.isolate_images))
 
 
 def inputs(config):
@@ -254,7 +255,9 @@ def test_computing_again_in_packs_changes_neither_values_nor_gradients():
     close(in_packs(WEIGHTS, dataclasses.replace(ONE, remat="dots")), in_packs(WEIGHTS))
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(False, "block"), (True, "dots")])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(False, "block"), (True, "dots"), (False, "narrow"), (True, "dots_on_host")]
+)
 def test_scanning_and_computing_again_change_neither_values_nor_gradients(scan, remat):
     plain = dataclasses.replace(ONE, layers=2, cross_attention=False)
     changed = dataclasses.replace(plain, scan=scan, remat=remat)
@@ -265,6 +268,27 @@ def test_scanning_and_computing_again_change_neither_values_nor_gradients(scan, 
         of_params = {name: leaf for name, leaf in of_params.items() if name != "cycles"} | unstacked
     (of_plain_params, *of_plain_inputs), plain_out = gradients(plain, *others)
     close([of_params, of_inputs, out], [of_plain_params, of_plain_inputs, plain_out])
+
+
+def test_the_less_is_saved_the_more_is_computed_again():
+    """Operations of gradients, in units of the matrix products with weights of one block's forward pass."""
+    config = dataclasses.replace(ONE, layers=2, cross_attention=False)
+    counts = {}
+    for remat in ("none", "dots", "narrow", "block"):
+        changed = dataclasses.replace(config, remat=remat)
+        module, (noisy, time, condition, estimate) = Denoiser(changed, VIDEO), videos(changed)
+        arguments = noisy, time, condition, Layout(grid=VIDEO), estimate
+        params = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *arguments))
+        by_module = flops_by_module(jax.grad(lambda p, m=module, a=arguments: m.apply(p, *a).sum()), params)
+        counts[remat] = {
+            name: sum(count for path, count in by_module.items() if path.endswith(name))
+            for name in ("query", "mlp_in", "mlp_out")
+        }
+    one = {name: count // 3 for name, count in counts["none"].items()}
+    again = {remat: {name: (counts[remat][name] - 3 * one[name]) // one[name] for name in one} for remat in counts}
+    assert again["none"] == again["dots"] == {"query": 0, "mlp_in": 0, "mlp_out": 0}
+    assert again["narrow"] == {"query": 0, "mlp_in": 1, "mlp_out": 0}
+    assert again["block"]["query"] == again["block"]["mlp_in"] == 1
 
 
 def test_a_clip_depends_on_all_of_its_own_inputs_and_on_no_other_clips():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from walt_jax.diffusion.learned_sigma import log_variance, log_variances, split_sigma, step_before, variational_loss
-from walt_jax.diffusion.objective import DiffusionConfig, diffusion_loss
+from walt_jax.diffusion.objective import DiffusionConfig, diffusion_loss, draw
 from walt_jax.diffusion.sampler import sample
 from walt_jax.diffusion.schedule import STEPS, Schedule
 
@@ -77,9 +77,8 @@ def test_the_prediction_learns_from_its_error_alone():
             return jnp.concatenate([prediction, weights[1] * noisy], -1) if learns else prediction
 
         tokens = jnp.full((2, 1), 3.0)
-        return diffusion_loss(
-            model, latents, jnp.ones_like(latents), tokens, None, lambda x: x, jax.random.key(0), config
-        )
+        draws = draw(jax.random.key(0), latents.shape, tokens.shape, config)
+        return diffusion_loss(model, latents, jnp.ones_like(latents), tokens, None, lambda x: x, draws, config)[0]
 
     weights = jnp.array([0.3, 0.1])
     plain, both = (jax.grad(loss)(weights, learns) for learns in (False, True))

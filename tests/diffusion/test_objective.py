@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from walt_jax.config import build
-from walt_jax.diffusion.objective import DiffusionConfig, diffusion_loss
+from walt_jax.diffusion.objective import DiffusionConfig, diffusion_loss, draw
 from walt_jax.diffusion.parameterization import target
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.diffusion.times import TimesConfig
@@ -67,9 +67,10 @@ class Recorder:
 
 
 def loss(config, model, seed=3, latents=LATENTS, counted=COUNTED, complexity=COMPLEXITY):
-    return diffusion_loss(
-        model, jnp.asarray(latents), counted, jnp.asarray(TOKENS), complexity, spread, jax.random.key(seed), config
-    )
+    draws = draw(jax.random.key(seed), latents.shape, TOKENS.shape, config)
+    return diffusion_loss(model, jnp.asarray(latents), counted, jnp.asarray(TOKENS), complexity, spread, draws, config)[
+        0
+    ]
 
 
 def levels(config, time):
@@ -241,7 +242,8 @@ def drawn(count=1000):
             return 0 * noisy
 
         config = DiffusionConfig(COSINE, self_conditioning=0.5)
-        value = diffusion_loss(denoise, LATENTS, COUNTED, TOKENS, None, spread, key, config)
+        draws = draw(key, LATENTS.shape, TOKENS.shape, config)
+        value, _ = diffusion_loss(denoise, LATENTS, COUNTED, TOKENS, None, spread, draws, config)
         return *seen[-1], value
 
     return [np.asarray(x) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), count))]
@@ -350,9 +352,8 @@ def test_coarse_errors_count_as_their_squares_means_with_twice_the_weight_of_fin
         return grid.mean((2, 4))
 
     tokens = np.full((2, 1), 16, np.float32)
-    found = diffusion_loss(
-        model, latents, np.ones_like(latents), tokens, None, lambda x: x, jax.random.key(3), config, coarse
-    )
+    draws = draw(jax.random.key(3), latents.shape, tokens.shape, config)
+    found, _ = diffusion_loss(model, latents, np.ones_like(latents), tokens, None, lambda x: x, draws, config, coarse)
     error = differences[0].reshape(2, 4, 4)
     expected, weights = 0.0, [2.0 ** (level - multiscale) for level in range(multiscale + 1)]
     for level, weight in enumerate(weights):

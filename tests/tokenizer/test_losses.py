@@ -110,8 +110,12 @@ class Pointwise(nn.Module):
         self.encoder = Linear(self.config.head.inputs(channels))
         self.decoder = Linear(3)
 
-    def __call__(self, video, train=False):
-        quantized = self.head(self.encoder(video), train)
+    def noise(self, shape):
+        b, t, h, w, c = shape
+        return self.head.noise((b, t, 2 * h, 2 * w, c))  # its latents are not downsampled
+
+    def __call__(self, video, train=False, noise=None):
+        quantized = self.head(self.encoder(video), train, noise)
         return self.decoder(nn.swish(quantized.latents)), quantized
 
 

@@ -1,6 +1,7 @@
 """Clips are encoded with others of their size; batches and packs hold them unchanged, with captions, once an epoch."""
 
 import collections
+import dataclasses
 import itertools
 import json
 
@@ -102,8 +103,29 @@ def test_every_token_of_a_clip_has_a_place_in_each_windows_rows():
         pack = batch["pack"]
         assert set(pack.groups) == {window.name for window in CONFIG.attention_windows}
         for groups in pack.groups.values():
-            placed = groups.place.reshape(2, TOKENS) < groups.slots.size
+            placed = groups.place.reshape(2, TOKENS) < groups.slots.shape[1]
             np.testing.assert_array_equal(placed, pack.positions[..., 0] >= 0)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_batches_have_the_shapes_that_the_stage_has_chosen_whatever_their_clips(shards):
+    packing = Packing(CONFIG, 4, TOKENS, CLIPS, 0, shards=shards)
+    batches = taken(packs_of_latents(CACHED, read, packing), 8)
+    shapes = {str(jax.tree.map(np.shape, batch)) for batch in batches}
+    assert len(shapes) == 1 and len({jax.tree.structure(batch) for batch in batches}) == 1
+    for leaf in jax.tree.leaves(batches[0]["pack"].groups):
+        assert len(leaf) == shards
+    other = packs_of_latents(CACHED, read, dataclasses.replace(packing, seed=9))
+    assert str(jax.tree.map(np.shape, taken(other, 1)[0])) in shapes
+
+
+def test_clips_without_room_come_in_the_next_packs_and_are_counted(monkeypatch):
+    """Rows for a batch of which others are often more."""
+    monkeypatch.setattr(pack_batches, "TRIED", 1)
+    batches = taken(packs(), 30)
+    assert sum(int(batch["pack"].deferred.sum()) for batch in batches) > 0
+    times = collections.Counter(itertools.chain.from_iterable(map(clip_numbers, batches)))
+    assert set(times) == set(LATENTS) and max(times.values()) - min(times.values()) <= 2
 
 
 def test_each_clip_comes_once_an_epoch():
@@ -140,9 +162,9 @@ def test_a_shape_of_few_clips_among_many_has_its_rows_too():
     """Rows' lengths are chosen from some of the clips; the longest windows must be among them."""
     clips = Clips(clips_of((1, 2, 2), 1025, 1) + clips_of((2, 4, 4), 1, 2000))
     dataset = packs_of_latents(clips, read, Packing(CONFIG, 1, 1034, 1026, 0))
-    lengths = {name: groups.lengths for name, groups in next(iter(dataset))["pack"].groups.items()}
-    assert lengths["1×all×all"][-1] >= 4
-    assert lengths["all×2×2"][-1] >= 8
+    rows = {name: groups.rows for name, groups in next(iter(dataset))["pack"].groups.items()}
+    assert rows["1×all×all"][-1][0] >= 4
+    assert rows["all×2×2"][-1][0] >= 8
 
 
 def test_captions_are_dropped_anew_each_time():

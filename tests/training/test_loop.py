@@ -19,6 +19,7 @@ from PIL import Image
 
 from walt_jax.data.packing import Item, Packed
 from walt_jax.errors import UserError
+from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.training import loop, preview
 from walt_jax.training.loop import StageConfig, made_ahead, run_stage
 from walt_jax.training.optimizer import OptimizerConfig
@@ -83,6 +84,9 @@ class Square:
         difference = params["w"] - batch["x"].mean() + 0.1 * noise
         return {"w": difference}, moving, {"loss": jnp.square(difference).sum()}
 
+    def tokens(self, batch):
+        return 3 * len(batch["x"])
+
     def served(self, params, moving):
         return params
 
@@ -119,6 +123,7 @@ class NumbersIterator(grain.DatasetIterator):
         self._count = state["count"]
 
 
+MESH = make_mesh(MeshConfig(), jax.devices())
 STAGE = StageConfig(
     task="tokenizer",
     steps=30,
@@ -131,7 +136,9 @@ STAGE = StageConfig(
 
 def train(workdir, dataset=None, later=(), stage=STAGE, **extras):
     key = jax.random.key(0)
-    return run_stage("first", stage, Square(), lambda: dataset or Numbers(), workdir, key, later_stages=later, **extras)
+    return run_stage(
+        "first", stage, Square(), lambda: dataset or Numbers(), workdir, key, MESH, later_stages=later, **extras
+    )
 
 
 def losses(workdir) -> list[tuple[int, str]]:
@@ -226,3 +233,17 @@ def test_files_that_vanish_are_logged_and_a_warning_comes_when_there_are_more(un
         "Step 10 of first: 1 files have vanished and are skipped, the last being a.mp4.",
         "Step 20 of first: 2 files have vanished and are skipped, the last being b.mp4.",
     ]
+
+
+def test_a_trace_of_some_steps_is_written_and_changes_nothing(undisturbed, tmp_path):
+    train(tmp_path, profile=(3, 4))
+    assert losses(tmp_path) == losses(undisturbed)
+    assert len(list((tmp_path / "profile" / "first").glob("plugins/profile/*/*.xplane.pb"))) == 1
+
+
+def test_the_step_is_compiled_once(undisturbed):
+    """Whatever the state's arrays come from, initialisation or the step before, they are the same kind to the step."""
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert not any("warnings" in row for row in rows)
+    # Steps that a compilation or a checkpoint has held up have no rates.
+    assert [row["step"] for row in rows if "step_seconds" not in row] == [1, 13, 25]

@@ -196,3 +196,43 @@ def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adam():
             decay = muon * 0.2 * before[name]
             np.testing.assert_allclose(updates[name] + decay, -muon * direction, rtol=1e-2, atol=1e-4)
         before = after
+
+
+def boxed_stack(*arrays):
+    """Layers of a scan, stacked."""
+    return nn.LogicallyPartitioned(jnp.stack(arrays), ("layers", "embed", "mlp"))
+
+
+def test_adafactor_by_hand():
+    """A factored matrix and a vector, with β₂ = 1 - step^-0.8, clipping, and decay times the learning rate."""
+    config = OptimizerConfig("adafactor", 0.1, weight_decay=0.3)
+    params = {"matrix": normal(0, 130, 140), "vector": normal(1, 5)}
+    gradients = [{"matrix": s * normal(i, 130, 140), "vector": s * normal(i, 5)} for i, s in enumerate((1.0, 3.0, 0.2))]
+    matrix, vector = (params[name].astype(np.float64) for name in ("matrix", "vector"))
+    rows, columns, v = np.zeros(130), np.zeros(140), np.zeros(5)
+    ours = updates_of(make_optimizer(config, 3, params), jax.tree.map(jnp.asarray, params), gradients)
+    for step, (gradient, (_, after)) in enumerate(zip(gradients, ours, strict=True)):
+        keep, rate = 1 - (step + 1) ** -0.8, learning_rate(config, 0.1, 3, step)
+        squares = gradient["matrix"].astype(np.float64) ** 2
+        rows = keep * rows + (1 - keep) * squares.mean(1)
+        columns = keep * columns + (1 - keep) * squares.mean(0)
+        v = keep * v + (1 - keep) * gradient["vector"].astype(np.float64) ** 2
+        updates = gradient["matrix"] / np.sqrt(np.outer(rows, columns) / rows.mean()), gradient["vector"] / np.sqrt(v)
+        clipped = [update / max(1, np.sqrt((update**2).mean())) for update in updates]
+        matrix, vector = (w - rate * (u + 0.3 * w) for w, u in zip((matrix, vector), clipped, strict=True))
+        np.testing.assert_allclose(after["matrix"], matrix, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(after["vector"], vector, rtol=1e-3, atol=1e-5)
+
+
+def test_adafactor_updates_a_scans_layers_as_if_they_were_not_stacked():
+    layers = [normal(i, 16, 24) for i in range(2)]
+    slopes = [[s * normal(10 * i + j, 16, 24) for j, s in enumerate((1.0, 50.0))] for i in range(3)]
+    config = OptimizerConfig("adafactor", 0.1)
+    stacked = {"w": boxed_stack(*layers)}
+    ours = updates_of(
+        make_optimizer(config, 3, stacked), nn.meta.unbox(stacked), [{"w": np.stack(slope)} for slope in slopes]
+    )
+    each = {"a": layers[0], "b": layers[1]}
+    alone = updates_of(make_optimizer(config, 3, each), each, [dict(zip("ab", slope, strict=True)) for slope in slopes])
+    for (_, mine), (_, other) in zip(ours, alone, strict=True):
+        np.testing.assert_allclose(mine["w"], np.stack([other["a"], other["b"]]), rtol=1e-6)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from walt_jax.denoiser.layout import make_pack, place_clips
+from walt_jax.denoiser.layout import PackRows, make_pack, place_clips
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.diffusion import objective
 from walt_jax.diffusion.adaptive import adapted_time, complexity
-from walt_jax.diffusion.objective import DiffusionConfig
+from walt_jax.diffusion.objective import Binned, DiffusionConfig
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion
@@ -51,7 +51,9 @@ def pack_of(packs, tokens, clips, config, row=4):
     """With rows for frames of at most so many tokens."""
     places = place_clips(packs, tokens, clips)
     windows = config.attention_windows
-    return make_pack(*places, windows, {window.name: (row,) for window in windows}, config.isolate_images, 4 * row)
+    count = len(packs) * (tokens // row + clips)
+    rows = PackRows({window.name: ((row, count),) for window in windows}, (row, count))
+    return make_pack(*places, windows, rows, config.isolate_images)
 
 
 # A pack of a video, an image and a video beside a place without a clip; four tokens fill it up. The second clip's label
@@ -118,7 +120,18 @@ def test_a_packs_gradients_are_those_of_a_batch_of_equal_clips(params):
     expected = jax.device_get(results(params, batch, TIMES[[0, 2], None], noise))
     assert_equal(packed(params, [0, 2]), expected)
     assert expected[1] == {}
-    assert set(expected[2]) == {"loss"}
+    assert set(expected[2]) == {"loss", "loss_by_noise"}
+
+
+def test_the_loss_is_also_known_by_noise_level(params):
+    """Times 0.2, 0.5 and 0.9 are in the first, third and last quarter; padding, at 0.7, is in none."""
+    _, _, metrics = packed(params, [0, 1, 2])
+    by_noise, width = metrics["loss_by_noise"], CHANNELS
+    np.testing.assert_array_equal(by_noise.count, [12 * width, 0, 4 * width, 12 * width])
+    np.testing.assert_allclose(by_noise.total.sum() / by_noise.count.sum(), metrics["loss"], rtol=1e-5)
+    for quarter, clip in zip((0, 2, 3), range(3), strict=True):
+        own = by_noise.total[quarter] / by_noise.count[quarter]
+        np.testing.assert_allclose(own, packed(params, [clip])[2]["loss"], rtol=1e-4)
 
 
 def test_what_fills_a_pack_up_does_not_matter(params):
@@ -313,7 +326,8 @@ def test_several_kinds_come_as_often(record):
 def test_the_loss_is_told_how_many_tokens_each_clip_has(record, monkeypatch):
     """Which shifts its noise."""
     told = []
-    monkeypatch.setattr(tasks, "diffusion_loss", lambda *arguments: told.append(arguments[3]) or jnp.zeros(()))
+    nothing = jnp.zeros(()), Binned(jnp.zeros(4), jnp.zeros(4))
+    monkeypatch.setattr(tasks, "diffusion_loss", lambda *arguments: told.append(arguments[3]) or nothing)
     config = dataclasses.replace(PATCHED, frame_prediction=False)
     record(config, ConditioningConfig(), batch_of(5))
     np.testing.assert_array_equal(told[0], np.full((5, 1), 3))
@@ -332,7 +346,7 @@ def test_what_is_given_is_not_learned(record):
     # x is predicted as zero: the mean square of what is not given.
     wanted = batch["latents"].reshape(400, 3, 8)[mask == 0]
     assert metrics["loss"] == pytest.approx(np.square(wanted).mean(), rel=1e-5)
-    assert set(metrics) == {"loss"}
+    assert set(metrics) == {"loss", "loss_by_noise"}
 
 
 def test_what_is_given_may_be_answered_anyhow(record):

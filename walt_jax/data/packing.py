@@ -1,5 +1,6 @@
 """Packing: clips of any size concatenated into sequences of one length (NaViT, Dehghani et al. 2023)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
@@ -53,8 +54,15 @@ def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list
     return [first, *(rest[number] for number in chosen)], [rest[number] for number in sorted(kept)]
 
 
+class PackedBatch(NamedTuple):
+    """The packs of a batch, and how many clips of each data shard went back to those that wait."""
+
+    packs: list[list[Item]]
+    deferred: list[int]
+
+
 class Packed(grain.IterDataset):
-    """Endless batches of packs: lists of lists of `Item`.
+    """Endless batches of packs.
 
     The state of an iterator includes the clips that wait.
 
@@ -65,6 +73,9 @@ class Packed(grain.IterDataset):
         clips: maximum number of clips in a pack.
         buffer: number of waiting clips from which a pack is chosen.
         share: this host's part of the order.
+        shards: data shards, which have equal parts of the packs.
+        hold: whether a shard can have these clips, as it can have any clip without others. While it can't, the last
+            clip of the last pack goes back to those that wait.
     """
 
     def __init__(
@@ -75,9 +86,11 @@ class Packed(grain.IterDataset):
         clips: int,
         buffer: int,
         share: Share = Share(),  # noqa: B008 (it is frozen)
+        shards: int = 1,
+        hold: Callable[[list[Item]], bool] = lambda clips: True,
     ):
         super().__init__()
-        self.items, self.share = items, share
+        self.items, self.share, self.shards, self.hold = items, share, shards, hold
         self.batch_size, self.tokens, self.clips, self.buffer = batch_size, tokens, clips, buffer
 
     def __iter__(self) -> "_PackedIterator":
@@ -90,14 +103,23 @@ class _PackedIterator(grain.DatasetIterator):
         self._dataset, self._stream = dataset, Stream(dataset.items, dataset.share)
         self._waiting: list[Item] = []
 
-    def __next__(self) -> list[list[Item]]:
-        packs = []
-        for _ in range(self._dataset.batch_size):
+    def __next__(self) -> PackedBatch:
+        shards = [self._shard() for _ in range(self._dataset.shards)]
+        return PackedBatch([pack for packs, _ in shards for pack in packs], [deferred for _, deferred in shards])
+
+    def _shard(self) -> tuple[list[list[Item]], int]:
+        """The packs of a data shard, and how many clips went back."""
+        packs, deferred = [], []
+        for _ in range(self._dataset.batch_size // self._dataset.shards):
             while len(self._waiting) < self._dataset.buffer:
                 self._waiting.append(next(self._stream))
             pack, self._waiting = fill(self._waiting, self._dataset.tokens, self._dataset.clips)
             packs.append(pack)
-        return packs
+        while not self._dataset.hold([item for pack in packs for item in pack]):
+            deferred.append(next(pack for pack in reversed(packs) if pack).pop())
+        if deferred:
+            self._waiting = sorted(self._waiting + deferred, key=lambda item: item.number)
+        return packs, len(deferred)
 
     def close(self) -> None:
         super().close()

@@ -1,7 +1,9 @@
 """Multi-head attention within windows: a reshaped and a grouped route with equal results."""
 
 import functools
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -9,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from walt_jax.denoiser.grouping import Groups, TextRows
-from walt_jax.denoiser.layout import Grid, Layout
+from walt_jax.denoiser.kernels import tpu
+from walt_jax.denoiser.kernels.sharded import sharded
+from walt_jax.denoiser.layout import Grid, Layout, raster
 from walt_jax.denoiser.windows import Window, merge, partition
-from walt_jax.layers import Initializer, Linear
+from walt_jax.layers import Initializer, Linear, platform
 
 Relative = Literal["bias", "rotary", "none"]
 NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # mask value; finite, so that fully masked rows do not give NaN
@@ -113,6 +118,60 @@ attend.defvjp(_attend_forward, _attend_backward)
 Attended = tuple[Float[Array, "b n heads d"], Float[Array, "b n heads"]]
 
 
+def attend_within(
+    query: Float[Array, "b q heads d"],
+    key: Float[Array, "b k heads d"],
+    value: Float[Array, "b k heads d"],
+    segments: tuple[Int[Array, "#b #q"], Int[Array, "b k"]] | None = None,
+    table: Float[Array, "offsets heads"] | None = None,
+    coordinates: Int[Array, "b n 3"] | Int[np.ndarray, "1 n 3"] | None = None,
+    bounds: Grid | None = None,
+) -> Attended:
+    """`attend` within segments, with Swin's relative bias: fused on TPUs, by XLA elsewhere.
+
+    Args:
+        segments: of queries and of keys; a query sees the keys of its segment. None: all keys.
+        table: a bias for each offset (t, y, x) within `bounds`.
+        coordinates: (t, y, x) of the tokens, windows starting at multiples of `bounds`. In NumPy they are those of a
+            whole window in raster order, equal for all rows.
+        bounds: the largest size of a window.
+    """
+    if platform() == "tpu" and (table is None or tpu.holds(*query.shape[2:], math.prod(bounds), query.dtype)):
+        bias = places = None
+        if isinstance(coordinates, np.ndarray):
+            bias = expanded(table, bounds, tuple(coordinates[0].max(0) + 1))
+        elif table is not None:
+            bias, place = expanded(table, bounds, bounds), jnp.zeros((), jnp.int32)
+            for axis, size in enumerate(bounds):
+                place = place * size + coordinates[..., axis] % size
+            places = place, place
+        bias = bias if bias is None else bias.astype(query.dtype)
+        return sharded(query, key, value, bias, places, segments)
+    bias = mask = None
+    if table is not None:
+        index = relative_index(coordinates, coordinates, bounds)
+        if segments is not None:
+            index = jnp.clip(index, 0, len(table) - 1)  # of windows that share a row and are masked
+        bias = rearrange(table[index], "r q k heads -> r heads q k").astype(query.dtype)
+    if segments is not None:
+        mask = (segments[0][:, :, None] == segments[1][:, None])[:, None]
+    return attend(query, key, value, bias, mask)
+
+
+def expanded(table: Float[Array, "offsets heads"], bounds: Grid, sizes: Grid) -> Float[Array, "heads n n"]:
+    """The relative bias between all tokens of a window.
+
+    Products with one-hot matrices: on TPUs, the gradient of a gather would be a slow scatter.
+    """
+    table = table.reshape(*(2 * bound - 1 for bound in bounds), -1)
+    axes = [
+        np.eye(2 * bound - 1, dtype=np.float32)[np.arange(size)[:, None] - np.arange(size) + bound - 1]
+        for bound, size in zip(bounds, sizes, strict=True)
+    ]
+    bias = jnp.einsum("abch,tsa,yub,xvc->htyxsuv", table, *axes, precision=jax.lax.Precision.HIGHEST)
+    return bias.reshape(len(bias), math.prod(sizes), math.prod(sizes))
+
+
 def joined(one: Attended, other: Attended) -> Float[Array, "b n heads d"]:
     """Attention over the keys of both, from the attention over each."""
     (x, x_sum), (y, y_sum) = one, other
@@ -132,12 +191,8 @@ def reshaped(
     """The route for equal clips: windows are rows of the batch."""
     sizes = window.sizes(grid)
     query, key, value = (partition(x, sizes, grid) for x in (query, key, value))
-    bias = None
-    if table is not None:
-        places = np.indices(sizes).reshape(3, -1).T
-        index = relative_index(places, places, bounds)
-        bias = rearrange(table[index], "q k heads -> 1 heads q k").astype(query.dtype)
-    out, logsum = attend(query, key, value, bias)
+    coordinates = None if table is None else raster(sizes)[None]
+    out, logsum = attend_within(query, key, value, None, table, coordinates, bounds)
     return merge(out, sizes, grid), merge(logsum, sizes, grid)
 
 
@@ -168,6 +223,32 @@ def _moved(x: Float[Array, "b n *k"], there: Int[Array, " m"], back: Int[Array, 
     return flat.reshape(len(there), *x.shape[2:])
 
 
+def _numbered_through(index: Int[Array, "shards *k"], size: int) -> Int[Array, " n"]:
+    """Numbers below `size` in each data shard as numbers through all of these shards; `size` stays out of range."""
+    shards = len(index)
+    index = index.reshape(shards, -1)
+    first = size * jnp.arange(shards, dtype=index.dtype)[:, None]
+    return jnp.where(index < size, index + first, shards * size).reshape(-1)
+
+
+def by_data_shard(function: Callable[..., Any], divided: Any, shared: Any = None) -> Any:
+    """`function(divided, shared)`; each device does its own part of it, where the mesh in context divides the batch.
+
+    Args:
+        function: independent for each part of the leading axes, which it keeps.
+        divided: arrays whose leading axis is one of packs or of data shards; so is that of each result.
+        shared: arrays that all parts need.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    if not axes:
+        return function(divided, shared)
+    specs = PartitionSpec(axes), PartitionSpec()
+    # Unchecked, for a kernel's outputs do not say along which axes they vary.
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(axes), check_vma=False)
+    return mapped(divided, shared)
+
+
 def grouped(
     query: Float[Array, "b n heads d"],
     key: Float[Array, "b n heads d"],
@@ -177,61 +258,49 @@ def grouped(
     table: Float[Array, "offsets heads"] | None,
     bounds: Grid,
 ) -> Attended:
-    """The route for packs: windows in chunks, see `grouping`.
+    """The route for packs: windows in rows, see `grouping`.
 
     Tokens in no window see only themselves; their sums are 0, because there is no text to join them with.
     """
-    batch, tokens, heads, features = query.shape
-    chunks, slots = groups.slots.shape
-    there, back = groups.slots.reshape(-1), groups.place
+    of_shards = functools.partial(_grouped_shards, bounds=bounds)
+    return by_data_shard(of_shards, (query, key, value, groups, coordinates), table)
+
+
+def _grouped_shards(divided: Any, table: Float[Array, "offsets heads"] | None, bounds: Grid) -> Attended:
+    """`grouped` for some of the data shards."""
+    query, key, value, groups, coordinates = divided
+    (batch, tokens, heads, _), (shards, slots) = query.shape, groups.slots.shape
+    there = _numbered_through(groups.slots, batch * tokens // shards)
+    back = _numbered_through(groups.place, slots)
+    ends = np.cumsum([length * number for length, number in groups.rows])[:-1].tolist()
+
+    def in_rows(x):
+        """[rows, length, …] for each length."""
+        parts = jnp.split(x.reshape(shards, slots, *x.shape[1:]), ends, axis=1)
+        return [
+            part.reshape(shards * number, length, *x.shape[1:])
+            for part, (length, number) in zip(parts, groups.rows, strict=True)
+        ]
+
     # Moved one after the other: to move them together and split them again costs more than to read indices three times.
-    packed = tuple(_moved(x, there, back).reshape(chunks, slots, heads, features) for x in (query, key, value))
-    places = jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0).reshape(chunks, slots, 3)
-
-    def rows_of(length: int):
-        """Attention in chunks whose rows have this length."""
-        rows = slots // length
-
-        def cut(x):
-            x = x[:, : rows * length]
-            return x.reshape(len(x) * rows, length, *x.shape[2:])
-
-        def padded(x):
-            x = x.reshape(len(x) // rows, rows * length, *x.shape[2:])
-            return jnp.pad(x, [(0, 0), (0, slots - rows * length)] + [(0, 0)] * (x.ndim - 2))
-
-        def attention(packed, row_window, places, table):
-            q, k, v = map(cut, packed)
-            row_window = cut(row_window)
-            bias = None
-            if table is not None:
-                index = relative_index(cut(places), cut(places), bounds)
-                index = jnp.clip(index, 0, len(table) - 1)  # of windows that share a row and are masked
-                bias = rearrange(table[index], "r q k heads -> r heads q k").astype(q.dtype)
-            mask = row_window[:, :, None] == row_window[:, None]
-            out, logsum = attend(q, k, v, bias, mask[:, None])
-            return padded(out), padded(logsum)
-
-        return attention
-
-    if groups.all_at_once:
-        out, logsum = rows_of(groups.lengths[0])(packed, groups.row_window, places, table)
-    else:
-
-        def unused(packed, row_window, places, table):
-            return jnp.zeros_like(packed[2]), jnp.zeros((1, slots, heads), jnp.float32)
-
-        branches = [unused, *map(rows_of, groups.lengths)]
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def chunk(table, xs):
-            kind, *rest = xs
-            return table, jax.lax.switch(kind, branches, *jax.tree.map(lambda x: x[None], rest), table)
-
-        _, (out, logsum) = jax.lax.scan(chunk, table, (groups.kind, packed, groups.row_window, places))
-    out = rearranged(out.reshape(chunks * slots, heads * features), back, there).reshape(query.shape)
-    logsum = rearranged(logsum.reshape(chunks * slots, heads), back, there).reshape(batch, tokens, heads)
-    apart = (back == chunks * slots).reshape(batch, tokens, 1)
+    q, k, v = (in_rows(_moved(x, there, back)) for x in (query, key, value))
+    windows = in_rows(groups.row_window.reshape(-1))
+    places = [None] * len(windows)
+    if table is not None:
+        places = in_rows(jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0))
+    found = [
+        attend_within(*of_length, (window, window), table, place, bounds)
+        for *of_length, window, place in zip(q, k, v, windows, places, strict=True)
+    ]
+    out, logsum = (
+        jnp.concatenate([part.reshape(shards, -1, *part.shape[2:]) for part in parts], axis=1).reshape(
+            shards * slots, -1
+        )
+        for parts in zip(*found, strict=True)
+    )
+    out = rearranged(out, back, there).reshape(query.shape)
+    logsum = rearranged(logsum, back, there).reshape(batch, tokens, heads)
+    apart = (back == shards * slots).reshape(batch, tokens, 1)
     return jnp.where(apart[..., None], value, out), logsum
 
 
@@ -243,16 +312,24 @@ def attend_to_text(
     rows: TextRows | None,
 ) -> Attended:
     """Each token over its clip's text; with `rows` in packs of several clips."""
+    mask = jnp.where(mask, 0, -1)
     if rows is None:
-        return attend(query, key[:, 0], value[:, 0], mask=mask[:, 0, None, None])
-    batch, tokens, heads, features = query.shape
-    count, slots = rows.slots.shape
-    there, back = rows.slots.reshape(-1), rows.place
-    q = _moved(query, there, back).reshape(count, slots, heads, features)
-    key, value, mask = (x.reshape(-1, *x.shape[2:])[rows.clip] for x in (key, value, mask))
-    out, logsum = attend(q, key, value, mask=mask[:, None, None])
-    out = rearranged(out.reshape(count * slots, -1), back, there).reshape(query.shape)
-    return out, rearranged(logsum.reshape(count * slots, -1), back, there).reshape(batch, tokens, heads)
+        return attend_within(query, key[:, 0], value[:, 0], (jnp.zeros((1, 1), jnp.int32), mask[:, 0]))
+    return by_data_shard(_text_of_shards, (query, key, value, mask, rows))
+
+
+def _text_of_shards(divided: Any, shared: None) -> Attended:
+    """`attend_to_text` for some of the data shards."""
+    query, key, value, mask, rows = divided
+    (batch, tokens, heads, features), (shards, number, length) = query.shape, rows.slots.shape
+    there = _numbered_through(rows.slots, batch * tokens // shards)
+    back = _numbered_through(rows.place, number * length)
+    clip = _numbered_through(rows.clip, batch * key.shape[1] // shards)
+    q = _moved(query, there, back).reshape(shards * number, length, heads, features)
+    key, value, mask = (x.reshape(-1, *x.shape[2:])[clip] for x in (key, value, mask))
+    out, logsum = attend_within(q, key, value, (jnp.zeros((1, 1), jnp.int32), mask))
+    out = rearranged(out.reshape(shards * number * length, -1), back, there).reshape(query.shape)
+    return out, rearranged(logsum.reshape(shards * number * length, -1), back, there).reshape(batch, tokens, heads)
 
 
 def isolated(
@@ -279,12 +356,11 @@ def attend_to_clips(
 ) -> Float[Array, "b sm heads d"]:
     """Extra tokens, see `ExtraTokens`, over all tokens of their clips and each other."""
     batch, clips, length = mask.shape
-    own = jnp.broadcast_to(layout.belongs(clips).swapaxes(1, 2), (batch, clips, key.shape[1]))
-    together = jnp.eye(clips, dtype=bool)[None, :, :, None] & mask[:, None]  # [b, s, s, m]
-    seen = jnp.concatenate([own, rearrange(together, "b s o m -> b s (o m)")], axis=-1)
-    seen = jnp.repeat(seen, length, axis=1)[:, None]
+    clip = jnp.repeat(jnp.arange(clips), length)[None]
+    extra_clip = jnp.where(mask.reshape(batch, -1), clip, -1)
+    own = jnp.broadcast_to(layout.clip_numbers(), key.shape[:2])
     keys, values = (jnp.concatenate(pair, axis=1) for pair in ((key, extra_key), (value, extra_value)))
-    return attend(query, keys, values, mask=seen)[0]
+    return attend_within(query, keys, values, (clip, jnp.concatenate([own, extra_clip], axis=1)))[0]
 
 
 @flax.struct.dataclass
@@ -401,7 +477,7 @@ class WindowAttention(nn.Module):
                 groups, coordinates = layout.pack.groups[window.name], layout.coordinates()
                 own, logsum = grouped(*part, groups, coordinates, table, bounds)
                 if isolate_images and window.time != 1:  # there may be extra tokens to join them with
-                    apart = (groups.place == groups.slots.size).reshape(*logsum.shape[:2], 1)
+                    apart = (groups.place == groups.slots.shape[1]).reshape(*logsum.shape[:2], 1)
                     logsum = jnp.where(apart, isolated(*part, table)[1], logsum)
                 found.append((own, logsum))
             elif isolate_images and window.time != 1 and layout.grid[0] == 1:

@@ -51,8 +51,10 @@ class DenoiserConfig:
         scan: whether one cycle of `windows` is compiled and scanned over, or all layers are compiled one after the
             other. Compiling deep models takes a fraction of the time when scanned; on CPU the backward pass of a scan
             takes twice the time.
-        remat: "none"; "dots" saves matrix products with weights and recomputes the rest in the backward pass; "block"
-            recomputes whole cycles of blocks.
+        remat: what the forward pass saves for the backward pass, which recomputes the rest; from most to least memory:
+            "none" saves all that gradients need; "dots" products with weights; "dots_on_host" the same, moved to the
+            host's memory and back (TPUs and GPUs); "narrow" those products with weights that are no wider than their
+            input, so not the MLP's hidden layer; "block" only what a cycle of blocks begins with.
         dtype: of the computation, "float32" or "bfloat16".
     """
 
@@ -72,7 +74,7 @@ class DenoiserConfig:
     learned_sigma: bool = False
     isolate_images: bool = False
     scan: bool = False
-    remat: Literal["none", "dots", "block"] = "none"
+    remat: Literal["none", "dots", "dots_on_host", "narrow", "block"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     # What a family is. Where a config chooses, the family's class has a knob or a property of the same name.

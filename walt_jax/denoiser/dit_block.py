@@ -4,10 +4,11 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import DiTDefaults
-from walt_jax.denoiser.parts import Block, Context, embed_label, embed_time, modulate
+from walt_jax.denoiser.parts import Block, Context, embed_label, embed_time, gated, modulate
 from walt_jax.layers import stored
 
 
@@ -45,7 +46,7 @@ class DiTBlock(Block):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], context: Context) -> Float[Array, "b n d"]:
-        cfg, c, alpha_1, alpha_2 = self.config, context.c, 1, 1
+        cfg, c, alpha_1, alpha_2 = self.config, context.c, *[jnp.ones((1, 1, 1))] * 2
         if cfg.condition_by != "norm":
             return self._unmodulated(x, context)
         if cfg.embedders_per_block and not self.first:
@@ -57,11 +58,11 @@ class DiTBlock(Block):
             gamma_1, beta_1, gamma_2, beta_2 = self.adaln(context, 4, c)
 
         h = modulate(self.norm(x), gamma_1, beta_1)
-        x = stored(x + alpha_1 * self.attend("self_attention", h, context))
+        x = stored(x + gated(alpha_1, self.attend("self_attention", h, context)))
         if cfg.cross_attention:
             x = stored(x + self.cross_attend(self.norm(x), context))
         h = modulate(self.norm(x), gamma_2, beta_2)
-        return stored(x + alpha_2 * self.mlp(h))
+        return stored(x + gated(alpha_2, self.mlp(h)))
 
     def _unmodulated(self, x: Array, context: Context) -> Array:
         """With extra tokens in `context`, or keys of cross-attention."""

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import DiTDefaults
-from walt_jax.denoiser.parts import Block, Context, modulate
+from walt_jax.denoiser.parts import Block, Context, gated, modulate
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import stored
 
@@ -59,9 +59,9 @@ class LatteBlock(Block):
             gamma, beta, alpha = next(values), next(values), next(values)
             h = modulate(self.norm(x), gamma, beta)
             name = f"self_attention_{number}" if number else "self_attention"
-            x = stored(x + alpha * self.attend(name, h, context, *windows))
+            x = stored(x + gated(alpha, self.attend(name, h, context, *windows)))
         if cfg.cross_at(self.windows):
             x = stored(x + self.cross_attend(x, context))
         gamma, beta, alpha = values
         h = modulate(self.norm(x), gamma, beta)
-        return stored(x + alpha * self.mlp(h))
+        return stored(x + gated(alpha, self.mlp(h)))

@@ -1,6 +1,7 @@
 """The position of every token: equal clips in raster order, or packs of clips of any size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 import flax.struct
 import jax.numpy as jnp
@@ -8,7 +9,17 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from walt_jax.denoiser.grouping import Groups, TextRows, choose_lengths, group, text_rows
+from walt_jax.denoiser.grouping import (
+    Groups,
+    Rows,
+    TextRows,
+    choose_rows,
+    choose_text_rows,
+    group,
+    placed,
+    text_rows,
+    text_rows_needed,
+)
 from walt_jax.denoiser.windows import Window, window_numbers
 
 Grid = tuple[int, int, int]
@@ -23,12 +34,14 @@ class Pack:
         sizes: tokens of each clip along (t, y, x), zeros where a pack has fewer clips.
         groups: for attention, by the window's name.
         text: for cross-attention.
+        deferred: clips of each data shard that its rows had no room for; they wait for the next packs.
     """
 
     positions: Int[Array, "b n 4"]
     sizes: Int[Array, "b s 3"]
     groups: dict[str, Groups]
     text: TextRows
+    deferred: Int[Array, " shards"]
 
 
 @flax.struct.dataclass
@@ -48,6 +61,10 @@ class Layout:
             return values
         # A product with zeros and ones, so that its gradient is a product too; that of a gather would be a scatter.
         return jnp.einsum("bns,bsk->bnk", self.belongs(values.shape[1]).astype(values.dtype), values)
+
+    def clip_numbers(self) -> Int[Array, "b n"]:
+        """Each token's clip, -1 for padding; `[1, 1]` for equal clips."""
+        return jnp.zeros((1, 1), jnp.int32) if self.pack is None else self.pack.positions[..., 0]
 
     def belongs(self, clips: int) -> Bool[Array, "b n s"]:
         """Which tokens belong to which clip; `[1, 1, 1]` for equal clips."""
@@ -124,49 +141,94 @@ def place_clips(
     return positions, sizes
 
 
+class Needs(NamedTuple):
+    """What needs rows: of a clip, or of the clips of a data shard.
+
+    Attributes:
+        windows: lengths of its windows, by the name of the model's window.
+        clips: tokens of each clip.
+    """
+
+    windows: dict[str, Int[np.ndarray, " k"]]
+    clips: Int[np.ndarray, " s"]
+
+    @classmethod
+    def of(cls, positions: np.ndarray, sizes: np.ndarray, windows: Sequence[Window], isolate_images: bool) -> Self:
+        """What packs need; arguments as those of `make_pack`."""
+        lengths = {}
+        for window in windows:
+            numbers = _numbers(positions, sizes, window, isolate_images)
+            lengths[window.name] = np.concatenate([np.bincount(pack[pack >= 0]) for pack in numbers])
+        clips = np.concatenate([np.bincount(pack[pack >= 0]) for pack in positions[..., 0]])
+        return cls(lengths, clips[clips > 0])
+
+    @classmethod
+    def sum(cls, parts: Iterable[Self]) -> Self:
+        """What clips need together."""
+        parts = list(parts)
+        names = parts[0].windows
+        windows = {name: np.concatenate([part.windows[name] for part in parts]) for name in names}
+        return cls(windows, np.concatenate([part.clips for part in parts]))
+
+
+class PackRows(NamedTuple):
+    """The rows of a data shard: the same for all batches of a stage.
+
+    Attributes:
+        windows: by the name of the model's window, see `grouping.Groups`.
+        text: (length, number) of rows for cross-attention.
+    """
+
+    windows: dict[str, Rows]
+    text: tuple[int, int]
+
+    @classmethod
+    def choose(cls, shards: Sequence[Needs], most: int = 4) -> Self:
+        """Rows for data shards like these, of at most `most` lengths a window."""
+        windows = {name: choose_rows([shard.windows[name] for shard in shards], most) for name in shards[0].windows}
+        return cls(windows, choose_text_rows([shard.clips for shard in shards]))
+
+    def hold(self, needs: Needs) -> bool:
+        """Whether there are enough rows."""
+        length, number = self.text
+        if text_rows_needed(needs.clips, length) > number:
+            return False
+        return all(placed(lengths, self.windows[name]) is not None for name, lengths in needs.windows.items())
+
+
 def make_pack(
     positions: Int[np.ndarray, "b n 4"],
     sizes: Int[np.ndarray, "b s 3"],
     windows: Sequence[Window],
-    lengths: dict[str, tuple[int, ...]],
+    rows: PackRows,
     isolate_images: bool = False,
-    slots: int | None = None,
+    shards: int = 1,
 ) -> Pack:
     """Where a batch of packs has its clips, and the groups of its windows.
 
     Args:
         positions, sizes: see `Pack`.
         windows: of the model, without repetition.
-        lengths: of rows, by the window's name, see `row_lengths`.
+        rows: of each data shard.
         isolate_images: whether tokens of images see only themselves in windows that span time.
-        slots: of a chunk, see `grouping`.
+        shards: data shards, which have equal parts of the packs.
+
+    Raises:
+        ValueError: if a shard's windows or clips don't fit their rows.
     """
     groups = {
-        window.name: group(_numbers(positions, sizes, window, isolate_images), lengths[window.name], slots)
+        window.name: group(_numbers(positions, sizes, window, isolate_images), rows.windows[window.name], shards)
         for window in windows
     }
-    return Pack(positions, sizes, groups, text_rows(positions[..., 0], sizes.shape[1]))
+    text = text_rows(positions[..., 0], sizes.shape[1], rows.text, shards)
+    return Pack(positions, sizes, groups, text, np.zeros(shards, np.int32))
 
 
-def row_lengths(
-    positions: Int[np.ndarray, "b n 4"],
-    sizes: Int[np.ndarray, "b s 3"],
-    windows: Sequence[Window],
-    isolate_images: bool = False,
-    most: int = 12,
-) -> dict[str, tuple[int, ...]]:
-    """Row lengths for each window, by its name, for packs like these; see `grouping.choose_lengths`."""
-    lengths = {}
-    for window in windows:
-        numbers = _numbers(positions, sizes, window, isolate_images)
-        counts = np.concatenate([np.bincount(pack[pack >= 0]) for pack in numbers])
-        lengths[window.name] = choose_lengths(counts, most) if len(counts) else (1,)
-    return lengths
-
-
-def _numbers(positions: np.ndarray, sizes: np.ndarray, window: Window, isolate_images: bool) -> list[np.ndarray]:
+def _numbers(positions: np.ndarray, sizes: np.ndarray, window: Window, isolate_images: bool) -> np.ndarray:
     isolates = isolate_images and window.time != 1
-    return [
-        window_numbers(pack, window, np.flatnonzero(clips[:, 0] == 1) if isolates else None)
-        for pack, clips in zip(positions, sizes, strict=True)
-    ]
+    return np.stack(
+        [
+            window_numbers(pack, window, np.flatnonzero(clips[:, 0] == 1) if isolates else None)
+            for pack, clips in zip(positions, sizes, strict=True)
+        ]
+    )

@@ -1,5 +1,8 @@
 """The denoiser: tokens, positions, conditions and the stack of blocks. Blocks are in a file for each family."""
 
+import math
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -20,6 +23,7 @@ from walt_jax.denoiser.uvit_block import UViTBlock, UViTConfig
 from walt_jax.denoiser.vdt_block import VDTBlock, VDTConfig
 from walt_jax.denoiser.walt_block import WaltBlock, WaltConfig
 from walt_jax.layers import Linear
+from walt_jax.parallel.rules import constrain
 
 # A new block is one file, a line in each of these, and a config.
 AnyDenoiserConfig = WaltConfig | DiTConfig | UViTConfig | LatteConfig | VDTConfig | STDiTConfig
@@ -31,8 +35,22 @@ BLOCKS = {
     "vdt": VDTBlock,
     "stdit": STDiTBlock,
 }
+
+
+def narrow_dots(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """A remat policy: saves products with weights whose output is no wider than their input."""
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
+        return False
+    (_, contracted), _ = params["dimension_numbers"]
+    kernel = inputs[1].shape
+    width = math.prod(kernel[axis] for axis in contracted)
+    return math.prod(kernel) <= width**2
+
+
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_on_host": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "narrow": narrow_dots,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -93,7 +111,7 @@ class Cycle(nn.Module):
             lowest = self.number == 0 and index == 0
             block = BLOCKS[cfg.block](cfg, windows, self.bounds, lowest, name=f"block{index}")
             skipped = () if skip is None or index else (skip,)
-            x = block(x, context.replace(time=own), *skipped)
+            x = constrain(block(x, context.replace(time=own), *skipped), "batch", "tokens", "embed")
         return x, None
 
 
@@ -132,7 +150,7 @@ class Denoiser(nn.Module):
         if cfg.condition_by == "tokens":
             x = jnp.concatenate([x, rearrange(context.text, "b s m d -> b (s m) d")], axis=1)
             context = context.replace(text=None, extra=ExtraTokens(context.text_mask))
-        x = self._blocks(x, context)[:, : noisy.shape[1]]
+        x = self._blocks(constrain(x, "batch", "tokens", "embed"), context)[:, : noisy.shape[1]]
 
         x = self._last_norm(x, context)
         width = (2 if cfg.learned_sigma else 1) * noisy.shape[-1]
@@ -158,7 +176,7 @@ class Denoiser(nn.Module):
 
     def _conv(self, name: str, x: Float[Array, "b t h w c"], scale: int = 1) -> Float[Array, "b t h2 w2 c"]:
         """A 3 × 3 convolution over each frame, then depth to space."""
-        axes = (None, None, None, "channels", "channels_out")
+        axes = (None, None, None, "channels", "channels")
         kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:])
         conv = nn.Conv(scale**2 * x.shape[-1], (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name=name)

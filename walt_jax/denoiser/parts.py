@@ -13,6 +13,7 @@ from walt_jax.denoiser.layout import Grid, Layout
 from walt_jax.denoiser.sinusoids import TIME_WAVES, timestep_embedding
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import Linear
+from walt_jax.parallel.rules import gathered
 
 ZEROS = nn.initializers.zeros
 
@@ -32,7 +33,14 @@ def layer_norm(x: Float[Array, "b n d"], dtype: Any, epsilon: float = 1e-6) -> F
 
 
 def modulate(x: Float[Array, "b n d"], scale: Array, shift: Array) -> Float[Array, "b n d"]:
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift in float32: gradients of scale and shift are sums over a clip's tokens."""
+    wide, scale, shift = (values.astype(jnp.float32) for values in (x, scale, shift))
+    return (wide * (1 + scale) + shift).astype(x.dtype)
+
+
+def gated(gate: Array, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """gate · x in float32, for the same reason."""
+    return (gate.astype(jnp.float32) * x.astype(jnp.float32)).astype(x.dtype)
 
 
 class AffineNorm(nn.Module):
@@ -61,7 +69,7 @@ def embed_label(module: nn.Module, config: DenoiserConfig, label: Int[Array, "b 
     """The row of a table of classes, the last one for none; it belongs to the module."""
     init = nn.with_logical_partitioning(config.inits.label, ("vocab", "embed"))
     table = module.param("label_embedding", init, (config.classes + 1, config.dim))
-    return table[label].astype(jnp.dtype(config.dtype))
+    return gathered(table, ("vocab", "embed"), table.dtype)[label].astype(jnp.dtype(config.dtype))
 
 
 def single_table(module: nn.Module, name: str, config: DenoiserConfig, count: int) -> Float[Array, "1 1 k"]:

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import FRAME, TIME, DiTDefaults, WindowSizes
-from walt_jax.denoiser.parts import ZEROS, Block, Context, modulate
+from walt_jax.denoiser.parts import ZEROS, Block, Context, gated, modulate
 from walt_jax.layers import stored
 
 
@@ -33,11 +33,11 @@ class STDiTBlock(Block):
         frame, time = self.windows
 
         h = modulate(self.norm(x), gamma_1, beta_1)
-        x = stored(x + alpha_1 * self.attend("self_attention", h, context, frame))
+        x = stored(x + gated(alpha_1, self.attend("self_attention", h, context, frame)))
         # Neither normalised nor modulated, and with the spatial attention's gate.
         h = x if context.time is None else x + context.time
-        x = stored(x + alpha_1 * self.attend("temporal_attention", h, context, time, out_init=ZEROS))
+        x = stored(x + gated(alpha_1, self.attend("temporal_attention", h, context, time, out_init=ZEROS)))
         if self.config.cross_attention:
             x = stored(x + self.cross_attend(x, context, out_init=ZEROS))
         h = modulate(self.norm(x), gamma_2, beta_2)
-        return stored(x + alpha_2 * self.mlp(h))
+        return stored(x + gated(alpha_2, self.mlp(h)))

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.config import FRAME, TIME, DiTDefaults, WindowSizes
-from walt_jax.denoiser.parts import Block, Context, linear, modulate
+from walt_jax.denoiser.parts import Block, Context, gated, linear, modulate
 from walt_jax.layers import stored
 
 
@@ -35,8 +35,8 @@ class VDTBlock(Block):
         x = stored(x + linear(self.config, "temporal_out", self.config.dim)(h))
 
         h = modulate(self.norm(x), gamma_1, beta_1)
-        x = stored(x + alpha_1 * self.attend("self_attention", h, context, frame))
+        x = stored(x + gated(alpha_1, self.attend("self_attention", h, context, frame)))
         if self.config.cross_attention:  # not in the paper, which has no text
             x = stored(x + self.cross_attend(self.norm(x), context))
         h = modulate(self.norm(x), gamma_2, beta_2)
-        return stored(x + alpha_2 * self.mlp(h))
+        return stored(x + gated(alpha_2, self.mlp(h)))

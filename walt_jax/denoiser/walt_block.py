@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from walt_jax.config import Positive
 from walt_jax.denoiser.config import FRAME, DenoiserConfig
-from walt_jax.denoiser.parts import ZEROS, Block, Context, linear, modulate
+from walt_jax.denoiser.parts import ZEROS, Block, Context, gated, linear, modulate
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import stored
 
@@ -50,8 +50,8 @@ class WaltBlock(Block):
             gamma_1, beta_1, alpha_1, gamma_2, beta_2, alpha_2 = self.adaln(context, 6)
 
         h = modulate(self.norm(x), gamma_1, beta_1)
-        x = stored(x + alpha_1 * self.attend("self_attention", h, context))
+        x = stored(x + gated(alpha_1, self.attend("self_attention", h, context)))
         if cfg.cross_attention:  # k = v = concat[q, text], spatial, so that images and video share it
             x = stored(x + self.cross_attend(self.norm(x), context, FRAME))
         h = modulate(self.norm(x), gamma_2, beta_2)
-        return stored(x + alpha_2 * self.mlp(h))
+        return stored(x + gated(alpha_2, self.mlp(h)))

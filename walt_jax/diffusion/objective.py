@@ -1,11 +1,13 @@
 """The training objective: a weighted squared error of the prediction, with self-conditioning (Chen et al. 2022)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from walt_jax.config import Fraction
 from walt_jax.diffusion.adaptive import adapted_time
@@ -14,6 +16,8 @@ from walt_jax.diffusion.loss_weights import min_snr
 from walt_jax.diffusion.parameterization import Kind, clean, target
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.diffusion.times import TimesConfig, resolution_shift, sample_times
+
+LEVELS = 4  # of noise that losses are logged for: quarters of diffusion time
 
 # (noisy latents, each clip's time, estimate of the clean latents) -> prediction, maybe with `learned_sigma`'s v
 Denoise = Callable[[Float[Array, "b n p"], Float[Array, "b s"], Float[Array, "b n p"]], Float[Array, "b n k"]]
@@ -59,6 +63,38 @@ class DiffusionConfig:
         return resolution_shift(tokens, self.base_tokens) if self.base_tokens else None
 
 
+@flax.struct.dataclass
+class Draws:
+    """What is random in a batch's loss; packs or clips are the leading axis.
+
+    Attributes:
+        time: of each clip, before `adapted_time`.
+        noise: of each value.
+        self_conditioned: whether a clip is conditioned on the model's first estimate; None where none is.
+    """
+
+    time: Float[Array, "b s"]
+    noise: Float[Array, "b n p"]
+    self_conditioned: Bool[Array, "b s"] | None
+
+
+@flax.struct.dataclass
+class Binned:
+    """Sums of errors and how many values they are over, for each of `LEVELS` equal parts of diffusion time."""
+
+    total: Float[Array, " k"]
+    count: Float[Array, " k"]
+
+
+def draw(key: PRNGKeyArray, latents: tuple[int, int, int], clips: tuple[int, int], config: DiffusionConfig) -> Draws:
+    """What `diffusion_loss` needs for latents of the shape (b, n, p), with (b, s) clips."""
+    key_time, key_noise, key_estimate = jax.random.split(key, 3)
+    chosen = None
+    if config.self_conditioning > 0:
+        chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, clips)
+    return Draws(sample_times(config.times, key_time, clips), jax.random.normal(key_noise, latents), chosen)
+
+
 def diffusion_loss(
     denoise: Denoise,
     latents: Float[Array, "b n p"],
@@ -66,11 +102,11 @@ def diffusion_loss(
     tokens: Float[Array, "b s"],
     complexity: Float[Array, "b s"] | None,
     spread: Spread,
-    key: PRNGKeyArray,
+    draws: Draws,
     config: DiffusionConfig,
     coarse: Coarse | None = None,
-) -> Float[Array, ""]:
-    """The mean squared error over counted values, at one random time for each clip.
+) -> tuple[Float[Array, ""], Binned]:
+    """The mean squared error over counted values, at one time for each clip; and the same errors by noise level.
 
     Args:
         denoise: the model.
@@ -79,25 +115,23 @@ def diffusion_loss(
         tokens: of each clip, 0 where there is none.
         complexity: of each clip, see `adaptive`; read where `config.adaptive` is above 0.
         spread: values of clips to their tokens.
-        key: draws times, noise and which clips are self-conditioned. No gradient flows through a first estimate.
+        draws: see `draw`. No gradient flows through a first estimate.
         config: see `DiffusionConfig`.
-        coarse: read where `config.multiscale` is above 0.
+        coarse: read where `config.multiscale` is above 0; coarse errors are left out of those by noise level.
     """
-    key_time, key_noise, key_estimate = jax.random.split(key, 3)
-    time = sample_times(config.times, key_time, tokens.shape)
+    time, noise = draws.time, draws.noise
     if config.adaptive > 0:
         time = adapted_time(config.schedule, time, complexity, config.adaptive)
     levels = config.schedule(time, config.shift(tokens))
     alpha, sigma = (spread(level[..., None]) for level in levels)
-    noise = jax.random.normal(key_noise, latents.shape)
     noisy = alpha * latents + sigma * noise
     estimate, width = jnp.zeros_like(latents), latents.shape[-1]
     if config.self_conditioning > 0:
         first, _ = split_sigma(denoise(noisy, time, estimate), width)
         first = clean(config.parameterization, first, noisy, alpha, sigma)
         first = jnp.where(alpha + sigma > 0, first, 0)  # padding has no noise level
-        chosen = jax.random.bernoulli(key_estimate, config.self_conditioning, tokens.shape)
-        estimate = jax.lax.stop_gradient(spread(chosen[..., None].astype(first.dtype)) * first)
+        chosen = draws.self_conditioned[..., None].astype(first.dtype)
+        estimate = jax.lax.stop_gradient(spread(chosen) * first)
     wanted = target(config.parameterization, latents, noise, alpha, sigma)
     prediction, v = split_sigma(denoise(noisy, time, estimate), width)
     difference = prediction - wanted
@@ -112,8 +146,22 @@ def diffusion_loss(
             for t in step_before(time)
         )
         error = error + variational_loss(v, miss, here, before)
+    by_level = _binned(error * counted, counted, spread(time[..., None]))
     total = (error * counted).sum()
     for level in range(1, config.multiscale + 1):
         # A sum over all positions, like the others: each coarse value stands for a square of them.
         total = total + 2**level * 4**level * jnp.square(coarse(difference * counted, 2**level)).sum()
-    return total / 2**config.multiscale / jnp.maximum(counted.sum(), 1)
+    return total / 2**config.multiscale / jnp.maximum(counted.sum(), 1), by_level
+
+
+def _binned(errors: Float[Array, "b n p"], counted: Float[Array, "b n p"], time: Float[Array, "b n 1"]) -> Binned:
+    errors, counted = (jax.lax.stop_gradient(values).sum(-1, keepdims=True) for values in (errors, counted))
+    level = jnp.minimum(time * LEVELS, LEVELS - 1).astype(jnp.int32)
+    own = (level == jnp.arange(LEVELS)[None, None]).astype(errors.dtype)
+    return Binned((errors * own).sum((0, 1)), (counted * own).sum((0, 1)))
+
+
+def level_names() -> list[str]:
+    """Of the parts of diffusion time that losses are binned in: "noise_0_25", in percent, to "noise_75_100"."""
+    bounds = [round(100 * level / LEVELS) for level in range(LEVELS + 1)]
+    return [f"noise_{low}_{high}" for low, high in itertools.pairwise(bounds)]

@@ -13,6 +13,7 @@ from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
 from walt_jax.evaluation import drawn_score
+from walt_jax.evaluation.noise_levels import loss_by_noise
 from walt_jax.evaluation.rate_distortion import h264_points, plot
 from walt_jax.evaluation.reconstruction import (
     Clip,
@@ -83,6 +84,8 @@ def evaluate(
     clips, captions = usable_clips(unseen, range(len(unseen)), config.clips, config.seed)
     report = _reconstruction(workdir, codec, tokenizer, clips, captions, data, config)
     metrics = report["metrics"]
+    if generator is not None:
+        metrics += loss_by_noise(generator, np.stack(clips), captions, config.seed)
     if generator is not None and generator.low_res is not None:
         clips, captions = clips[: config.prompts], captions[: config.prompts]
         scores, report["super_resolution"] = _super_resolution(workdir, generator, clips, captions, data)

@@ -299,8 +299,15 @@ def _training(stages: Stages) -> str:
         rows.append([name, f"{max(steps):,}", final, _duration(seconds[stage])])
         keys = [key for key in dict.fromkeys(key for row in steps.values() for key in row) if key != "elapsed_seconds"]
         keys.sort(key=lambda key: key != "loss")
-        figures = "\n".join(_figure(key, *_series(steps, key)) for key in keys)
+        modules = [key for key in keys if "/" in key]
+        figures, folded = (
+            "\n".join(_figure(key, *_series(steps, key)) for key in some)
+            for some in ([key for key in keys if key not in modules], modules)
+        )
         curves.append(f'<h3>{name}</h3>\n<div class="curves">{figures}</div>')
+        if modules:
+            summary = "<summary>Norms of gradients and updates, by module</summary>"
+            curves.append(f'<details>{summary}<div class="curves">{folded}</div></details>')
     note = f'<p class="note">Final values are means over the last {FINAL:.0%} of what was logged.</p>'
     return "\n".join([_table(("stage", "#steps", "#final loss", "#time"), rows), note, *curves])
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from walt_jax.layers import along_channels
+from walt_jax.parallel.rules import constrain
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from walt_jax.tokenizer.convolution import Cache
@@ -84,7 +85,8 @@ class Codec:
         self, trained: TrainedTokenizer, video: UInt8[Array, "b t h w 3"], cache: Cache = None
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Cache]:
         """Normalised latents of a clip, or of one of its chunks, with the cache that the chunk before returned."""
-        latents, cache = self.tokenizer.apply(trained.variables, to_float(video), cache, method="encode")
+        video = constrain(to_float(video), "batch")
+        latents, cache = self.tokenizer.apply(trained.variables, video, cache, method="encode")
         return (latents - along_channels(trained.mean)) / along_channels(trained.std), cache
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -92,7 +94,7 @@ class Codec:
         self, trained: TrainedTokenizer, latents: Float[Array, "b t2 h2 w2 c"], cache: Cache = None
     ) -> tuple[UInt8[Array, "b t h w 3"], Cache]:
         """The clip of normalised latents; chunks as in `encode`."""
-        latents = latents * along_channels(trained.std) + along_channels(trained.mean)
+        latents = constrain(latents, "batch") * along_channels(trained.std) + along_channels(trained.mean)
         video, cache = self.tokenizer.apply(trained.variables, latents, cache, method="decode")
         return to_uint8(video), cache
 

@@ -18,6 +18,7 @@ from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import sample
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.parallel.rules import constrain
 from walt_jax.text.frozen import Embedded
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import PAD
@@ -99,7 +100,7 @@ class LatentDiffusion:
         noisy = self.tokens(jnp.zeros((1, *self.latent_shape)))
         mask, time = self.tokens(jnp.zeros((1, *self.latent_shape[:3], 1))), jnp.zeros((1, 1))
         low_res = jnp.zeros((1, *self.low_res_shape))
-        condition = self.condition(nn.meta.unbox(params), text_tokens, noisy, mask, low_res, time)
+        condition = self.condition(unboxed(params), text_tokens, noisy, mask, low_res, time)
         denoiser = self.denoiser.init(key_denoiser, noisy, time, condition, self.layout)
         return {**params, "denoiser": denoiser["params"]}
 
@@ -179,6 +180,7 @@ class LatentDiffusion:
         layout, kind = self.layout, self.diffusion.parameterization
         keys = jax.vmap(jax.random.key)(seeds)
         noise = self.tokens(jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys))
+        noise = constrain(noise, "batch", "tokens")
         if observed is None:
             observed, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
         clean, where, low_res_time = self.tokens(observed), self.tokens(mask), jnp.zeros((len(noise), 1))
@@ -233,5 +235,10 @@ def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:
 
 
 def unboxed(params: Any) -> Any:
-    """Parameters without their logical axis names."""
-    return nn.meta.unbox(params)
+    """Parameters without their logical axis names, divided as they are."""
+
+    def plain(leaf: Any) -> Any:
+        # Flax's own unboxing would put all of a parameter on each device where a mesh is in context.
+        return leaf.unbox(apply_constraint=False) if isinstance(leaf, nn.Partitioned) else leaf
+
+    return jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

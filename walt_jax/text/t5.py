@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from walt_jax.config import Positive
 from walt_jax.layers import Linear
+from walt_jax.parallel.rules import constrain, gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,9 @@ class T5Encoder(nn.Module):
 
         inner = cfg.heads * cfg.head_dim
         table_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-        x = self.param("embedding", table_init, (self.vocab_size, cfg.dim))[ids].astype(dtype)
+        table = self.param("embedding", table_init, (self.vocab_size, cfg.dim))
+        x = gathered(table, ("vocab", "embed"), table.dtype)[ids].astype(dtype)
+        x = constrain(x, "batch", None, "embed")
         bias_init = nn.with_logical_partitioning(nn.initializers.normal(cfg.dim**-0.5), ("relative", "heads"))
         bias_table = self.param("relative_bias", bias_init, (RELATIVE_BUCKETS, cfg.heads))
         bias = rearrange(bias_table[relative_buckets(ids.shape[1])], "q k h -> 1 h q k")
@@ -104,4 +107,5 @@ class T5Encoder(nn.Module):
             gate = nn.gelu(linear(cfg.mlp_dim, ("embed", "mlp"), cfg.dim, f"mlp_gate_{layer}")(h), approximate=True)
             h = gate * linear(cfg.mlp_dim, ("embed", "mlp"), cfg.dim, f"mlp_in_{layer}")(h)
             x = x + linear(cfg.dim, ("mlp", "embed"), cfg.mlp_dim, f"mlp_out_{layer}")(h)
+            x = constrain(x, "batch", None, "embed")
         return RMSNorm(dtype, name="norm_out")(x)

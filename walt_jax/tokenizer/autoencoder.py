@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from walt_jax.config import Positive
 from walt_jax.layers import Linear
 from walt_jax.tokenizer.block_transform import Analysis, Synthesis
-from walt_jax.tokenizer.convolution import Cache, CausalConv, Downsample, Route, Upsample, part
+from walt_jax.tokenizer.convolution import CONVOLVED, Cache, CausalConv, Downsample, Route, Upsample, part
 from walt_jax.tokenizer.quantizers import Head, HeadConfig, Quantized
 
 
@@ -31,6 +32,8 @@ class TokenizerConfig:
         patch_size: side of the square of pixels that is moved into channels before the first convolution (1 in the
             paper). 2 leaves out the scale at full resolution, which costs more than all others together.
         dtype: of the computation, "float32" or "bfloat16".
+        remat: what the forward pass saves of residual blocks for the backward pass, which recomputes the rest: "none"
+            saves all that gradients need; "convolutions" their convolutions' outputs; "block" only their inputs.
         taps: kernel size of convolutions in time, 3 in the paper; 1 for a tokenizer of images.
         head: what is between encoder and decoder.
         route: implementation of the convolutions, see `convolution.convolve`.
@@ -48,6 +51,7 @@ class TokenizerConfig:
     norm_groups: Positive
     patch_size: Positive = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "convolutions", "block"] = "none"
     taps: Positive = 3
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
     route: Route = "auto"
@@ -122,7 +126,8 @@ class FrameNorm(nn.Module):
         grouped = rearrange(x, "b t h w (g c) -> b t (h w) g c", g=self.groups).astype(jnp.float32)
         mean = grouped.mean(axis=(2, 4), keepdims=True)
         variance = jnp.square(grouped - mean).mean(axis=(2, 4), keepdims=True)
-        x = ((grouped - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape).astype(self.dtype)
+        # In float32 to the end: gradients of scale and shift are sums over all positions.
+        x = ((grouped - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
         if condition is None:
             axis = ("channels_out",)
             scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, axis), (channels,))
@@ -133,7 +138,7 @@ class FrameNorm(nn.Module):
             affine = Linear(2 * channels, ("latent", "channels_out"), kernel_init=nn.initializers.zeros, name="affine")
             scale, shift = jnp.split(affine(pooled)[:, :, None, None, :], 2, axis=-1)
             scale = 1 + scale
-        return x * scale.astype(self.dtype) + shift.astype(self.dtype)
+        return (x * scale + shift).astype(self.dtype)
 
 
 def frames_of_latents(x: Float[Array, "b t2 c"], frames: int, first: bool) -> Float[Array, "b t c"]:
@@ -169,6 +174,16 @@ class ResidualBlock(nn.Module):
         return x + h, after
 
 
+def residual_block(features: int, config: TokenizerConfig, name: str) -> nn.Module:
+    """A `ResidualBlock` with the config's `remat`; it belongs to the module that calls this."""
+    policies = {
+        "convolutions": jax.checkpoint_policies.save_only_these_names(CONVOLVED),
+        "block": jax.checkpoint_policies.nothing_saveable,
+    }
+    kind = ResidualBlock if config.remat == "none" else nn.remat(ResidualBlock, policy=policies[config.remat])
+    return kind(features, config, name=name)
+
+
 class Encoder(nn.Module):
     """Pixels to what the head takes."""
 
@@ -191,12 +206,12 @@ class Encoder(nn.Module):
         x = run(CausalConv(widths[0], axes=("pixel", "channels_out"), **kernel, name="conv_in"), x)
         for scale, width in enumerate(widths):
             for block in range(cfg.residual_blocks):
-                x = run(ResidualBlock(width, cfg, name=f"scale{scale}_block{block}"), x)
+                x = run(residual_block(width, cfg, f"scale{scale}_block{block}"), x)
             if scale < len(widths) - 1:
                 strides = cfg.downsample[scale]
                 x = run(Downsample(width, strides, cfg.taps, cfg.route, dtype, name=f"scale{scale}_down"), x)
         for block in range(cfg.residual_blocks):
-            x = run(ResidualBlock(widths[-1], cfg, name=f"last_block{block}"), x)
+            x = run(residual_block(widths[-1], cfg, f"last_block{block}"), x)
         x = nn.swish(FrameNorm(cfg.norm_groups, dtype, name="norm_out")(x))
         init = nn.initializers.zeros if cfg.block_transform else nn.initializers.lecun_normal()
         x = Linear(self.features, ("channels_in", "latent"), kernel_init=init, dtype=dtype, name="conv_out")(x)
@@ -226,11 +241,11 @@ class Decoder(nn.Module):
         kernel = {"kernel_size": (cfg.taps, 3, 3), "route": cfg.route, "dtype": dtype}
         x = run(CausalConv(widths[-1], axes=("latent", "channels_out"), **kernel, name="conv_in"), latents)
         for block in range(cfg.residual_blocks):
-            x = run(ResidualBlock(widths[-1], cfg, name=f"first_block{block}"), x)
+            x = run(residual_block(widths[-1], cfg, f"first_block{block}"), x)
         for scale, width in reversed(list(enumerate(widths))):
             x = FrameNorm(cfg.norm_groups, dtype, name=f"scale{scale}_norm")(x, latents, cache is None)
             for block in range(cfg.residual_blocks):
-                x = run(ResidualBlock(width, cfg, name=f"scale{scale}_block{block}"), x)
+                x = run(residual_block(width, cfg, f"scale{scale}_block{block}"), x)
             if scale > 0:
                 below, strides = widths[scale - 1], cfg.downsample[scale - 1]
                 x = run(Upsample(below, strides, cfg.taps, cfg.route, dtype, name=f"scale{scale}_up"), x)
@@ -293,17 +308,21 @@ class Tokenizer(nn.Module):
         """The first latent frame of a clip makes one frame, each other as many as the stride in time."""
         return self.decoder(latents, cache)
 
+    def noise(self, shape: tuple[int, ...]) -> Float[Array, "b t h w c"] | None:
+        """What the head draws in training for latents of this shape, see `Head.noise`."""
+        return self.head.noise(shape)
+
     def __call__(
-        self, video: Float[Array, "b t h w 3"], train: bool = False
+        self, video: Float[Array, "b t h w 3"], train: bool = False, noise: Float[Array, "b t h w c"] | None = None
     ) -> tuple[Float[Array, "b t h w 3"], Quantized]:
-        """The reconstruction of whole clips, and what the head made.
+        """The reconstruction of whole clips, and what the head made; `noise` is what `noise` draws.
 
         Raises:
             ValueError: if the strides don't divide the clip.
         """
         self.config.latent_shape(*video.shape[1:4])
         z, _ = self.encoder(video)
-        quantized = self.head(z, train)
+        quantized = self.head(z, train, noise)
         return self.decoder(quantized.latents)[0], quantized
 
     def _features(self, video: Float[Array, "b t h w 3"], cache: Cache) -> tuple[Float[Array, "b t2 h2 w2 i"], Cache]:

@@ -6,13 +6,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from walt_jax.layers import Initializer, on_cpu
+from walt_jax.layers import Initializer, along_channels, on_cpu
+from walt_jax.parallel.rules import gathered
 
 # What a layer keeps of the frames before a chunk: None at the start of a clip, then a tree of arrays (empty for a
 # layer whose kernel spans one frame). It is an argument and a result; there is no other state.
 Cache = Any
+
+CONVOLVED = "convolved"  # names the outputs of convolutions for remat policies
 
 # How the same convolution is computed: see `convolve`.
 Route = Literal["auto", "folded", "direct"]
@@ -89,6 +93,11 @@ def causal_convolution(
     return y, (x[:, x.shape[1] - (taps - 1) :] if taps > 1 else None)
 
 
+def biased(y: Float[Array, "b t h w o"], bias: Float[Array, " o"]) -> Float[Array, "b t h w o"]:
+    """y + bias in the bias's type, which its gradient is added up in."""
+    return (y.astype(bias.dtype) + along_channels(bias)).astype(y.dtype)
+
+
 class CausalConv(nn.Module):
     """`causal_convolution` with parameters.
 
@@ -119,12 +128,12 @@ class CausalConv(nn.Module):
             nn.with_logical_partitioning(self.kernel_init, (None, None, None, *self.axes)),
             (*self.kernel_size, x.shape[-1], self.features),
         )
-        y, cache = causal_convolution(
-            x.astype(self.dtype), kernel.astype(self.dtype), self.strides, cache, route=self.route
-        )
+        kernel = gathered(kernel, (None, None, None, *self.axes), self.dtype)
+        y, cache = causal_convolution(x.astype(self.dtype), kernel, self.strides, cache, route=self.route)
+        y = checkpoint_name(y, CONVOLVED)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)[None, None, None, None]
+            y = biased(y, self.param("bias", bias_init, (self.features,)))
         return y, cache
 
 

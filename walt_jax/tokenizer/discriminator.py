@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from walt_jax.config import Positive
 from walt_jax.layers import Linear
-from walt_jax.tokenizer.convolution import Route, convolve
+from walt_jax.tokenizer.convolution import Route, biased, convolve
 
 BLUR = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 AXES = ("critic_in", "critic_out")  # names that Muon leaves to Adam: the paper's game is balanced for Adam
@@ -65,7 +65,7 @@ class CentredConv(nn.Module):
         y = convolve(padded, kernel.astype(self.dtype), (1, 1, 1), self.route)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, AXES[1:])
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)[None, None, None, None]
+            y = biased(y, self.param("bias", bias_init, (self.features,)))
         return y
 
 

@@ -229,8 +229,14 @@ class Head(nn.Module):
         if self.config.name == "vq":
             self.codebook = Codebook(self.config.codes, self.channels, self.config.decay)
 
-    def __call__(self, z: Float[Array, "b t h w i"], train: bool = False) -> Quantized:
-        """In training "kl" draws and "vq" moves its codes, both with the random stream "latent"."""
+    def noise(self, shape: tuple[int, ...]) -> Float[Array, "b t h w c"] | None:
+        """What "kl" adds to latents of this shape in training, of the random stream "latent"; None of other heads."""
+        return jax.random.normal(self.make_rng("latent"), shape) if self.config.name == "kl" else None
+
+    def __call__(
+        self, z: Float[Array, "b t h w i"], train: bool = False, noise: Float[Array, "b t h w c"] | None = None
+    ) -> Quantized:
+        """In training "kl" adds noise, its own where none is passed, and "vq" moves its codes, see `Codebook`."""
         name = self.config.name
         if name == "lfq":
             return lfq(z, self.config)
@@ -239,8 +245,9 @@ class Head(nn.Module):
         if name == "vq":
             return self.codebook(z, train)
         if name == "kl":
-            shape = (*z.shape[:-1], self.channels)
-            return gaussian(z, jax.random.normal(self.make_rng("latent"), shape) if train else None)
+            if train and noise is None:
+                noise = self.noise((*z.shape[:-1], self.channels))
+            return gaussian(z, noise if train else None)
         return Quantized(z, None, {})
 
     def lookup(self, indices: Int[Array, "b t h w g"]) -> Float[Array, "b t h w c"]:

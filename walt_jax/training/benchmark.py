@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,14 @@ import tqdm
 
 from walt_jax.denoiser.attention import WindowAttention
 from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.grouping import scores_computed, scores_needed
-from walt_jax.denoiser.layout import Grid, Layout, make_pack, place_clips, row_lengths
+from walt_jax.denoiser.grouping import scores_computed
+from walt_jax.denoiser.layout import Grid, Layout, Needs, Pack, PackRows, make_pack, place_clips
 from walt_jax.denoiser.model import Denoiser
-from walt_jax.denoiser.windows import Window, window_numbers
+from walt_jax.denoiser.windows import Window
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips, unboxed
 from walt_jax.parallel.cost import flops
+from walt_jax.parallel.hardware import peak as stated_peak
 from walt_jax.training.data_benchmark import benchmark_decoding
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.optimizer import make_optimizer
@@ -29,17 +30,9 @@ from walt_jax.training.state import COMPILER_OPTIONS, TrainState, make_train_ste
 from walt_jax.training.tasks import DenoiserTask
 
 ROUNDS = 7
+BATCHES = 32  # of packs, for which rows are chosen
 PACKS_OF = (1024, 4096, 16384)  # tokens, that a layer of attention is timed on
 CLIPS_OF = (1024, 4096)  # tokens, that full attention is
-# Of dense bfloat16 products, in operations a second, as the makers state them.
-STATED_PEAKS = {
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 @dataclasses.dataclass
@@ -91,9 +84,8 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     device = jax.devices()[0].device_kind
     peak, named = product.flops / medians[product.name], f"measured here: {product.name}"
-    for kind, stated in STATED_PEAKS.items():
-        if device.startswith(kind) and dtype == "bfloat16":
-            peak, named = stated, f"stated for {kind}, dense bfloat16"
+    if dtype == "bfloat16" and (stated := stated_peak(device)):
+        peak, named = stated, f"stated for {device}, dense bfloat16"
     rows = []
     for part in (product, *parts):
         row = {
@@ -188,9 +180,11 @@ def _denoiser(config: RunConfig) -> list[Part]:
     if config.denoiser.upscale == 1:
         together = next(size for size in range(min(count, max(1, 2048 // tokens)), 0, -1) if count % size == 0)
         equal = [[grid] * together] * (count // together)
-        parts.append(_packed("denoiser_train_step_packed_equal", task, stage, frozen, equal, text_tokens, dense.flops))
-        mixed = [_filled(grid, together * tokens, rng) for _ in equal]
-        parts.append(_packed("denoiser_train_step_packed_mixed", task, stage, frozen, mixed, text_tokens, None))
+        mixed = [[_filled(grid, together * tokens, rng) for _ in equal] for _ in range(BATCHES)]
+        for name, batches in (("equal", [equal]), ("mixed", mixed)):
+            cost = dense.flops if name == "equal" else None
+            name = f"denoiser_train_step_packed_{name}"
+            parts.append(_packed(name, task, stage, frozen, batches, text_tokens, cost))
     parts.append(_sampling(model, dense.state.params, text_tokens, count * tokens))
     return [*parts, *_attention(model)]
 
@@ -212,28 +206,38 @@ def _packed(
     task: DenoiserTask,
     stage: StageConfig,
     frozen: TrainedTokenizer,
-    packs: list[list[Grid]],
+    batches: list[list[list[Grid]]],
     text_tokens: Any,
     cost: int | None,
 ) -> Part:
-    """A train step on packs; `cost` is that of the same clips as a batch, where they are equal."""
+    """A train step on packs; `cost` is that of the same clips as a batch, where they are equal.
+
+    Rows are chosen for all of the batches, as training does for the clips of a stage; the first is timed.
+    """
     config = task.model.denoiser.config
-    length, clips = max(sum(map(math.prod, pack)) for pack in packs), max(map(len, packs))
-    positions, sizes = place_clips(packs, length, clips)
-    windows = config.attention_windows
-    lengths = row_lengths(positions, sizes, windows, config.isolate_images)
-    pack = make_pack(positions, sizes, windows, lengths, config.isolate_images)
+    length = max(sum(map(math.prod, pack)) for packs in batches for pack in packs)
+    clips = max(len(pack) for packs in batches for pack in packs)
+    pack, scores = _in_rows([place_clips(packs, length, clips) for packs in batches], config)
+    count, valid = len(pack.positions), float((pack.positions[..., 0] >= 0).mean())
     width = task.model.latent_shape[3] * math.prod(config.patch_size)
-    tokens = np.random.default_rng(0).normal(size=(len(packs), length, width)).astype(np.float32)
-    text = jax.tree.map(
-        lambda array: np.broadcast_to(array[0], (len(packs), clips, *array.shape[1:])).copy(), text_tokens
-    )
+    tokens = np.random.default_rng(0).normal(size=(count, length, width)).astype(np.float32)
+    text = jax.tree.map(lambda array: np.broadcast_to(array[0], (count, clips, *array.shape[1:])).copy(), text_tokens)
     step = _Training(task, stage, frozen, {"tokens": tokens, "text": text, "pack": pack})
-    valid = float((positions[..., 0] >= 0).mean())
-    scores = sum(map(scores_computed, pack.groups.values()))
-    more = {"packs": len(packs), "tokens_per_pack": length, "attention_scores_computed": scores}
-    # The trace counts the most expensive row length for every chunk; inexact counts are left out.
-    return Part(name, step, cost or 0, int(valid * tokens.shape[0] * length), valid, step.optimizer_flops, more)
+    more = {"packs": count, "tokens_per_pack": length, "attention_scores_computed_over_needed": scores}
+    # Without a batch's count there is none: the trace's has scores of padding and of masked pairs.
+    return Part(name, step, cost or 0, int(valid * count * length), valid, step.optimizer_flops, more)
+
+
+def _in_rows(
+    batches: list[tuple[np.ndarray, np.ndarray]], config: DenoiserConfig, windows: Sequence[Window] | None = None
+) -> tuple[Pack, float]:
+    """The first batch of packs in rows that suit all of them, and how many scores are computed for one needed."""
+    windows, isolate = windows or config.attention_windows, config.isolate_images
+    rows = PackRows.choose([Needs.of(*places, windows, isolate) for places in batches])
+    pack = make_pack(*batches[0], windows, rows, isolate)
+    needed = Needs.of(*batches[0], windows, isolate).windows
+    computed = sum(map(scores_computed, pack.groups.values()))
+    return pack, computed / sum(int(np.square(lengths).sum()) for lengths in needed.values())
 
 
 def _attention(model: LatentDiffusion) -> list[Part]:
@@ -242,13 +246,13 @@ def _attention(model: LatentDiffusion) -> list[Part]:
     window = Window(*config.windows[-1])
     parts = []
     for tokens in PACKS_OF:
-        packs = [_filled(grid, tokens, np.random.default_rng(0))]
-        positions, sizes = place_clips(packs, tokens, len(packs[0]))
-        lengths = row_lengths(positions, sizes, [window])
-        pack = make_pack(positions, sizes, [window], lengths)
-        needed = scores_needed([window_numbers(positions[0], window)])
-        valid = float((positions[..., 0] >= 0).mean())
-        scores = {"attention_scores_computed_over_needed": scores_computed(pack.groups[window.name]) / needed}
+        rng = np.random.default_rng(0)
+        batches = [[_filled(grid, tokens, rng)] for _ in range(BATCHES)]
+        clips = max(len(packs[0]) for packs in batches)
+        places = [place_clips(packs, tokens, clips) for packs in batches]
+        pack, scores = _in_rows(places, config, [window])
+        valid = float((pack.positions[..., 0] >= 0).mean())
+        scores = {"attention_scores_computed_over_needed": scores}
         run = _layer(config, window, grid, Layout(pack=pack), tokens)
         parts.append(Part(f"attention_pack_of_{tokens}_tokens", run, 0, round(valid * tokens), valid, None, scores))
     whole = Window(None, None, None)

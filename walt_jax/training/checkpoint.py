@@ -97,12 +97,13 @@ class Checkpoints:
         """The newest (state, position, outcome) that can be read; newer ones are named in a warning.
 
         Args:
-            like: a state, or its shapes and types, that the checkpoint has to fit.
+            like: a state, or its shapes, types and shardings, that the checkpoint has to fit. The state may have been
+                saved from another mesh.
 
         Raises:
             UserError: if there is none, or none fits.
         """
-        items = {name: ocp.args.StandardRestore(on_this_device(part)) for name, part in _parts(like).items()}
+        items = {name: ocp.args.StandardRestore(on_our_devices(part)) for name, part in _parts(like).items()}
         restored = self._restore(**items, data=ocp.args.JsonRestore(), outcome=ocp.args.JsonRestore())
         state = restored["state"].replace(**restored["weights"], ema=restored.get("ema"))
         return state, restored["data"], restored["outcome"]
@@ -112,12 +113,12 @@ class Checkpoints:
 
         Args:
             name: "ema", the average of what the task serves; or "weights", {"params", "moving"}.
-            like: the part, or its shapes and types.
+            like: the part, or its shapes, types and shardings.
 
         Raises:
             UserError: as `restore`.
         """
-        items = {name: ocp.args.StandardRestore(on_this_device(like))}
+        items = {name: ocp.args.StandardRestore(on_our_devices(like))}
         restored = self._restore(**items, outcome=ocp.args.JsonRestore())
         return restored[name], restored["outcome"]
 
@@ -175,7 +176,14 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:200]
 
 
-def on_this_device(like: Any) -> Any:
-    """The shapes and types of `like`, to be restored here: a checkpoint remembers the devices that it came from."""
+def on_our_devices(like: Any) -> Any:
+    """The shapes and types of `like`, to be restored with its shardings, on the first device where it has none.
+
+    A checkpoint remembers the devices that it came from, which may be others.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+
+    return jax.tree.map(shape, like)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -12,20 +11,22 @@ import grain
 import jax
 import optax
 from grain.experimental import ThreadPrefetchIterDataset
+from jax.sharding import Mesh
 
 from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
-from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.parallel.mesh import place_batch
+from walt_jax.parallel.rules import Rules
 from walt_jax.training.checkpoint import Checkpoints, set_aside
-from walt_jax.training.collapse import CollapseWatch
 from walt_jax.training.latent_batches import latents_path
-from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.preview import Preview, due, write_preview
-from walt_jax.training.progress import Progress
-from walt_jax.training.state import TrainState, make_train_step
+from walt_jax.training.profiling import Profile, Steps
+from walt_jax.training.stage_log import Peak, StageLog, Work
+from walt_jax.training.state import TrainState, abstract_state, make_train_step
+from walt_jax.training.step_programs import StepPrograms
 from walt_jax.training.stopping import Stopped, stop_signals
 from walt_jax.training.tasks import Task
 from walt_jax.workdir import write_atomically
@@ -58,6 +59,8 @@ class StageConfig:
         task: "tokenizer" or "denoiser".
         steps: optimizer steps.
         batch_size: clips a step.
+        accumulate: micro-batches that a step's gradients are accumulated over, in the memory of one, see
+            `accumulation`; divides each batch size.
         optimizer: see `OptimizerConfig`.
         shapes: sizes and lengths of the clips, by names of your own; without any, clips have the data's. Each batch
             has clips of one shape. A tokenizer stage with images only trains a tokenizer of images, which the next
@@ -80,6 +83,7 @@ class StageConfig:
     steps: Positive
     batch_size: Positive
     optimizer: OptimizerConfig
+    accumulate: Positive = 1
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
     windows: Windows | None = None
     pack: PackConfig | None = None
@@ -129,7 +133,9 @@ def run_stage(
     dataset: Callable[[], grain.IterDataset],
     workdir: pathlib.Path,
     key: jax.Array,
+    mesh: Mesh,
     *,
+    rules: Rules = (),
     initial: Any = None,
     fit: Callable[[Any], Any] = lambda params: params,
     frozen: Any = None,
@@ -137,6 +143,8 @@ def run_stage(
     later_stages: tuple[str, ...] = (),
     gone: Callable[[], Sequence[str]] = tuple,
     preview: Callable[[], Preview] | None = None,
+    peak: Peak | None = None,
+    profile: Steps | None = None,
 ) -> Trained:
     """Trains a stage to its end, from where it was stopped if it was.
 
@@ -147,14 +155,18 @@ def run_stage(
         dataset: makes the batches; not called where the stage is done already.
         workdir: the run's folder.
         key: of the initialisation and, folded with the step, of all of the stage's randomness.
+        mesh: what the state and the batches are divided over, see `parallel.mesh`.
+        rules: how, where not by `parallel.rules.DEFAULT_RULES`.
         initial: what an earlier stage of the task has served, to start from.
         fit: adapts fresh parameters to the data before the first step; not called where the stage has a checkpoint.
-        frozen: passed to the loss.
+        frozen: passed to the loss; it is on all devices.
         finish: measures something (JSON) on what the last state serves, to be kept in its checkpoint.
         later_stages: names of those that start from this one. Once this stage has saved a step of its own, what they
             left is set aside: renamed, for it will be made again from this stage's new end.
         gone: the files that have vanished so far; their number is logged.
         preview: makes what draws `preview.png`; called before the first one.
+        peak: what MFU is a fraction of.
+        profile: first and last of the steps to trace into `workdir/profile/NAME`, counted from the first one done here.
 
     Raises:
         UserError: if a loss is not finite, or a checkpoint can't be written; the last good checkpoint is kept.
@@ -164,17 +176,21 @@ def run_stage(
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True)
     try:
+        like = abstract_state(task, optimizer, mesh, rules, stage.ema_decay)
         state, position, outcome = _restored_or_fresh(
-            checkpoints, task, optimizer, stage.ema_decay, key_init, initial, fit
+            checkpoints, task, optimizer, stage.ema_decay, like, key_init, initial, fit
         )
         start = int(state.step)
         if start >= stage.steps:
             return Trained(state.served(task), outcome)
-        train_step = make_train_step(task, optimizer, stage.ema_decay)
+        divided = jax.tree.map(lambda leaf: leaf.sharding, like)
+        train_step = make_train_step(task, optimizer, stage.ema_decay, divided=divided, accumulate=stage.accumulate)
         with (
             stop_signals() as stop,
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
-            contextlib.closing(StageLog(workdir, name, stage, start, gone)) as log,
+            contextlib.closing(StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak)) as log,
+            contextlib.closing(StepPrograms(train_step, one_shape=stage.pack is not None)) as programs,
+            contextlib.closing(Profile(workdir / "profile" / name, profile)) as trace,
         ):
             sheet = None
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
@@ -182,16 +198,24 @@ def run_stage(
                 asked = time.perf_counter()
                 batch = next(iterator)
                 waited = time.perf_counter() - asked
-                state, metrics = train_step(state, frozen, batch, key_steps)
+                with trace.step(step):
+                    state, metrics, again = programs(state, frozen, place_batch(batch, mesh), key_steps)
+                trace.done(metrics)
+                if programs.compiled:
+                    log.paused()
+                if again:
+                    log.warn(step, again)
                 if pending:
                     log.report(*pending)
-                pending = step, clips_of(batch), metrics, waited
+                tokens, valid = tokens_of(task, batch)
+                pending = step, Work(clips_of(batch), valid, waited, programs.flops * valid / tokens), metrics
                 last = step == stage.steps
                 if last or stop.signal or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
                     outcome = finish(state.served(task)) if last else {}
                     checkpoints.save(state, iterator.get_state(), outcome)
+                    log.paused()
                     if later_stages:
                         checkpoints.wait()
                         for later in later_stages:
@@ -203,6 +227,7 @@ def run_stage(
                 if preview and due(step, stage.preview_every):
                     sheet = sheet or preview()
                     write_preview(workdir, sheet(state.served(task)))
+                    log.paused()
         return Trained(state.served(task), outcome)
     finally:
         checkpoints.close()
@@ -232,11 +257,21 @@ def clips_of(batch: Any) -> int:
     return len(jax.tree.leaves(batch)[0])
 
 
+def tokens_of(task: Task, batch: Any) -> tuple[int, int]:
+    """How many tokens a batch has, and how many of them are no padding; a tokenizer's tokens are latent positions."""
+    if "pack" in batch:
+        segments = batch["pack"].positions[..., 0]
+        return segments.size, int((segments >= 0).sum())
+    count = task.tokens(batch)
+    return count, count
+
+
 def _restored_or_fresh(
     checkpoints: Checkpoints,
     task: Task,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    like: TrainState,
     key: jax.Array,
     initial: Any,
     fit: Callable[[Any], Any],
@@ -253,70 +288,8 @@ def _restored_or_fresh(
         return TrainState.create(params, moving, task, optimizer, ema_decay)
 
     if checkpoints.steps():
-        return checkpoints.restore(jax.eval_shape(lambda: state(*fresh(None))))
-    params, moving = jax.jit(fresh)(initial)
-    return jax.jit(state)(fit(params), moving), None, {}
-
-
-class StageLog:
-    """Where a stage's steps are reported: progress on the terminal, `metrics.jsonl`, TensorBoard."""
-
-    def __init__(
-        self, workdir: pathlib.Path, name: str, stage: StageConfig, start: int, gone: Callable[[], Sequence[str]]
-    ):
-        self._name, self._stage, self._gone, self._reported = name, stage, gone, 0
-        self._metrics = MetricsLog(workdir, name, start)
-        self._progress = Progress(name, start, stage.steps)
-        self._collapse = CollapseWatch()
-        self._began = self._clock = time.perf_counter()
-
-    def report(self, step: int, clips: int, metrics: Any, waited: float) -> None:
-        """Reports a step whose batch had `clips` clips and took `waited` seconds to come.
-
-        Raises:
-            UserError: if a metric is NaN or infinite.
-        """
-        values = finite(jax.device_get(metrics), self._name, step)
-        now = time.perf_counter()
-        self._progress.update(values["loss"])
-        if step % self._stage.log_every == 0 or step == self._stage.steps:
-            seconds = now - self._clock
-            rate = {
-                "clips_per_second": clips / seconds,
-                "data_wait_fraction": min(1.0, waited / seconds),  # at most this was felt by the device
-                "elapsed_seconds": now - self._began,
-            }
-            warnings = self._collapse.update(values)
-            if gone := self._gone():
-                rate["files_gone"] = len(gone)
-                if len(gone) > self._reported:
-                    warnings.append(f"{len(gone)} files have vanished and are skipped, the last being {gone[-1]}.")
-                    self._reported = len(gone)
-            self._metrics.write(step, {**values, **rate}, warnings)
-            for sentence in warnings:
-                self._progress.warn(f"Step {step} of {self._name}: {sentence}")
-        self._clock = now
-
-    def remove(self, stage: str) -> str:
-        """Takes another stage's lines out of `metrics.jsonl` and returns them."""
-        return self._metrics.remove(stage)
-
-    def close(self) -> None:
-        self._progress.close()
-        self._metrics.close()
-
-
-def finite(metrics: dict[str, Any], stage: str, step: int) -> dict[str, float]:
-    """The metrics as floats.
-
-    Raises:
-        UserError: if one is NaN or infinite.
-    """
-    values = {name: float(value) for name, value in metrics.items()}
-    bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
-    if bad:
-        raise UserError(
-            f"Stage {stage} stopped at step {step}, where {bad}; the last good checkpoint is kept: lower the learning "
-            f"rates in config.stages.{stage}.optimizer and start in a new workdir, or look for broken data."
-        )
-    return values
+        return checkpoints.restore(like)
+    # Each part is made where it will be: no device ever holds all of a divided state.
+    divided = jax.tree.map(lambda leaf: leaf.sharding, like)
+    params, moving = jax.jit(fresh, out_shardings=(divided.params, divided.moving))(initial)
+    return jax.jit(state, out_shardings=divided)(fit(params), moving), None, {}

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorboardX
 
@@ -17,10 +18,11 @@ class MetricsLog:
         workdir: the run's folder.
         stage: its name.
         step: steps that the stage's checkpoint has done: later lines are dropped, their steps will be done again.
+        constant: what each line has as well, JSON.
     """
 
-    def __init__(self, workdir: pathlib.Path, stage: str, step: int):
-        self.stage = stage
+    def __init__(self, workdir: pathlib.Path, stage: str, step: int, constant: dict[str, Any] | None = None):
+        self.stage, self._constant = stage, constant or {}
         self._path = workdir / "metrics.jsonl"
         remove_lines(self._path, lambda row: row["stage"] == stage and row["step"] > step)
         self._file = self._path.open("a")
@@ -29,7 +31,7 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float], warnings: Sequence[str] = ()) -> None:
         """A line with the values and, where there are any, a list of `warnings`."""
         said = {"warnings": list(warnings)} if warnings else {}
-        self._file.write(json.dumps({"stage": self.stage, "step": step, **values, **said}) + "\n")
+        self._file.write(json.dumps({"stage": self.stage, "step": step, **values, **self._constant, **said}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

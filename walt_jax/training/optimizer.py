@@ -1,14 +1,16 @@
-"""Optimizers by name, with warm-up and cosine decay."""
+"""Optimizers by name, with warm-up and cosine decay. Where and how precisely their state is kept is in `moments`."""
 
 import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from walt_jax.config import Fraction
+from walt_jax.training.moments import in_bfloat16, on_host
 
 # Kernels whose axes have one of these names are embeddings or read-outs; Muon leaves them to Adam (Jordan et al. 2024).
 NOT_HIDDEN = {"vocab", "latent", "position", "relative", "rank"}
@@ -20,16 +22,18 @@ class OptimizerConfig:
     """How a stage's parameters are updated.
 
     Attributes:
-        name: "adamw"; "adafactor" (Shazeer and Stern 2018), whose second moments take the memory of a row and a column
-            of each matrix; or "muon" for the hidden layers' matrices and convolutions with Adam for everything else.
+        name: "adamw"; "adafactor" (Shazeer and Stern 2018), see `adafactor`, W.A.L.T's for text to video; or "muon" for
+            the hidden layers' matrices and convolutions with Adam for everything else.
         learning_rate: Adam's or Adafactor's peak.
         muon_learning_rate: Muon's peak.
         warmup_steps: linear, from 0.
         final_fraction: of the peak, where the cosine ends with the stage.
         b1, b2: Adam's decays of its moments.
-        weight_decay: decoupled.
+        weight_decay: decoupled, times the learning rate.
         clip_norm: of the global gradient, for "adamw"; the others' updates have a norm of their own.
         clip_after: steps of the stage before gradients are clipped; 100,000 in Latte.
+        state_dtype: of what the optimizer keeps between steps; "bfloat16" halves it, rounded stochastically.
+        offload: whether what it keeps is in the host's memory between steps, see `moments.on_host`.
     """
 
     name: Literal["adamw", "adafactor", "muon"]
@@ -42,6 +46,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     clip_after: int = 0
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
 
 
 def muon_dimensions(boxed: Any) -> Any:
@@ -64,9 +70,48 @@ def muon_dimensions(boxed: Any) -> Any:
     return jax.tree.map(dimensions, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def clip_each_layer(threshold: float, boxed: Any) -> optax.GradientTransformation:
+    """Scales down updates of arrays whose root mean square is above the threshold; layers of a scan count one by one.
+
+    Args:
+        threshold: Adafactor's d.
+        boxed: parameters with their logical axis names, `nn.Partitioned`.
+    """
+    is_boxed = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    layers = jax.tree.map(lambda x: int(is_boxed(x) and x.names[0] == "layers"), boxed, is_leaf=is_boxed)
+
+    def clip(update: jax.Array, first: int) -> jax.Array:
+        mean = jnp.square(update).mean(tuple(range(first, update.ndim)), keepdims=True)
+        return update / jnp.maximum(1.0, jnp.sqrt(mean) / threshold)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates, layers))
+
+
+def adafactor(learning_rate: optax.Schedule, weight_decay: float, boxed: Any) -> optax.GradientTransformation:
+    """Adafactor with β₂ = 1 - step^-0.8, updates clipped at a root mean square of 1, no first moment.
+
+    Of a matrix with both sides of 128 or more it keeps the mean square of each row and each column, of all else that of
+    each value. The learning rate is not relative to the parameters' size: the papers' are Adam's. W.A.L.T states only
+    the optimizer's name and the learning rate; all else is the default of Shazeer and Stern. Weight decay is decoupled
+    and times the learning rate, as AdamW's; `optax.adafactor`'s would not be.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        clip_each_layer(1.0, boxed),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, boxed: Any) -> optax.GradientTransformation:
     """The optimizer for a stage of `steps` steps over parameters like `boxed`."""
+    optimizer = _named(config, steps, boxed)
+    if config.state_dtype == "bfloat16":
+        optimizer = in_bfloat16(optimizer)
+    return on_host(optimizer) if config.offload else optimizer
 
+
+def _named(config: OptimizerConfig, steps: int, boxed: Any) -> optax.GradientTransformation:
     def schedule(peak: float) -> optax.Schedule:
         warmup = min(config.warmup_steps, max(steps - 1, 0))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, 1), peak * config.final_fraction)
@@ -82,11 +127,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Any) -> optax.Gra
             muon_weight_dimension_numbers=muon_dimensions(boxed),
         )
     if config.name == "adafactor":
-        return optax.adafactor(
-            schedule(config.learning_rate),
-            multiply_by_parameter_scale=False,  # the papers' learning rates are Adam's
-            weight_decay_rate=config.weight_decay or None,
-        )
+        return adafactor(schedule(config.learning_rate), config.weight_decay, boxed)
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.clip_after:
         clip = optax.conditionally_transform(clip, lambda step: step >= config.clip_after)

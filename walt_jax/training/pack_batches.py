@@ -1,6 +1,7 @@
 """Batches of packs: of clips that are encoded already, or of clips that are encoded for each batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +13,15 @@ from jaxtyping import Int
 from walt_jax.data.dropping import DropConfig, drop_rate, kept_tokens
 from walt_jax.data.latents import Encoded, LatentClips
 from walt_jax.data.order import Order, Share
-from walt_jax.data.packing import Packed
+from walt_jax.data.packing import Packed, PackedBatch, fill
 from walt_jax.data.stream import Numbered
 from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.layout import Grid, make_pack, place_clips, row_lengths, to_tokens
+from walt_jax.denoiser.layout import Grid, Needs, PackRows, make_pack, place_clips, to_tokens
 from walt_jax.errors import UserError
 from walt_jax.training.latent_batches import ReadCaption, Size, clip_sizes
 
 WAITING = 256  # clips among which a pack is chosen
-ROW_SAMPLE = 256  # clips of which row lengths are chosen
+TRIED = 64  # data shards for which rows are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Packing:
         seed: of the order, of dropped captions and of dropped tokens.
         caption_dropout: probability of an empty caption.
         drop: which tokens of a clip are dropped; None drops none.
+        shards: data shards: parts of the batch that a device each computes.
     """
 
     config: DenoiserConfig
@@ -44,6 +46,7 @@ class Packing:
     seed: int
     caption_dropout: float = 0.0
     drop: DropConfig | None = None
+    shards: int = 1
 
 
 class _Item(NamedTuple):
@@ -53,12 +56,14 @@ class _Item(NamedTuple):
         tokens: how many there are, without those dropped.
         number: in the order.
         grid: its tokens along (t, h, w), dropped ones included.
+        needs: the rows that it takes.
         clip: what `_packs` gets its latents from.
     """
 
     tokens: int
     number: int
     grid: Grid
+    needs: Needs
     clip: Any
 
 
@@ -156,7 +161,15 @@ class _Numbered:
         if found is None:
             return None
         clip, grid = found
-        return _Item(len(self.kept(number, grid)), number, grid, clip)
+        return self.item(number, grid, clip)
+
+    def item(self, number: int, grid: Grid, clip: Any) -> _Item:
+        """A clip to be packed."""
+        config = self.packing.config
+        if self.packing.drop is None:
+            return _Item(int(np.prod(grid)), number, grid, _whole_needs(config, grid), clip)
+        kept = self.kept(number, grid)
+        return _Item(len(kept), number, grid, _needs(config, grid, kept), clip)
 
     def kept(self, number: int, grid: Grid) -> Int[np.ndarray, " k"]:
         """Which of a clip's tokens are kept."""
@@ -189,13 +202,14 @@ def _packs(
     config, tokens = packing.config, packing.tokens
     width = channels * int(np.prod(config.patch_size))
     blank = jax.tree.map(np.zeros_like, read_caption(None, True))
-    windows = config.attention_windows
-    # At least one of each size, for rows must have room for its windows.
-    counts = [max(1, round(ROW_SAMPLE * weight)) for weight in weights]
-    sample = [[grid] for grid, count in zip(grids, counts, strict=True) for _ in range(count)]
-    lengths = row_lengths(*place_clips(sample, tokens, 1), windows, config.isolate_images)
+    windows, isolate, shards = config.attention_windows, config.isolate_images, packing.shards
+    rows = _rows(items, grids, weights, packing)
 
-    def arrays_of(packs: list[list[_Item]]) -> dict[str, Any]:
+    def hold(clips: list[_Item]) -> bool:
+        return rows.hold(Needs.sum(item.needs for item in clips))
+
+    def arrays_of(packed: PackedBatch) -> dict[str, Any]:
+        packs = packed.packs
         together = [item for pack in packs for item in pack]
         clips = iter(encoded([item.clip for item in together]))
         chosen = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
@@ -211,11 +225,45 @@ def _packs(
                 start += len(content)
                 rng = np.random.default_rng([packing.seed, item.number, 1])
                 text[row][segment] = read_caption(clip, bool(rng.random() < packing.caption_dropout))
-        pack = make_pack(positions, sizes, windows, lengths, config.isolate_images)
-        rows = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
-        return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *rows), "pack": pack}
+        pack = make_pack(positions, sizes, windows, rows, isolate, shards).replace(
+            deferred=np.array(packed.deferred, np.int32)
+        )
+        stacked = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
+        return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *stacked), "pack": pack}
 
-    return Packed(items, packing.batch_size, tokens, packing.clips, WAITING, share).map(arrays_of)
+    batches = Packed(items, packing.batch_size, tokens, packing.clips, WAITING, share, shards, hold)
+    return batches.map(arrays_of)
+
+
+def _rows(items: _Numbered, grids: Sequence[Grid], weights: Sequence[float], packing: Packing) -> PackRows:
+    """Rows of a data shard for clips of these sizes: enough for each one of many random shards, and for any clip.
+
+    They depend on nothing else, so that all processes of a run, and those that resume it, have the same.
+    """
+    rng = np.random.default_rng(0)
+    waiting, shards = [], []
+    for _ in range(TRIED):
+        clips = []
+        for _ in range(packing.batch_size // packing.shards):
+            while len(waiting) < WAITING:
+                grid = grids[rng.choice(len(grids), p=weights)]
+                waiting.append(items.item(int(rng.integers(2**31)), grid, None))
+            pack, waiting = fill(waiting, packing.tokens, packing.clips)
+            clips += pack
+        shards.append(Needs.sum(item.needs for item in clips))
+    return PackRows.choose([*shards, *(_whole_needs(packing.config, grid) for grid in grids)])
+
+
+def _needs(config: DenoiserConfig, grid: Grid, kept: Int[np.ndarray, " k"]) -> Needs:
+    """What a clip needs of rows, if these of its tokens are kept."""
+    places = place_clips([[grid]], len(kept), 1, [[kept]])
+    return Needs.of(*places, config.attention_windows, config.isolate_images)
+
+
+@functools.lru_cache(maxsize=1024)
+def _whole_needs(config: DenoiserConfig, grid: Grid) -> Needs:
+    """What a clip needs of rows, of which all tokens are kept."""
+    return _needs(config, grid, np.arange(np.prod(grid)))
 
 
 def kept(drop: DropConfig, tokens: int, most: int, seed: Sequence[int]) -> Int[np.ndarray, " k"]:

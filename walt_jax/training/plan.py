@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.codec import Codec
 from walt_jax.generation.latent_diffusion import LatentDiffusion, unboxed
 from walt_jax.parallel.cost import flops, flops_by_module, module_of
 from walt_jax.text.vocabulary import PAD
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.loop import StageConfig
+from walt_jax.training.programs import batch_of, tokenizer_shapes
 from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.tasks import Task
 
@@ -105,7 +106,7 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
     encoding = None
     if stage.pack is None:
         steps = [
-            _gradients(config, task, params, moving, shape.nominal, size, stage)
+            _gradients(config, task, params, moving, shape.nominal, size, name)
             for shape, size in zip(shapes, sizes, strict=True)
         ]
         # Weights count clips: a shape whose batches are larger has fewer of them.
@@ -122,7 +123,7 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
             latents = config.tokenizer.latent_shape(*clip)
             single = dataclasses.replace(task, model=_of_shape(task.model, latents))
             own = unboxed(jax.eval_shape(single.init, jax.random.key(0)))  # tables have the windows' sizes
-            steps.append(_gradients(config, single, *own, clip, 1, stage))
+            steps.append(_gradients(config, single, *own, clip, 1, name))
             encodings.append(_encoding(config, clip))
             tokens.append(math.prod(config.denoiser.grid(latents[:3])))
         total = sum(weight * count for weight, count in zip(weights, tokens, strict=True))
@@ -142,17 +143,10 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
 
 def _encoding(config: RunConfig, clip: tuple[int, int, int]) -> int:
     """Operations of encoding one clip; for super-resolution also at low resolution, with a tokenizer of equal shape."""
-    codec, frozen = Codec(Tokenizer(config.tokenizer)), _tokenizer_shapes(config)
+    codec, frozen = Codec(Tokenizer(config.tokenizer)), tokenizer_shapes(config)
     scales = {1, config.denoiser.upscale}
     videos = [jax.ShapeDtypeStruct((1, clip[0], clip[1] // s, clip[2] // s, 3), jnp.uint8) for s in scales]
     return sum(flops(lambda frozen, video: codec.encode(frozen, video)[0], frozen, video) for video in videos)
-
-
-def _tokenizer_shapes(config: RunConfig) -> TrainedTokenizer:
-    channels = jax.ShapeDtypeStruct((config.tokenizer.latent_channels,), jnp.float32)
-    video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
-    variables = jax.eval_shape(Tokenizer(config.tokenizer).init, jax.random.key(0), video)
-    return TrainedTokenizer(unboxed(variables), channels, channels)
 
 
 def _of_shape(model: LatentDiffusion, latents: tuple[int, int, int, int]) -> LatentDiffusion:
@@ -176,19 +170,11 @@ def _gradients(
     moving: Any,
     clip: tuple[int, int, int],
     batch_size: int,
-    stage: StageConfig,
+    stage: str,
 ) -> int:
     """Operations of one step's gradients on clips of one shape; a denoiser's are on their latents."""
-    shape = config.tokenizer.latent_shape(*clip)
-    batch = {"video": jax.ShapeDtypeStruct((batch_size, *clip, 3), jnp.uint8)}
-    frozen = None
-    if stage.task == "denoiser":
-        batch["text"] = jax.eval_shape(lambda: task.model.text_tokens(batch_size, config.text_length))
-        batch["latents"] = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
-        frozen = _tokenizer_shapes(config)
-        if (scale := config.denoiser.upscale) > 1:
-            t, h, w, c = shape
-            batch["low_res"] = jax.ShapeDtypeStruct((batch_size, t, h // scale, w // scale, c), jnp.float32)
+    batch = batch_of(config, stage, clip, batch_size, encodes=False)
+    frozen = tokenizer_shapes(config) if config.stages[stage].task == "denoiser" else None
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return flops(task.gradients, params, moving, frozen, batch, jax.eval_shape(jax.random.key, 0), step)
 

@@ -17,7 +17,7 @@ class Progress:
     """
 
     def __init__(self, name: str, start: int, total: int):
-        terminal = sys.stderr.isatty()
+        terminal, self._mfu = sys.stderr.isatty(), ""
         self._bar = tqdm.tqdm(
             desc=name,
             initial=start,
@@ -32,8 +32,10 @@ class Progress:
             else "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
         )
 
-    def update(self, loss: float) -> None:
-        self._bar.set_postfix_str(f"loss={loss:.4f}", refresh=False)
+    def update(self, loss: float, mfu: float | None = None) -> None:
+        """A step more; the model FLOPs utilisation stays until there is a newer one."""
+        self._mfu = self._mfu if mfu is None else f", mfu={mfu:.1%}"
+        self._bar.set_postfix_str(f"loss={loss:.4f}{self._mfu}", refresh=False)
         self._bar.update()
 
     def warn(self, sentence: str) -> None:

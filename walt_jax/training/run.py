@@ -1,5 +1,6 @@
 """A run: a config, a workdir, and the stages one after the other."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -11,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import safetensors.numpy
 from etils import epath
+from jax.sharding import Mesh
 
 import walt_jax
 from walt_jax.config import build
@@ -24,7 +27,10 @@ from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.low_res import LowRes
 from walt_jax.generation.sample import Generator
-from walt_jax.parallel.memory import memory_bytes, tree_bytes
+from walt_jax.parallel import hardware
+from walt_jax.parallel.memory import device_bytes, memory_bytes
+from walt_jax.parallel.mesh import data_shards, described, make_mesh, on, replicated, uneven
+from walt_jax.parallel.rules import check_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
@@ -33,6 +39,7 @@ from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
 from walt_jax.training.optimizer import make_optimizer
+from walt_jax.training.profiling import Steps
 from walt_jax.training.run_config import (
     RunConfig,
     make_codec,
@@ -43,7 +50,8 @@ from walt_jax.training.run_config import (
 )
 from walt_jax.training.run_data import RECORDED, RunData
 from walt_jax.training.run_text import RunText
-from walt_jax.training.state import TrainState
+from walt_jax.training.stage_log import Peak
+from walt_jax.training.state import abstract_state
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
 from walt_jax.workdir import CONFIG, read_config, write_atomically
@@ -74,11 +82,25 @@ class Run:
         self.data = RunData(config, workdir, self.codec, self.text, self.low_res)
         self._low_res: LowRes | None = None  # read from its checkpoint once
 
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices.
+
+        Raises:
+            UserError: if `config.mesh` does not fit them.
+        """
+        check_rules(self.config.rules, mesh := make_mesh(self.config.mesh, jax.devices()))
+        return mesh
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        """Within, programs run on all devices of the mesh."""
+        return on(self.mesh, self.config.rules)
+
     def check(self) -> None:
         """Opens everything that training will read.
 
         Raises:
-            UserError: if something can't be read, or a stage does not fit the memory.
+            UserError: if something can't be read, or a stage does not fit the mesh or the memory.
         """
         self._check_memory()
         self.data.check()
@@ -93,33 +115,45 @@ class Run:
                 load_features(path)
 
     def _check_memory(self) -> None:
-        """Compares each stage's state with the memory, before minutes are spent on data and compilation.
+        """Compares each stage with the mesh and the memory, before minutes are spent on data and compilation.
 
         Raises:
-            UserError: if the state is larger.
+            UserError: if the mesh does not divide it, or its state is larger than a device's memory.
         """
         memory = memory_bytes()
+        shared = self.mesh.size if self.mesh.devices.flat[0].platform == "cpu" else 1  # devices of one memory
+        if self.config.denoiser is not None and self.config.denoiser.heads % self.mesh.shape["tensor"]:
+            raise UserError(
+                f"config.denoiser.heads is {self.config.denoiser.heads}, which config.mesh.tensor="
+                f"{self.mesh.shape['tensor']} does not divide; make tensor a divisor of heads."
+            )
         for name in self.config.trained_stages:
             stage, task = self.config.stages[name], make_task(self.config, name, self.config.most_pieces)
-            shapes = jax.eval_shape(task.init, jax.random.key(0))
-            optimizer = make_optimizer(stage.optimizer, stage.steps, shapes[0])
-            params, moving = map(unboxed, shapes)
-            create = functools.partial(TrainState.create, task=task, optimizer=optimizer, ema_decay=stage.ema_decay)
-            needed = tree_bytes(jax.eval_shape(create, params, moving)) + tree_bytes(params)  # the gradients
+            for size in self.config.batch_sizes(name):
+                if size // stage.accumulate % data_shards(self.mesh):
+                    what = "A batch" if stage.accumulate == 1 else "A micro-batch"
+                    raise UserError(uneven(f"{what} of stage {name}", size // stage.accumulate, self.mesh))
+            boxed, _ = jax.eval_shape(task.init, jax.random.key(0))
+            optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
+            state = abstract_state(task, optimizer, self.mesh, self.config.rules, stage.ema_decay)
+            needed = shared * (device_bytes(state) + device_bytes(state.params))  # the gradients
             if memory is not None and needed > memory:
-                count = sum(leaf.size for leaf in jax.tree.leaves(params))
+                count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+                more = "" if self.mesh.size == 1 else ", or config.mesh.fsdp larger"
                 raise UserError(
                     f"Stage {name} can't fit: its {count:,} parameters, with optimizer, average and gradients, take "
-                    f"{needed / 1e9:,.1f} GB, and there are {memory / 1e9:,.1f}; make dim, layers or channels smaller."
+                    f"{needed / 1e9:,.1f} GB{' a device' if self.mesh.size > 1 else ''}, and there are "
+                    f"{memory / 1e9:,.1f}; make dim, layers or channels smaller{more}."
                 )
 
     def summary(self) -> str:
         """A text on the stages, their sizes, the data, the device and the workdir."""
         config = self.config
-        devices = jax.devices()
+        devices, mesh = jax.devices(), self.mesh
         shape = config.tokenizer.latent_shape(config.data.frames, config.data.height, config.data.width)
         lines = [
-            f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, on {devices[0].device_kind}, 1 of {len(devices)}",
+            f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, on {mesh.size} of {len(devices)} × "
+            f"{devices[0].device_kind}" + (f": mesh {described(mesh)}" if mesh.size > 1 else ""),
             f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames"
             f" a second from {config.data.source}; latents {' × '.join(map(str, shape))}",
         ]
@@ -145,8 +179,20 @@ class Run:
                 lines.append(f"          its clips are the latents of {stage.latents}")
         return "\n".join([*lines, f"workdir   {self.workdir}"])
 
-    def train(self) -> None:
-        """Runs every stage to its end; stages that are done are skipped."""
+    def peak(self) -> Peak | None:
+        """What MFU is a fraction of; None where that is not known."""
+        stated, kind = self.config.peak_flops_per_second, self.mesh.devices.flat[0].device_kind
+        if stated:
+            return Peak(stated, "config.peak_flops_per_second")
+        found = hardware.peak(kind)
+        return None if found is None else Peak(found, f"{kind}, dense bfloat16, as its maker states")
+
+    def train(self, profile: Steps | None = None) -> None:
+        """Runs every stage to its end; stages that are done are skipped.
+
+        Args:
+            profile: steps of each stage to trace, see `run_stage`.
+        """
         names = list(self.config.stages)
         initial: dict[str, Any] = {}  # for each task, what its last stage has trained
         if self.config.init_from:
@@ -161,7 +207,7 @@ class Run:
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self.data.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
-            extras["gone"] = self.data.gone
+            extras |= {"gone": self.data.gone, "peak": self.peak(), "profile": profile}
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
                 if not images:
@@ -176,7 +222,9 @@ class Run:
                     dataset = functools.partial(self.data.encoded, name, tokenizer)
                 elif stage.pack:
                     dataset = functools.partial(self.data.packs, name, tokenizer)
-            trained = run_stage(name, stage, self._task(name), dataset, self.workdir, key, **extras)
+            trained = run_stage(
+                name, stage, self._task(name), dataset, self.workdir, key, self.mesh, rules=self.config.rules, **extras
+            )
             initial[stage.task] = trained.served
             if images:
                 initial[stage.task] = inflate(trained.served, self.config.tokenizer, self.config.inflation)
@@ -295,10 +343,10 @@ class Run:
     def _served(self, stage: str, checkpoints: Checkpoints) -> Trained:
         """What the newest checkpoint of a stage serves: its average, or its parameters where none is kept."""
         task = self._task(stage)
-        params, moving = jax.eval_shape(lambda key: tuple(map(unboxed, task.init(key))), jax.random.key(0))
-        if self.config.stages[stage].ema_decay:
-            return Trained(*checkpoints.restore_part("ema", jax.eval_shape(task.served, params, moving)))
-        weights, outcome = checkpoints.restore_part("weights", {"params": params, "moving": moving})
+        like = abstract_state(task, optax.identity(), self.mesh, self.config.rules, self.config.stages[stage].ema_decay)
+        if like.ema is not None:
+            return Trained(*checkpoints.restore_part("ema", like.ema))
+        weights, outcome = checkpoints.restore_part("weights", {"params": like.params, "moving": like.moving})
         return Trained(task.served(**weights), outcome)
 
     def make_vocabulary(self) -> bytes | None:
@@ -323,10 +371,12 @@ class Run:
         return Batches(Clips(self.data.of_nominal_size(), seed), (STATISTICS_BATCH,))
 
     def _trained_tokenizer(self, trained: Trained) -> TrainedTokenizer:
+        """On all devices: clips are also encoded in a thread, where programs must not wait for each other's devices."""
+        served = jax.device_put(trained.served, replicated(self.mesh))
         if not self.config.normalise_latents:
-            return TrainedTokenizer.unnormalised(trained.served, self.config.tokenizer.latent_channels)
+            return TrainedTokenizer.unnormalised(served, self.config.tokenizer.latent_channels)
         mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
-        return TrainedTokenizer(trained.served, mean, std)
+        return TrainedTokenizer(served, mean, std)
 
     def encode(
         self, out: epath.PathLike, tokenizer: TrainedTokenizer, clips: int = 0, stage: str | None = None
@@ -368,12 +418,16 @@ class Run:
         config = build(RunConfig, knobs, f"{workdir / CONFIG}: config")
         ours, theirs = (dataclasses.asdict(c.tokenizer) for c in (self.config, config))
         for knob, value in ours.items():
-            if theirs[knob] != value:
+            if theirs[knob] != value and knob != "remat":  # which does not change the weights
                 raise UserError(
                     f"config.tokenizer.{knob} is {value!r}, but {theirs[knob]!r} in {workdir}, whose tokenizer is "
                     f"used; set it to {theirs[knob]!r}."
                 )
-        return Run(dataclasses.replace(config, normalise_latents=self.config.normalise_latents), workdir)
+        return self._here(dataclasses.replace(config, normalise_latents=self.config.normalise_latents), workdir)
+
+    def _here(self, config: RunConfig, workdir: pathlib.Path) -> "Run":
+        """Another run on this one's mesh."""
+        return Run(dataclasses.replace(config, mesh=self.config.mesh, rules=self.config.rules), workdir)
 
     def _taken_tokenizer(self) -> TrainedTokenizer:
         """The tokenizer that `tokenizer_from` names; the workdir gets a copy, so that it does not need that run."""
@@ -425,7 +479,7 @@ class Run:
         knobs = read_config(workdir)
         if knobs is None:
             raise UserError(f"config.low_res_from: {workdir} holds no run; name the --workdir of the base run.")
-        base = Run(build(RunConfig, knobs, f"{workdir / CONFIG}: config"), workdir)
+        base = self._here(build(RunConfig, knobs, f"{workdir / CONFIG}: config"), workdir)
         takes_another = base.config.tokenizer_from and not base.config.takes_autoencoder
         return base._other_run() if takes_another else base
 

@@ -20,6 +20,8 @@ from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import EvaluationConfig
 from walt_jax.generation.codec import Codec, PerFrame
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.parallel.mesh import MeshConfig
+from walt_jax.parallel.rules import Rules
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.autoencoder_kl import AutoencoderKL
@@ -65,7 +67,10 @@ class RunConfig:
     `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents` says whether the denoiser
     gets each channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer outputs them.
     `low_res_from` is for super-resolution, where `denoiser.upscale` is above 1: the workdir of the base run, whose
-    tokenizer makes the low-resolution latents that the denoiser is conditioned on.
+    tokenizer makes the low-resolution latents that the denoiser is conditioned on. `mesh` and `rules` say how all of it
+    is divided over the devices, see `parallel`: (logical axis, mesh axis or axes or None) rows that precede the default
+    table. Neither changes what is computed, but for rounding. `peak_flops_per_second` is that of a device, of which the
+    log's MFU is a fraction; 0 takes it from `parallel.hardware`, and logs no MFU for devices that are not there.
     """
 
     seed: Annotated[int, Range(0, 2**31 - 1)]
@@ -85,6 +90,9 @@ class RunConfig:
     diffusion: DiffusionConfig | None = None
     conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     sampling: SamplingConfig | None = None
+    peak_flops_per_second: float = 0.0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: Rules = ()
 
     def __post_init__(self):
         tasks = [stage.task for stage in self.stages.values()]
@@ -105,6 +113,11 @@ class RunConfig:
             raise ValueError("init_from is for runs that train a denoiser, and no stage of this one does")
         shape = self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
         for name, stage in self.stages.items():
+            for size in self.batch_sizes(name):
+                if size % stage.accumulate:
+                    raise ValueError(
+                        f"stages.{name}.accumulate={stage.accumulate} does not divide batches of {size} clips"
+                    )
             for kind, changed in stage.shapes.items():
                 try:
                     self.latent_shapes(self.clip_shape(changed))

@@ -25,6 +25,7 @@ from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
+from walt_jax.parallel.mesh import data_shards, make_mesh
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
@@ -261,6 +262,7 @@ class RunData:
             self._seed(name),
             config.data.caption_dropout,
             stage.pack.drop,
+            data_shards(make_mesh(config.mesh, jax.devices())) * stage.accumulate,  # micro-batches have their own
         )
 
     def _sizes(self, name: str) -> dict[Size, int]:

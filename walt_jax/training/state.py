@@ -1,5 +1,6 @@
 """The state that a training step changes, and the step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,12 +8,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from walt_jax.training.tasks import Task
+from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.layers import compiling_for
+from walt_jax.parallel.mesh import replicated
+from walt_jax.parallel.rules import Rules, like_parameters, shardings
+from walt_jax.training.accumulation import accumulated_gradients
+from walt_jax.training.moments import host_shardings
+from walt_jax.training.norms import norms_by_module
+from walt_jax.training.tasks import Metrics, Task
 
 # XLA's CPU compiler removes optimization barriers before it fuses operations, unless this pass is disabled.
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+
+
+OPTIMIZER = "optimizer"  # the scope of its operations in a trace
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -46,21 +58,73 @@ class TrainState(flax.struct.PyTreeNode):
         return task.served(self.params, self.moving) if self.ema is None else self.ema
 
 
+def abstract_state(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules, ema_decay: float
+) -> TrainState:
+    """Shapes and types of a stage's state, and how each array is divided over the mesh.
+
+    Moments and the average are divided as their parameters are; what a task moves without a gradient, such as a
+    codebook, is on all devices.
+
+    Args:
+        task, optimizer, ema_decay: the stage's.
+        mesh: see `parallel.mesh`; of devices that need not be there.
+        rules: rows that precede `parallel.rules.DEFAULT_RULES`.
+
+    Raises:
+        UserError: if an axis of a parameter can't be divided.
+    """
+    boxed, moving = jax.eval_shape(task.init, jax.random.key(0))
+    params, moving = unboxed(boxed), unboxed(moving)
+    create = functools.partial(TrainState.create, task=task, optimizer=optimizer, ema_decay=ema_decay)
+    shapes = jax.eval_shape(create, params, moving)
+    divided, whole = shardings(boxed, mesh, rules), replicated(mesh)
+    stays = jax.tree.map(lambda _: whole, moving)
+    ema = task.served(divided, stays) if ema_decay else None
+    kept = host_shardings(like_parameters(shapes.opt_state, params, divided, mesh), shapes.opt_state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        TrainState(whole, divided, stays, ema, kept),
+    )
+
+
+def state_shardings(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules, ema_decay: float
+) -> TrainState:
+    """The shardings of `abstract_state`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh, rules, ema_decay))
+
+
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, ema_decay: float, platform: str | None = None
-) -> Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    platform: str | None = None,
+    divided: TrainState | None = None,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, Metrics]]:
     """Compiles `(state, frozen, batch, key) -> (state, metrics)`.
 
     The step's randomness is `fold_in(key, step)`: a resumed run draws what an uninterrupted one would have. `metrics`
-    has `gradient_norm`, `parameter_norm` (after the update) and what the task adds, `loss` among it. The state's
-    buffers are donated. `platform` is what the step is compiled for, where that isn't this machine's.
+    has `gradient_norm` and `parameter_norm` (after the update), gradient and update norms by module, and what the task
+    adds, `loss` among it. The state's buffers are donated. `platform` is what the step is compiled for, where that
+    isn't this machine's. `divided` is what `state_shardings` returns: the new state is divided as the old one; without,
+    the compiler decides. `accumulate` is the number of micro-batches, see `accumulation`.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray):
+        with compiling_for(platform):
+            return update(state, frozen, batch, key)
+
+    def update(state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray):
         key = jax.random.fold_in(key, state.step)
-        gradients, moving, metrics = task.gradients(state.params, state.moving, frozen, batch, key, state.step)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        gradients, moving, metrics = accumulated_gradients(
+            task, accumulate, state.params, state.moving, frozen, batch, key, state.step
+        )
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         ema = None
         if ema_decay:
             # A smaller decay in early steps, so that the average forgets the initialisation.
@@ -68,8 +132,10 @@ def make_train_step(
             served = task.served(params, moving)
             ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, served)
         # The loss is that of the parameters before the update, their norm is that after it.
-        norms = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
-        return TrainState(state.step + 1, params, moving, ema, opt_state), {**metrics, **norms}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
+        metrics |= norms_by_module("gradient_norm", gradients) | norms_by_module("update_norm", updates)
+        return TrainState(state.step + 1, params, moving, ema, opt_state), metrics
 
     options = COMPILER_OPTIONS.get(platform or jax.default_backend())
-    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+    out = None if divided is None else (divided, replicated(divided.step.mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=options)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal, Protocol
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import reduce
@@ -13,11 +14,11 @@ from walt_jax.config import Fraction, Positive, Range
 from walt_jax.denoiser.layout import Layout, from_tokens
 from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.adaptive import complexity
-from walt_jax.diffusion.objective import diffusion_loss
+from walt_jax.diffusion.objective import Binned, Draws, diffusion_loss, draw
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, ""] | Binned]
 
 # VDT's: every fourth frame; each frame generated with 0.8 (so observed with 0.2); at most half of the area generated,
 # in rectangles of aspect ratios from 0.3 to 1/0.3, with at most 3 frames observed whole at either end
@@ -30,12 +31,29 @@ class Task(Protocol):
     def init(self, key: PRNGKeyArray) -> tuple[Any, Any]:
         """Fresh parameters with their logical axis names, `nn.Partitioned`, and `moving`: what has no gradient."""
 
+    def draw(self, batch: Any, key: PRNGKeyArray) -> Any:
+        """What is random about each of the batch's rows: leaves have the rows as their leading axis."""
+
+    def weight(self, batch: Any, draws: Any) -> Float[Array, ""]:
+        """How many values the loss is a mean over."""
+
+    def tokens(self, batch: Any) -> int:
+        """How many tokens a batch of equal clips has, or latent positions."""
+
     def gradients(
-        self, params: Any, moving: Any, frozen: Any, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]
+        self,
+        params: Any,
+        moving: Any,
+        frozen: Any,
+        batch: Any,
+        key: PRNGKeyArray,
+        step: Int[Array, ""],
+        draws: Any = None,
     ) -> tuple[Any, Any, Metrics]:
         """Gradients structured as `params`, `moving` after the step, and scalars to log, "loss" among them.
 
-        `frozen` holds what earlier stages have trained.
+        `frozen` holds what earlier stages have trained. `draws` is part of a larger batch's, see `accumulation`;
+        without it, `draw` makes them of `key`.
         """
 
     def served(self, params: Any, moving: Any) -> Any:
@@ -82,6 +100,21 @@ def rectangles(sizes: Float[Array, "*n 2"], key: PRNGKeyArray) -> tuple[Float[Ar
     return corner, corner + extent
 
 
+@flax.struct.dataclass
+class Drawn:
+    """What is random about a denoiser's batch.
+
+    Attributes:
+        loss: see `objective.Draws`.
+        observed: 1 at observed latent positions, 0 elsewhere; None where the denoiser predicts no frames.
+        low_res: times and noise of the low-resolution latents; None where the denoiser does not upscale.
+    """
+
+    loss: Draws
+    observed: Float[Array, "b n q"] | None = None
+    low_res: tuple[Float[Array, "b 1"], Float[Array, "b t2 h2 w2 c"]] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class DenoiserTask:
     """W.A.L.T on the frozen tokenizer's latents.
@@ -101,6 +134,29 @@ class DenoiserTask:
     def init(self, key: PRNGKeyArray) -> tuple[Any, Any]:
         return self.model.init(key), {}
 
+    def draw(self, batch: Any, key: PRNGKeyArray) -> Drawn:
+        """Observed positions, noise and times of all clips of a batch."""
+        key_observed, key_low_res, key_loss = jax.random.split(key, 3)
+        layout, shape, clips = self._shapes(batch)
+        observed = low_res = None
+        if self.model.denoiser.config.frame_prediction:
+            observed = self._observed_mask(layout, shape, clips, key_observed)
+        if self.model.denoiser.config.upscale > 1:
+            key_time, key_noise = jax.random.split(key_low_res)
+            time = jax.random.uniform(key_time, (shape[0], 1), maxval=self.conditioning.low_res_noise)
+            low_res = time, jax.random.normal(key_noise, batch["low_res"].shape)
+        return Drawn(draw(key_loss, shape, clips, self.model.diffusion), observed, low_res)
+
+    def tokens(self, batch: Any) -> int:
+        """Tokens of the denoiser."""
+        _, (count, length, _), _ = self._shapes(batch)
+        return count * length
+
+    def weight(self, batch: Any, draws: Drawn) -> Float[Array, ""]:
+        """How many values of the latents are counted in the loss."""
+        layout, shape, _ = self._shapes(batch)
+        return self._counted(layout, shape, draws).sum()
+
     def gradients(
         self,
         params: Any,
@@ -109,44 +165,62 @@ class DenoiserTask:
         batch: Any,
         key: PRNGKeyArray,
         step: Int[Array, ""],
+        draws: Drawn | None = None,
     ) -> tuple[Any, Any, Metrics]:
         """Gradients of the diffusion loss over the values that are not observed."""
-        key_observed, key_low_res, key_loss = jax.random.split(key, 3)
         model, energy = self.model, None
+        draws = self.draw(batch, key) if draws is None else draws
+        layout, _, clips = self._shapes(batch)
         if "pack" in batch:
-            layout, tokens, text_tokens = Layout(pack=batch["pack"]), batch["tokens"], batch["text"]
+            tokens, text_tokens = batch["tokens"], batch["text"]
         else:
             latents = batch["latents"] if "latents" in batch else model.codec.encode(frozen, batch["video"])[0]
-            layout, tokens = model.layout_of(latents), model.tokens(latents)
-            text_tokens = single_clips(batch["text"])
+            tokens, text_tokens = model.tokens(latents), single_clips(batch["text"])
             if model.diffusion.adaptive > 0:
                 energy = complexity(latents)[:, None]
-        clips = jax.tree.leaves(text_tokens)[0].shape[:2]
         sizes = jnp.broadcast_to(layout.clip_sizes(), (*clips, 3))
-        counted = jnp.broadcast_to(layout.valid()[..., None], tokens.shape).astype(tokens.dtype)
+        counted = self._counted(layout, tokens.shape, draws)
         conditions = {}
-        if model.denoiser.config.frame_prediction:
-            mask = self._observed_mask(layout, tokens, clips, key_observed)
-            conditions = {"observed": tokens, "mask": mask}
-            counted = counted * (1 - model.per_value(mask))
-        if model.denoiser.config.upscale > 1:
-            conditions["low_res"], conditions["low_res_time"] = self._noised(batch["low_res"], key_low_res)
+        if draws.observed is not None:
+            conditions = {"observed": tokens, "mask": draws.observed}
+        if draws.low_res is not None:
+            conditions["low_res"], conditions["low_res_time"] = self._noised(batch["low_res"], *draws.low_res)
 
         def loss(params):
             denoise = model.denoise(params, model.condition(params, text_tokens, **conditions), layout)
             return diffusion_loss(
-                denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, key_loss, model.diffusion, coarse
+                denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, draws.loss, model.diffusion, coarse
             )
 
         def coarse(values, size):
             values = from_tokens(values, layout.grid, model.denoiser.config.patch_size)
             return reduce(values, "b t (h s) (w r) c -> b t h w c", "mean", s=size, r=size)
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        metrics = {"loss": value}
+        (value, by_level), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        metrics = {"loss": value, "loss_by_noise": by_level}
         if layout.pack is not None:
             metrics["tokens_valid_fraction"] = layout.valid().mean()
+            metrics["clips_deferred"] = layout.pack.deferred.sum()
         return gradients, moving, metrics
+
+    def _shapes(self, batch: Any) -> tuple[Layout, tuple[int, int, int], tuple[int, int]]:
+        """The layout, the shape (b, n, p) of the tokens, and (b, s) of the clips."""
+        if "pack" in batch:
+            return Layout(pack=batch["pack"]), batch["tokens"].shape, batch["pack"].sizes.shape[:2]
+        config, codec = self.model.denoiser.config, self.model.codec.tokenizer.config
+        if "latents" in batch:
+            count, *latents, channels = batch["latents"].shape
+        else:
+            count, frames, height, width, _ = batch["video"].shape
+            time, *space = codec.strides
+            latents, channels = [1 + (frames - 1) // time, height // space[0], width // space[1]], codec.latent_channels
+        grid = config.grid(tuple(latents))
+        return Layout(grid=grid), (count, math.prod(grid), channels * math.prod(config.patch_size)), (count, 1)
+
+    def _counted(self, layout: Layout, shape: tuple[int, int, int], draws: Drawn) -> Float[Array, "b n p"]:
+        """1 for each value with a loss, 0 for padding and observed values."""
+        counted = jnp.broadcast_to(layout.valid()[..., None], shape).astype(jnp.float32)
+        return counted if draws.observed is None else counted * (1 - self.model.per_value(draws.observed))
 
     def served(self, params: Any, moving: Any) -> Any:
         return params
@@ -156,7 +230,7 @@ class DenoiserTask:
         return {**params, **{name: resize(tree, params[name]) for name, tree in served.items()}}, moving
 
     def _observed_mask(
-        self, layout: Layout, tokens: Float[Array, "b n p"], clips: tuple[int, int], key: PRNGKeyArray
+        self, layout: Layout, shape: tuple[int, int, int], clips: tuple[int, int], key: PRNGKeyArray
     ) -> Float[Array, "b n q"]:
         """1 at observed latent positions, 0 elsewhere. No clip is observed completely, so that each has a loss."""
         keys = jax.random.split(key, 6)
@@ -197,14 +271,12 @@ class DenoiserTask:
         chosen = of_clip(jax.nn.one_hot(kind, len(cfg.kinds)) * whether[..., None])
         found = {name: masks[name]() for name in dict.fromkeys(cfg.kinds)}
         mask = sum(chosen[..., i : i + 1] * found[name] for i, name in enumerate(cfg.kinds))
-        positions = tokens.shape[-1] // self.model.latent_shape[3]
-        return jnp.broadcast_to(mask.astype(jnp.float32), (*tokens.shape[:2], positions))
+        positions = shape[-1] // self.model.latent_shape[3]
+        return jnp.broadcast_to(mask.astype(jnp.float32), (*shape[:2], positions))
 
     def _noised(
-        self, low_res: Float[Array, "b t2 h2 w2 c"], key: PRNGKeyArray
+        self, low_res: Float[Array, "b t2 h2 w2 c"], time: Float[Array, "b 1"], noise: Float[Array, "b t2 h2 w2 c"]
     ) -> tuple[Float[Array, "b t2 h2 w2 c"], Float[Array, "b 1"]]:
         """Low-resolution latents with noise of a random time for each clip, and these times (noise augmentation)."""
-        key_time, key_noise = jax.random.split(key)
-        time = jax.random.uniform(key_time, (len(low_res), 1), maxval=self.conditioning.low_res_noise)
         alpha, sigma = (level[..., None, None, None] for level in self.model.diffusion.schedule(time))
-        return alpha * low_res + sigma * jax.random.normal(key_noise, low_res.shape), time
+        return alpha * low_res + sigma * noise, time

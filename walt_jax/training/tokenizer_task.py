@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -80,17 +81,39 @@ class TokenizerTask:
         codebook = {"codebook": served["codebook"]} if "codebook" in served else {}
         return {**params, "tokenizer": served["params"]}, {**moving, **codebook}
 
+    def draw(self, batch: Any, key: PRNGKeyArray) -> Float[Array, "b t h w c"] | None:
+        """The head's noise."""
+        shape = len(batch["video"]), *self.tokenizer.config.latent_shape(*batch["video"].shape[1:4])
+        return self.tokenizer.apply({}, shape, method="noise", rngs={"latent": key})
+
+    def tokens(self, batch: Any) -> int:
+        """Latent positions."""
+        count, *clip, _ = batch["video"].shape
+        return count * math.prod(self.tokenizer.config.latent_shape(*clip)[:3])
+
+    def weight(self, batch: Any, draws: Any) -> Float[Array, ""]:
+        """How many clips there are: losses are means over them."""
+        return jnp.float32(len(batch["video"]))
+
     def gradients(
-        self, params: Any, moving: Any, frozen: None, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]
+        self,
+        params: Any,
+        moving: Any,
+        frozen: None,
+        batch: Any,
+        key: PRNGKeyArray,
+        step: Int[Array, ""],
+        draws: Float[Array, "b t h w c"] | None = None,
     ) -> tuple[Any, Any, Metrics]:
         """One forward pass of the tokenizer, and one of the discriminator on what it made, serve both players."""
         video = to_float(batch["video"])
+        noise = self.draw(batch, key) if draws is None else draws
         codebook = {name: moving[name] for name in ("codebook",) if name in moving}
 
         def reconstruct(tokenizer):
             variables = {"params": tokenizer, **codebook}
             (reconstruction, quantized), moved = self.tokenizer.apply(
-                variables, video, train=True, rngs={"latent": key}, mutable=list(codebook)
+                variables, video, train=True, noise=noise, rngs={"latent": key}, mutable=list(codebook)
             )
             weights = {
                 "commitment": self.config.commitment,

@@ -1,0 +1,51 @@
+"""A plan on hardware as a picture: memory by kind, time by part."""
+
+import pathlib
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from walt_jax.parallel.roofline import BOUNDS
+
+COLOURS = dict(zip(BOUNDS, ("#4477aa", "#ee6677", "#ccbb44", "#aa3377"), strict=True))
+PARTS = 14  # bars; the smallest are summed
+
+
+def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws each program's memory by kind, with the limit, and the train step's time by part, coloured by its bound."""
+    entries = plan["programs"]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    memory, time = figure.subplots(1, 2, width_ratios=[1, 1.4])
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["memory_bytes"]))
+    names = [entry["name"].replace("_", " ") for entry in entries]
+    base = [0.0] * len(entries)
+    for number, kind in enumerate(kinds):
+        sizes = [entry["memory_bytes"].get(kind, 0) / 2**30 for entry in entries]
+        memory.bar(names, sizes, bottom=base, label=kind, color=f"C{number}")
+        base = [low + size for low, size in zip(base, sizes, strict=True)]
+    memory.axhline(plan["hbm_limit_bytes"] / 2**30, color="black", linestyle="--", label="limit")
+    memory.set(ylabel="GiB a device", title=f"{plan['topology']}, {plan['chips']} chips")
+    memory.tick_params(axis="x", rotation=20)
+    memory.legend(fontsize=8)
+    main = next(entry for entry in entries if "train" in entry["name"])
+    if main["estimated_step_seconds"] is None:
+        time.text(0.5, 0.5, "the train step does not fit", ha="center", va="center", transform=time.transAxes)
+        time.axis("off")
+    else:
+        parts = sorted(main["seconds_by_part"].items(), key=lambda part: -sum(part[1].values()))
+        shown, others = parts[:PARTS], parts[PARTS:]
+        if others:
+            summed = {bound: sum(part[bound] for _, part in others) for bound in BOUNDS}
+            shown.append((f"{len(others)} smaller parts", summed))
+        labels = [name for name, _ in reversed(shown)]
+        left = [0.0] * len(shown)
+        for bound in BOUNDS:
+            widths = [1e3 * part[bound] for _, part in reversed(shown)]
+            time.barh(labels, widths, left=left, color=COLOURS[bound], label=f"bound by {bound}")
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        seconds, mfu = main["estimated_step_seconds"], main["estimated_mfu"]
+        title = f"{main['name'].replace('_', ' ')}: {seconds:.3f} s at least, {mfu:.0%} MFU, {main['clips']} clips"
+        time.set(xlabel="ms", title=title)
+        time.tick_params(axis="y", labelsize=8)
+        time.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)

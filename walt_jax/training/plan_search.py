@@ -1,0 +1,109 @@
+"""Meshes, remat policies and accumulation tried by analysis, the best first."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.errors import UserError
+from walt_jax.parallel.mesh import MeshConfig, make_mesh
+from walt_jax.parallel.topology import Topology
+from walt_jax.training.plan_hardware import analysed, described_sizes, devices_of, model_flops
+from walt_jax.training.programs import programs
+from walt_jax.training.run_config import RunConfig
+
+SLOW = 0.5  # a train step below this MFU has others tried
+SHOWN = 8  # rows of a ranking
+KEPT = ("hbm_bytes_per_device", "fits", "estimated_step_seconds", "estimated_mfu", "bound_by")
+ACCUMULATE = (1, 2, 4, 8)  # micro-batches, more where fewer do not fit
+
+
+def meshes(topology: Topology) -> Iterator[MeshConfig]:
+    """A small list: all copies; all divided; divided within a slice; both of these with heads divided, too."""
+    inside = topology.device_count // topology.slices
+    seen = set()
+    for tensor in (1, 2, 4):
+        for fsdp in (1, topology.hardware.host_devices // tensor, inside // tensor):
+            if fsdp * tensor <= inside and inside % (fsdp * tensor) == 0 and (fsdp, tensor) not in seen:
+                seen.add((fsdp, tensor))
+                yield MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
+
+
+def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The train step's analysis on each mesh, with each remat policy: first those that fit, the fastest first.
+
+    Args:
+        config: its own mesh and policy are among those tried.
+        topology: the devices.
+        remats: policies; all of `denoiser.remat` by default.
+
+    Returns:
+        For each {"mesh", "remat", "accumulate", "hbm_bytes_per_device", "fits", "estimated_step_seconds",
+        "estimated_mfu", "bound_by"}. Meshes that don't divide the model or the batch are left out.
+    """
+    devices, rows, model = devices_of(topology), [], None
+    if config.denoiser is None:
+        remats = (None,)
+    elif remats is None:
+        remats = typing.get_args(typing.get_type_hints(DenoiserConfig)["remat"])
+    for mesh_config in dict.fromkeys((config.mesh, *meshes(topology))):
+        for remat in remats:
+            denoiser = remat and dataclasses.replace(config.denoiser, remat=remat)
+            tried = dataclasses.replace(config, denoiser=denoiser, mesh=mesh_config)
+            for accumulate in ACCUMULATE:
+                try:
+                    own = _accumulating(tried, accumulate)
+                    mesh = make_mesh(own.mesh, devices)
+                    program = next(make for name, make in programs(own, mesh).items() if "train" in name)()
+                except (UserError, ValueError):  # it does not divide the model or the batch
+                    break
+                model = model or model_flops(program)  # the same for all
+                entry = analysed(program, own, mesh, topology, model)
+                row = {"mesh": dict(mesh.shape), "remat": remat, "accumulate": own.stages[program.stage].accumulate}
+                rows.append(row | {name: entry[name] for name in KEPT})
+                if entry["fits"]:
+                    break
+    unique = {(tuple(row["mesh"].items()), row["remat"], row["accumulate"]): row for row in rows}
+    return sorted(unique.values(), key=lambda row: (not row["fits"], row["estimated_step_seconds"]))
+
+
+def _accumulating(config: RunConfig, count: int) -> RunConfig:
+    """The config with micro-batches in the stage whose step is planned; `count` 1 leaves its own.
+
+    Raises:
+        ValueError: if they don't divide the batch, or it has packs.
+    """
+    name = (config.denoiser_stages or config.trained_stages)[-1]
+    if count == 1:
+        return config
+    stage = dataclasses.replace(config.stages[name], accumulate=count)
+    return dataclasses.replace(config, stages={**config.stages, name: stage})
+
+
+def ranking_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A ranking as text."""
+    lines = ["others by analysis, the best first:"]
+    for row in rows[:SHOWN]:
+        lines.append(
+            f"  {described_sizes(row['mesh']):28} remat {row['remat'] or '-':6} accumulate {row['accumulate']} "
+            f"{row['hbm_bytes_per_device'] / 2**30:7.2f} GiB {'fits' if row['fits'] else 'does not fit':12} "
+            f"{row['estimated_step_seconds']:8.4f} s {row['estimated_mfu']:6.1%} MFU, bound by {row['bound_by']}"
+        )
+    return lines
+
+
+def best_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
+    """The fastest mesh that fits, with the config's own remat policy.
+
+    Raises:
+        UserError: if none fits.
+    """
+    rows = ranked(config, topology, (config.denoiser and config.denoiser.remat,))
+    if not rows or not rows[0]["fits"]:
+        needed = f" (the smallest takes {min(r['hbm_bytes_per_device'] for r in rows) / 2**30:.1f} GiB)" if rows else ""
+        raise UserError(
+            f"--auto_mesh finds no mesh of {topology.name} that the train step fits on{needed}; use more devices, "
+            'a smaller batch_size or --config.denoiser.remat="block".'
+        )
+    return MeshConfig(**rows[0]["mesh"])

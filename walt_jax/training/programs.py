@@ -1,0 +1,253 @@
+"""The programs that a config runs on a mesh, as functions of shapes with shardings: to be compiled or analysed."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from walt_jax.errors import UserError
+from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.latent_diffusion import single_clips, unboxed
+from walt_jax.layers import compiling_for
+from walt_jax.parallel.memory import device_bytes
+from walt_jax.parallel.mesh import batch_shardings, data_shards, replicated, uneven
+from walt_jax.parallel.rules import active_rules
+from walt_jax.tokenizer.autoencoder import Tokenizer
+from walt_jax.training.accumulation import accumulated_gradients
+from walt_jax.training.optimizer import make_optimizer
+from walt_jax.training.run_config import RunConfig, make_model, make_task
+from walt_jax.training.state import abstract_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program and what it is called with.
+
+    Attributes:
+        name: "train_step", "sampler_step", "tokenizer_train_step" or "decode".
+        stage: whose step it is, if one's.
+        jitted: the program; not traced yet.
+        arguments: shapes with shardings.
+        memory: {kind: bytes a device} of the arguments.
+        clips: that it works on.
+        clip: their (frames, height, width).
+        tokens: latent tokens of all clips; latent positions of a tokenizer's.
+        own: a function and its arguments that do the program's operations, but for the optimizer's.
+        batch_arguments: which of those arguments have a row for each clip.
+        parameter_bytes: of all parameters, on all devices together.
+        compute_bytes: of a number in the computation.
+        passes: through the parameters, forward and backward.
+        residual_bytes: of all blocks' residual streams, of all clips.
+    """
+
+    name: str
+    stage: str | None
+    jitted: Any
+    arguments: tuple[Any, ...]
+    memory: dict[str, int]
+    clips: int
+    clip: tuple[int, int, int]
+    tokens: int
+    own: tuple[Callable[..., Any], tuple[Any, ...]]
+    batch_arguments: tuple[int, ...]
+    parameter_bytes: int
+    compute_bytes: int
+    passes: int
+    residual_bytes: int = 0
+
+    @property
+    def trains(self) -> bool:
+        return "train" in self.name
+
+
+def programs(config: RunConfig, mesh: Mesh) -> dict[str, Callable[[], Program]]:
+    """What makes each of a config's programs, by name; trace it within `tracing`."""
+    made: dict[str, Callable[[], Program]] = {}
+    if config.denoiser is not None:
+        made["train_step"] = functools.partial(train_step, config, config.denoiser_stages[-1], mesh)
+        made["sampler_step"] = functools.partial(sampler_step, config, mesh)
+    tokenizers = [name for name in config.trained_stages if config.stages[name].task == "tokenizer"]
+    if tokenizers:
+        made["tokenizer_train_step"] = functools.partial(train_step, config, tokenizers[-1], mesh)
+    if not config.takes_autoencoder:
+        made["decode"] = functools.partial(decode, config, mesh)
+    return made
+
+
+def tracing(config: RunConfig, mesh: Mesh) -> contextlib.ExitStack:
+    """Within, programs are traced for the mesh's devices, which need not be attached; nothing is computed."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+    stack.enter_context(active_rules(config.rules))
+    stack.enter_context(compiling_for(mesh.devices.flat[0].platform))
+    return stack
+
+
+def whole_bytes(tree: Any) -> int:
+    """Bytes of shapes, on all devices together."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def _everywhere(tree: Any, mesh: Mesh) -> Any:
+    return _placed(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def batch_of(config: RunConfig, stage: str, clip: tuple[int, int, int], size: int, encodes: bool) -> dict[str, Any]:
+    """Shapes of a batch of `size` clips: pixels for the tokenizer, latents for the denoiser unless it `encodes`."""
+    batch = {"video": jax.ShapeDtypeStruct((size, *clip, 3), jnp.uint8)}
+    if config.stages[stage].task == "tokenizer":
+        return batch
+    model, shape = make_model(config, config.most_pieces, stage), config.tokenizer.latent_shape(*clip)
+    if not encodes:
+        batch = {"latents": jax.ShapeDtypeStruct((size, *shape), jnp.float32)}
+    batch["text"] = jax.eval_shape(lambda: model.text_tokens(size, config.text_length))
+    if (scale := config.denoiser.upscale) > 1:
+        t, h, w, c = shape
+        batch["low_res"] = jax.ShapeDtypeStruct((size, t, h // scale, w // scale, c), jnp.float32)
+    return batch
+
+
+def tokenizer_shapes(config: RunConfig) -> TrainedTokenizer:
+    """Shapes of a trained tokenizer."""
+    channels = jax.ShapeDtypeStruct((config.tokenizer.latent_channels,), jnp.float32)
+    video = jax.ShapeDtypeStruct((1, 1, *config.tokenizer.strides[1:], 3), jnp.float32)
+    variables = jax.eval_shape(Tokenizer(config.tokenizer).init, jax.random.key(0), video)
+    return TrainedTokenizer(unboxed(variables), channels, channels)
+
+
+def largest(config: RunConfig, stage: str) -> tuple[tuple[int, int, int], int]:
+    """(frames, height, width) and number of the clips of a stage's largest batch; packs count as clips of the data."""
+    chosen = config.stages[stage]
+    shapes = zip(config.clip_shapes(stage), config.batch_sizes(stage), strict=True)
+    shape, size = max(shapes, key=lambda each: math.prod(each[0].nominal) * each[1])
+    if chosen.pack is not None:
+        shape = config.clip_shape()
+        size = max(1, chosen.batch_size * chosen.pack.tokens // config.tokens(shape.nominal))
+    return shape.nominal, size
+
+
+def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
+    """A stage's train step on its largest batch; packs are planned as the clips of the data's shape that they hold.
+
+    Raises:
+        UserError: if the mesh does not divide it.
+    """
+    stage, task = config.stages[name], make_task(config, name, config.most_pieces)
+    clip, size = largest(config, name)
+    if stage.pack is not None:
+        size = -(-size // data_shards(mesh)) * data_shards(mesh)
+    if size // stage.accumulate % data_shards(mesh):
+        raise UserError(uneven(f"A micro-batch of stage {name}", size // stage.accumulate, mesh))
+    boxed, _ = jax.eval_shape(task.init, jax.random.key(0))
+    optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
+    state = abstract_state(task, optimizer, mesh, config.rules, stage.ema_decay)
+    batch = batch_of(config, name, clip, size, stage.encodes)
+    batch = _placed(batch, batch_shardings(batch, mesh))
+    frozen = _everywhere(tokenizer_shapes(config), mesh) if stage.encodes else None
+    key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    divided = jax.tree.map(lambda leaf: leaf.sharding, state)
+    platform = mesh.devices.flat[0].platform
+    jitted = make_train_step(task, optimizer, stage.ema_decay, platform, divided, stage.accumulate)
+    memory = {
+        "parameters": device_bytes(state.params),
+        "optimizer": device_bytes(state.opt_state),
+        "average": device_bytes(state.ema),
+        "batch": device_bytes(batch),
+        "frozen": device_bytes(frozen),
+    }
+    grid = config.tokenizer.latent_shape(*clip)[:3]
+    residual, passes, dtype, which = 0, 2, config.tokenizer.dtype, "tokenizer_train_step"
+    if stage.task == "denoiser":
+        denoiser, grid, which = config.denoiser, config.denoiser.grid(grid), "train_step"
+        dtype = denoiser.dtype
+        residual = (
+            size // stage.accumulate * math.prod(grid) * denoiser.dim * denoiser.layers * jnp.dtype(dtype).itemsize
+        )
+        passes = 3 if denoiser.self_conditioning else 2
+    arguments = (state.params, state.moving, frozen, batch, key, state.step)
+    return Program(
+        which,
+        name,
+        jitted,
+        (state, frozen, batch, key),
+        memory,
+        size,
+        clip,
+        size * math.prod(grid),
+        (functools.partial(accumulated_gradients, task, stage.accumulate), arguments),
+        (3,),
+        whole_bytes(state.params),
+        jnp.dtype(dtype).itemsize,
+        passes * stage.accumulate,
+        residual,
+    )
+
+
+def _clips(config: RunConfig, mesh: Mesh) -> int:
+    """Clips that are sampled together, as many as each data shard can have alike."""
+    count = config.sampling.batch_size if config.sampling is not None else 1
+    return -(-count // data_shards(mesh)) * data_shards(mesh)
+
+
+def sampler_step(config: RunConfig, mesh: Mesh) -> Program:
+    """One evaluation of the denoiser in sampling; with guidance also without the condition."""
+    model, count, clip = make_model(config, config.most_pieces), _clips(config, mesh), config.clip_shape().nominal
+    task = make_task(config, config.denoiser_stages[-1], config.most_pieces)
+    params = abstract_state(task, optax.identity(), mesh, config.rules, 0.0).params
+
+    def step(params, noisy, text_tokens, time):
+        rows, zeros = len(noisy), jnp.zeros_like(noisy)
+        mask = model.tokens(jnp.zeros((rows, *model.latent_shape[:3], 1)))
+        low_res, times = jnp.zeros((rows, *model.low_res_shape)), jnp.full((rows, 1), time)
+        outputs = []
+        for text in (text_tokens, jax.tree.map(jnp.zeros_like, text_tokens))[: 1 + guided]:
+            condition = model.condition(params, single_clips(text), zeros, mask, low_res, times)
+            outputs.append(model.denoise(params, condition, model.layout)(noisy, times, zeros))
+        return sum(outputs)
+
+    guided = config.sampling.guidance.needs_unconditional
+    noisy = jax.eval_shape(lambda: model.tokens(jnp.zeros((count, *model.latent_shape))))
+    batch = {"noisy": noisy, "text": jax.eval_shape(lambda: model.text_tokens(count, config.text_length))}
+    batch = _placed(batch, batch_shardings(batch, mesh))
+    time = _everywhere(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    arguments = (params, batch["noisy"], batch["text"], time)
+    memory = {"parameters": device_bytes(params), "batch": device_bytes(batch)}
+    tokens = count * config.tokens(clip)
+    own, width = (step, arguments), jnp.dtype(config.denoiser.dtype).itemsize
+    residual = tokens * config.denoiser.dim * config.denoiser.layers * width
+    return Program(
+        "sampler_step", None, jax.jit(step), arguments, memory, count, clip, tokens, own, (1, 2),
+        whole_bytes(params), width, 1 + guided, residual,
+    )  # fmt: skip
+
+
+def decode(config: RunConfig, mesh: Mesh) -> Program:
+    """Decoding the clips that are sampled together; all devices have the whole tokenizer."""
+    count, clip = _clips(config, mesh), config.clip_shape().nominal
+    codec, shape = Codec(Tokenizer(config.tokenizer)), config.tokenizer.latent_shape(*clip)
+    frozen = _everywhere(tokenizer_shapes(config), mesh)
+    batch = {"latents": jax.ShapeDtypeStruct((count, *shape), jnp.float32)}
+    batch = _placed(batch, batch_shardings(batch, mesh))
+
+    def run(frozen, latents):
+        return codec.decode(frozen, latents)[0]
+
+    arguments = (frozen, batch["latents"])
+    memory = {"parameters": device_bytes(frozen), "batch": device_bytes(batch)}
+    tokens = count * math.prod(shape[:3])
+    own, width = (run, arguments), jnp.dtype(config.tokenizer.dtype).itemsize
+    whole = whole_bytes(frozen)
+    return Program(
+        "decode", None, jax.jit(run), arguments, memory, count, clip, tokens, own, (1,), whole, width, 1
+    )  # fmt: skip
