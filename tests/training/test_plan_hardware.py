@@ -205,3 +205,10 @@ def test_the_published_models_fit_the_hardware_that_they_are_meant_for(name, har
     mesh = make_mesh(config.mesh, devices_of(found))
     entry = compiled(train_step(config, config.denoiser_stages[-1], mesh), config, mesh, found)
     assert entry["fits"] == fits
+
+
+@pytest.mark.parametrize("name", ["h100:1", "h100:2", "h100:8", "h200:8x4"])
+def test_meshes_of_the_ranking_divide_the_devices(name):
+    found = list(meshes(topology(name)))
+    assert found == list(dict.fromkeys(found))
+    assert all(topology(name).device_count % (mesh.fsdp * mesh.tensor) == 0 for mesh in found)

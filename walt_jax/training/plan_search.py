@@ -25,7 +25,7 @@ def meshes(topology: Topology) -> Iterator[MeshConfig]:
     seen = set()
     for tensor in (1, 2, 4):
         for fsdp in (1, topology.hardware.host_devices // tensor, inside // tensor):
-            if fsdp * tensor <= inside and inside % (fsdp * tensor) == 0 and (fsdp, tensor) not in seen:
+            if 0 < fsdp * tensor <= inside and inside % (fsdp * tensor) == 0 and (fsdp, tensor) not in seen:
                 seen.add((fsdp, tensor))
                 yield MeshConfig(data=-1, fsdp=fsdp, tensor=tensor)
 
