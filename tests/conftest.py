@@ -1,7 +1,12 @@
 """For all tests: arrays of different rank are never broadcast silently; programs are compiled once."""
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import pytest
@@ -29,3 +34,25 @@ def cache(tmp_path_factory) -> pathlib.Path:
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     path.mkdir(exist_ok=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices(cache) -> Callable[..., Any]:
+    """Runs a script in a process that has eight virtual CPU devices: `(script, *arguments)` to the JSON it prints."""
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "TPU_SKIP_MDS_QUERY": "1",  # no TPU is asked which machine this is,
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # and two programs may be compiled for one at once
+    }
+
+    def run(script: pathlib.Path, *arguments: str) -> Any:
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

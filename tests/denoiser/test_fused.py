@@ -5,11 +5,7 @@
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -216,16 +212,8 @@ def test_an_expanded_table_is_the_bias_of_all_offsets():
 SCRIPT = pathlib.Path(__file__).with_name("fused_on_a_mesh.py")
 
 
-def test_on_a_mesh_each_device_has_its_rows_and_heads():
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run([sys.executable, SCRIPT], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_on_a_mesh_each_device_has_its_rows_and_heads(on_eight_devices):
+    found = on_eight_devices(SCRIPT)
     assert found["difference"] < 1e-5 and found["difference_within"] < 1e-5
     assert found["rows"].startswith("attention has 3 rows, which the mesh's data × fsdp = 4 do not divide")
     assert found["heads"].startswith("attention has 3 heads, which the mesh's tensor = 2 do not divide")

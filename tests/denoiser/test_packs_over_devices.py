@@ -1,10 +1,6 @@
 """Attention on packs over eight devices equals that on one, gradients too, and moves no tokens between devices."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -12,16 +8,8 @@ SCRIPT = pathlib.Path(__file__).with_name("packs_on_eight_devices.py")
 
 
 @pytest.fixture(scope="module")
-def found(cache):
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
-    done = subprocess.run([sys.executable, SCRIPT], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def found(on_eight_devices):
+    return on_eight_devices(SCRIPT)
 
 
 def test_it_equals_that_on_one_device(found):

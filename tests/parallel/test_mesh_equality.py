@@ -1,10 +1,6 @@
 """Eight devices compute what one does, however the state and the batch are divided; all programs are in one process."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -12,24 +8,9 @@ SCRIPT = pathlib.Path(__file__).with_name("eight_devices.py")
 TOLERANCE = 1e-5
 
 
-def run(which, cache):
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "TPU_SKIP_MDS_QUERY": "1",  # no TPU is asked which machine this is,
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # and two programs may be compiled for one at once
-    }
-    done = subprocess.run([sys.executable, SCRIPT, which], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
-def quick(cache):
-    return run("quick", cache)
+def quick(on_eight_devices):
+    return on_eight_devices(SCRIPT, "quick")
 
 
 def check(found):
@@ -72,14 +53,14 @@ def test_activations_stay_where_they_are(quick):
 
 
 @pytest.mark.slow
-def test_activations_stay_where_they_are_on_tpus(cache):
+def test_activations_stay_where_they_are_on_tpus(on_eight_devices):
     """Of small layers TPUs' compiler sums whole gradients; of large ones it makes rings of collective-permutes."""
     pytest.importorskip("libtpu")
-    counts = run("tpu", cache)
+    counts = on_eight_devices(SCRIPT, "tpu")
     assert not {"all-to-all", "collective-permute"} & set(counts)
     assert counts["all-gather"] > 20
 
 
 @pytest.mark.slow
-def test_each_axis_of_the_mesh(cache):
-    check(run("all", cache))
+def test_each_axis_of_the_mesh(on_eight_devices):
+    check(on_eight_devices(SCRIPT, "all"))
