@@ -35,7 +35,7 @@ from walt_jax.tokenizer.discriminator import DiscriminatorConfig
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.training.checkpoint import Checkpoints
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from walt_jax.training.state import TrainState, abstract_state, make_train_step
+from walt_jax.training.state import TrainState, abstract_state, make_train_step, state_shardings
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask
 from walt_jax.training.tokenizer_task import TokenizerTask
 
@@ -130,7 +130,7 @@ def train(case, config):
     task, batch, name = CASES[case]
     optimizer, mesh = optimizer_of(task, name), make_mesh(config, jax.devices())
     like = abstract_state(task, optimizer, mesh, (), DECAY)
-    divided = jax.tree.map(lambda leaf: leaf.sharding, like)
+    divided = state_shardings(like)
 
     moving = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like.moving)
     with on(mesh, ()):
@@ -251,7 +251,7 @@ def for_tpu():
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        divided = jax.tree.map(lambda leaf: leaf.sharding, state)
+        divided = state_shardings(state)
         step = make_train_step(task, optimizer, DECAY, "tpu", divided)
         inputs = jax.tree.map(shape, inputs, batch_shardings(inputs, mesh))
         program = step.lower(state, None, inputs, shape(KEY, replicated(mesh))).compile().as_text()

@@ -13,7 +13,7 @@ from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.training import moments
 from walt_jax.training.moments import HOST, in_bfloat16, stochastically_rounded
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from walt_jax.training.state import TrainState, abstract_state, make_train_step
+from walt_jax.training.state import TrainState, abstract_state, make_train_step, state_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -86,7 +86,7 @@ class Square:
 def trained(optimizer, steps=3):
     """A state that was made, and divided, as a run's is."""
     task, mesh = Square(), make_mesh(MeshConfig(), jax.devices()[:1])
-    divided = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh, (), 0.9))
+    divided = state_shardings(abstract_state(task, optimizer, mesh, (), 0.9))
 
     def create():
         return TrainState.create(PARAMS, {}, task, optimizer, 0.9)

@@ -20,6 +20,7 @@ from walt_jax.denoiser.kernels.sharded import sharded
 from walt_jax.denoiser.layout import Grid, Layout, raster
 from walt_jax.denoiser.windows import Window, merge, partition
 from walt_jax.layers import Initializer, Linear, platform
+from walt_jax.parallel.mesh import BATCH_AXES
 
 Relative = Literal["bias", "rotary", "none"]
 NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # mask value; finite, so that fully masked rows do not give NaN
@@ -240,7 +241,7 @@ def by_data_shard(function: Callable[..., Any], divided: Any, shared: Any = None
         shared: arrays that all parts need.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
     if not axes:
         return function(divided, shared)
     specs = PartitionSpec(axes), PartitionSpec()

@@ -1,6 +1,7 @@
 """What accelerators can do, as their makers state it: the peaks that plans, benchmarks and logs divide by."""
 
 import dataclasses
+from typing import Any
 
 GIB = 2**30
 # JAX takes this part of a GPU's memory when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -105,6 +106,11 @@ def of_kind(device_kind: str) -> Hardware | None:
     named = ((kind, hardware) for hardware in HARDWARE.values() for kind in hardware.kinds)
     # The longest beginning: "TPU v5 lite" also begins with "TPU v5".
     return max(((k, h) for k, h in named if device_kind.startswith(k)), key=lambda e: len(e[0]), default=(0, None))[1]
+
+
+def slice_of(device: Any) -> int:
+    """The number of the slice that a device is in; 0 where there are none."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def peak(device_kind: str) -> float | None:

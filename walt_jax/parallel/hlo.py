@@ -9,7 +9,7 @@ import numpy as np
 
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What moves nothing: names for what is there, or the ends of what has been counted at its start.
+# Instructions that move nothing, or that end what is counted where it starts.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all",
     "copy-done", "slice-done", "async-done", "async-update", "opt-barrier", "iota",
@@ -154,16 +154,12 @@ def product(instruction: Instruction, computation: Computation) -> Product | Non
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
     if instruction.opcode == "dot":
-        contracted, batch = (
-            [
-                int(axis)
-                for axis in re.findall(
-                    r"\d+", (re.search(rf"lhs_{kind}_dims=\{{([\d,]*)\}}", instruction.rest) or "  ")[1]
-                )
-            ]
-            for kind in ("contracting", "batch")
-        )
-        depth, rows = (math.prod(left[axis] for axis in axes) for axes in (contracted, batch))
+
+        def size(kind: str) -> int:
+            found = re.search(rf"lhs_{kind}_dims=\{{([\d,]*)\}}", instruction.rest)
+            return math.prod(left[int(axis)] for axis in found[1].split(",") if axis) if found else 1
+
+        depth, rows = size("contracting"), size("batch")
         flops = 2 * math.prod(out) * depth
         height = math.prod(left) // depth // rows
         return Product(flops, (height, math.prod(out) // rows // height, depth))

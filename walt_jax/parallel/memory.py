@@ -19,6 +19,11 @@ def memory_bytes() -> int | None:
         return None
 
 
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes, on all devices together; copies count once."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def device_bytes(tree: Any) -> int:
     """Bytes that a tree of arrays, or of their shapes with shardings, takes in each device's own memory."""
     return sum(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from walt_jax.config import Range
 from walt_jax.errors import UserError
+from walt_jax.parallel.hardware import slice_of
 from walt_jax.parallel.rules import Rules, active_rules
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -92,7 +93,7 @@ def _slices(config: MeshConfig, devices: Sequence[Any]) -> int:
     Raises:
         UserError: if the config names another.
     """
-    found = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    found = len(set(map(slice_of, devices)))
     if config.slices not in (-1, found):
         raise UserError(f"config.mesh.slices is {config.slices}, and the devices are in {found}; set it to {found}.")
     return found
@@ -103,9 +104,9 @@ def data_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def described(mesh: Mesh) -> str:
-    """Such as "data 2 × fsdp 4"; "1 device" where that is all."""
-    return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+def described(sizes: Mapping[str, int]) -> str:
+    """A mesh's axes and sizes, such as "data 2 × fsdp 4"; "1 device" where that is all."""
+    return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
 
 
 @contextlib.contextmanager
@@ -136,21 +137,26 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     Raises:
         UserError: if the batch can't be divided.
     """
-    shards, divided = data_shards(mesh), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    divided = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def sharding(leaf: Any) -> NamedSharding:
-        if np.shape(leaf)[0] % shards == 0:
-            return divided
-        raise UserError(uneven("A batch", np.shape(leaf)[0], mesh))
+        check_rows("A batch", np.shape(leaf)[0], mesh)
+        return divided
 
     return jax.tree.map(sharding, batch)
 
 
-def uneven(what: str, size: int, mesh: Mesh) -> str:
-    """A sentence on a batch that can't be divided."""
+def check_rows(what: str, size: int, mesh: Mesh) -> None:
+    """Checks that the mesh divides a batch of `size` rows, which the message calls `what`.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if size % data_shards(mesh) == 0:
+        return
     smaller, rest = divmod(math.gcd(size, data_shards(mesh)), mesh.shape["fsdp"])
     remedy = "make the axes smaller" if rest else f"set --config.mesh.data={smaller}"
-    return (
+    raise UserError(
         f"{what} has {size} rows, which config.mesh.data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']} does not "
         f"divide; make its batch_size a multiple of {data_shards(mesh)}, or {remedy}."
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from walt_jax.parallel.hardware import Hardware
+from walt_jax.parallel.hardware import Hardware, slice_of
 from walt_jax.parallel.hlo import Operation, Product
 
 BOUNDS = ("FLOPs", "HBM", "ICI", "DCN")
@@ -37,7 +37,7 @@ class Links:
     @classmethod
     def of(cls, devices: Sequence[Any], hardware: Hardware, shape: tuple[int, ...]) -> "Links":
         """Of TPU devices, which need not be attached."""
-        slices = np.array([getattr(device, "slice_index", 0) or 0 for device in devices])
+        slices = np.array([slice_of(device) for device in devices])
         return cls(hardware, np.array([device.coords for device in devices]), slices, shape)
 
     def seconds(self, kind: str, size: float, group: np.ndarray | None) -> dict[str, float]:

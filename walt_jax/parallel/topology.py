@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from walt_jax.errors import UserError
-from walt_jax.parallel.hardware import HARDWARE, Hardware, of_kind
+from walt_jax.parallel.hardware import HARDWARE, Hardware, of_kind, slice_of
 
 EXAMPLES = {
     "v4": "v4:4x4x4",
@@ -49,7 +49,7 @@ class Topology:
 
     @property
     def compiles(self) -> bool:
-        """Whether programs are compiled for it: not for GPUs, whose compiler needs one."""
+        """Whether programs are compiled for it: for TPUs; compiling for a GPU without one has not been tried."""
         return self.hardware.torus_axes > 0
 
     def devices(self) -> list[Any]:
@@ -118,7 +118,7 @@ def attached(devices: Sequence[Any]) -> Topology:
     hardware = of_kind(kind)
     if hardware is None:
         raise UserError(f"--auto_mesh knows {', '.join(HARDWARE)}, and the devices here are {kind!r}; set config.mesh.")
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    slices = len(set(map(slice_of, devices)))
     name = next(name for name, each in HARDWARE.items() if each is hardware)
     if not hardware.torus_axes:
         hosts = len({device.process_index for device in devices})

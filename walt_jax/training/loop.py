@@ -25,7 +25,7 @@ from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.preview import Preview, due, write_preview
 from walt_jax.training.profiling import Profile, Steps
 from walt_jax.training.stage_log import Peak, StageLog, Work
-from walt_jax.training.state import TrainState, abstract_state, make_train_step
+from walt_jax.training.state import TrainState, abstract_state, make_train_step, state_shardings
 from walt_jax.training.step_programs import StepPrograms
 from walt_jax.training.stopping import Stopped, stop_signals
 from walt_jax.training.tasks import Task
@@ -183,7 +183,7 @@ def run_stage(
         start = int(state.step)
         if start >= stage.steps:
             return Trained(state.served(task), outcome)
-        divided = jax.tree.map(lambda leaf: leaf.sharding, like)
+        divided = state_shardings(like)
         train_step = make_train_step(task, optimizer, stage.ema_decay, divided=divided, accumulate=stage.accumulate)
         with (
             stop_signals() as stop,
@@ -290,6 +290,6 @@ def _restored_or_fresh(
     if checkpoints.steps():
         return checkpoints.restore(like)
     # Each part is made where it will be: no device ever holds all of a divided state.
-    divided = jax.tree.map(lambda leaf: leaf.sharding, like)
+    divided = state_shardings(like)
     params, moving = jax.jit(fresh, out_shardings=(divided.params, divided.moving))(initial)
     return jax.jit(state, out_shardings=divided)(fit(params), moving), None, {}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from walt_jax.parallel import analysis, hlo
 from walt_jax.parallel.cost import jaxpr_flops
-from walt_jax.parallel.mesh import BATCH_AXES, data_shards, make_mesh
+from walt_jax.parallel.mesh import BATCH_AXES, data_shards, described, make_mesh
 from walt_jax.parallel.roofline import Estimate, Links, estimate
 from walt_jax.parallel.rules import check_rules
 from walt_jax.parallel.topology import Topology
@@ -276,7 +276,7 @@ def sentences(plan: dict[str, Any]) -> list[str]:
     """What a plan on hardware says, a line a program."""
     peak = plan["hardware"]["peak_flops"] / 1e12
     lines = [
-        f"on {plan['topology']}: {plan['chips']} chips, mesh {described_sizes(plan['mesh'])}; MFU is of a peak of "
+        f"on {plan['topology']}: {plan['chips']} chips, mesh {described(plan['mesh'])}; MFU is of a peak of "
         f"{peak:,.0f} TFLOP/s a device, stated for dense bfloat16"
     ]
     for entry in plan["programs"]:
@@ -294,8 +294,3 @@ def sentences(plan: dict[str, Any]) -> list[str]:
             line += f"; {entry['price_per_million_clips']:,.2f} a million clips"
         lines.append(line)
     return lines
-
-
-def described_sizes(sizes: dict[str, int]) -> str:
-    """As `mesh.described`, of a plan's sizes."""
-    return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"

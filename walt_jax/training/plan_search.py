@@ -7,9 +7,9 @@ from typing import Any
 
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.errors import UserError
-from walt_jax.parallel.mesh import MeshConfig, make_mesh
+from walt_jax.parallel.mesh import MeshConfig, described, make_mesh
 from walt_jax.parallel.topology import Topology
-from walt_jax.training.plan_hardware import analysed, described_sizes, devices_of, model_flops
+from walt_jax.training.plan_hardware import analysed, devices_of, model_flops
 from walt_jax.training.programs import programs
 from walt_jax.training.run_config import RunConfig
 
@@ -42,7 +42,8 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
         For each {"mesh", "remat", "accumulate", "hbm_bytes_per_device", "fits", "estimated_step_seconds",
         "estimated_mfu", "bound_by"}. Meshes that don't divide the model or the batch are left out.
     """
-    devices, rows, model = devices_of(topology), [], None
+    devices, model = devices_of(topology), None
+    rows: dict[Any, dict[str, Any]] = {}  # by mesh, policy and micro-batches
     if config.denoiser is None:
         remats = (None,)
     elif remats is None:
@@ -58,14 +59,15 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
                     program = next(make for name, make in programs(own, mesh).items() if "train" in name)()
                 except (UserError, ValueError):  # it does not divide the model or the batch
                     break
-                model = model or model_flops(program)  # the same for all
-                entry = analysed(program, own, mesh, topology, model)
                 row = {"mesh": dict(mesh.shape), "remat": remat, "accumulate": own.stages[program.stage].accumulate}
-                rows.append(row | {name: entry[name] for name in KEPT})
-                if entry["fits"]:
+                key = (*mesh.shape.values(), remat, row["accumulate"])
+                if key not in rows:
+                    model = model or model_flops(program)  # the same for all
+                    entry = analysed(program, own, mesh, topology, model)
+                    rows[key] = row | {name: entry[name] for name in KEPT}
+                if rows[key]["fits"]:
                     break
-    unique = {(tuple(row["mesh"].items()), row["remat"], row["accumulate"]): row for row in rows}
-    return sorted(unique.values(), key=lambda row: (not row["fits"], row["estimated_step_seconds"]))
+    return sorted(rows.values(), key=lambda row: (not row["fits"], row["estimated_step_seconds"]))
 
 
 def _accumulating(config: RunConfig, count: int) -> RunConfig:
@@ -86,7 +88,7 @@ def ranking_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["others by analysis, the best first:"]
     for row in rows[:SHOWN]:
         lines.append(
-            f"  {described_sizes(row['mesh']):28} remat {row['remat'] or '-':6} accumulate {row['accumulate']} "
+            f"  {described(row['mesh']):28} remat {row['remat'] or '-':6} accumulate {row['accumulate']} "
             f"{row['hbm_bytes_per_device'] / 2**30:7.2f} GiB {'fits' if row['fits'] else 'does not fit':12} "
             f"{row['estimated_step_seconds']:8.4f} s {row['estimated_mfu']:6.1%} MFU, bound by {row['bound_by']}"
         )

@@ -12,18 +12,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import single_clips, unboxed
 from walt_jax.layers import compiling_for
-from walt_jax.parallel.memory import device_bytes
-from walt_jax.parallel.mesh import batch_shardings, data_shards, replicated, uneven
+from walt_jax.parallel.memory import device_bytes, tree_bytes
+from walt_jax.parallel.mesh import batch_shardings, check_rows, data_shards, replicated
 from walt_jax.parallel.rules import active_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.accumulation import accumulated_gradients
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run_config import RunConfig, make_model, make_task
-from walt_jax.training.state import abstract_state, make_train_step
+from walt_jax.training.state import abstract_state, make_train_step, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +89,6 @@ def tracing(config: RunConfig, mesh: Mesh) -> contextlib.ExitStack:
     return stack
 
 
-def whole_bytes(tree: Any) -> int:
-    """Bytes of shapes, on all devices together."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
 
@@ -147,8 +141,7 @@ def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
     clip, size = largest(config, name)
     if stage.pack is not None:
         size = -(-size // data_shards(mesh)) * data_shards(mesh)
-    if size // stage.accumulate % data_shards(mesh):
-        raise UserError(uneven(f"A micro-batch of stage {name}", size // stage.accumulate, mesh))
+    check_rows(f"A micro-batch of stage {name}", size // stage.accumulate, mesh)
     boxed, _ = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
     state = abstract_state(task, optimizer, mesh, config.rules, stage.ema_decay)
@@ -156,7 +149,7 @@ def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
     batch = _placed(batch, batch_shardings(batch, mesh))
     frozen = _everywhere(tokenizer_shapes(config), mesh) if stage.encodes else None
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    divided = jax.tree.map(lambda leaf: leaf.sharding, state)
+    divided = state_shardings(state)
     platform = mesh.devices.flat[0].platform
     jitted = make_train_step(task, optimizer, stage.ema_decay, platform, divided, stage.accumulate)
     memory = {
@@ -171,27 +164,31 @@ def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
     if stage.task == "denoiser":
         denoiser, grid, which = config.denoiser, config.denoiser.grid(grid), "train_step"
         dtype = denoiser.dtype
-        residual = (
-            size // stage.accumulate * math.prod(grid) * denoiser.dim * denoiser.layers * jnp.dtype(dtype).itemsize
-        )
+        residual = _residual_bytes(config, size // stage.accumulate * math.prod(grid))
         passes = 3 if denoiser.self_conditioning else 2
     arguments = (state.params, state.moving, frozen, batch, key, state.step)
     return Program(
-        which,
-        name,
-        jitted,
-        (state, frozen, batch, key),
-        memory,
-        size,
-        clip,
-        size * math.prod(grid),
-        (functools.partial(accumulated_gradients, task, stage.accumulate), arguments),
-        (3,),
-        whole_bytes(state.params),
-        jnp.dtype(dtype).itemsize,
-        passes * stage.accumulate,
-        residual,
+        name=which,
+        stage=name,
+        jitted=jitted,
+        arguments=(state, frozen, batch, key),
+        memory=memory,
+        clips=size,
+        clip=clip,
+        tokens=size * math.prod(grid),
+        own=(functools.partial(accumulated_gradients, task, stage.accumulate), arguments),
+        batch_arguments=(3,),
+        parameter_bytes=tree_bytes(state.params),
+        compute_bytes=jnp.dtype(dtype).itemsize,
+        passes=passes * stage.accumulate,
+        residual_bytes=residual,
     )
+
+
+def _residual_bytes(config: RunConfig, tokens: int) -> int:
+    """Of all blocks' residual streams."""
+    denoiser = config.denoiser
+    return tokens * denoiser.dim * denoiser.layers * jnp.dtype(denoiser.dtype).itemsize
 
 
 def _clips(config: RunConfig, mesh: Mesh) -> int:
@@ -224,12 +221,22 @@ def sampler_step(config: RunConfig, mesh: Mesh) -> Program:
     arguments = (params, batch["noisy"], batch["text"], time)
     memory = {"parameters": device_bytes(params), "batch": device_bytes(batch)}
     tokens = count * config.tokens(clip)
-    own, width = (step, arguments), jnp.dtype(config.denoiser.dtype).itemsize
-    residual = tokens * config.denoiser.dim * config.denoiser.layers * width
     return Program(
-        "sampler_step", None, jax.jit(step), arguments, memory, count, clip, tokens, own, (1, 2),
-        whole_bytes(params), width, 1 + guided, residual,
-    )  # fmt: skip
+        name="sampler_step",
+        stage=None,
+        jitted=jax.jit(step),
+        arguments=arguments,
+        memory=memory,
+        clips=count,
+        clip=clip,
+        tokens=tokens,
+        own=(step, arguments),
+        batch_arguments=(1, 2),
+        parameter_bytes=tree_bytes(params),
+        compute_bytes=jnp.dtype(config.denoiser.dtype).itemsize,
+        passes=1 + guided,
+        residual_bytes=_residual_bytes(config, tokens),
+    )
 
 
 def decode(config: RunConfig, mesh: Mesh) -> Program:
@@ -245,9 +252,18 @@ def decode(config: RunConfig, mesh: Mesh) -> Program:
 
     arguments = (frozen, batch["latents"])
     memory = {"parameters": device_bytes(frozen), "batch": device_bytes(batch)}
-    tokens = count * math.prod(shape[:3])
-    own, width = (run, arguments), jnp.dtype(config.tokenizer.dtype).itemsize
-    whole = whole_bytes(frozen)
     return Program(
-        "decode", None, jax.jit(run), arguments, memory, count, clip, tokens, own, (1,), whole, width, 1
-    )  # fmt: skip
+        name="decode",
+        stage=None,
+        jitted=jax.jit(run),
+        arguments=arguments,
+        memory=memory,
+        clips=count,
+        clip=clip,
+        tokens=count * math.prod(shape[:3]),
+        own=(run, arguments),
+        batch_arguments=(1,),
+        parameter_bytes=tree_bytes(frozen),
+        compute_bytes=jnp.dtype(config.tokenizer.dtype).itemsize,
+        passes=1,
+    )

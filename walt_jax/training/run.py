@@ -29,7 +29,7 @@ from walt_jax.generation.low_res import LowRes
 from walt_jax.generation.sample import Generator
 from walt_jax.parallel import hardware
 from walt_jax.parallel.memory import device_bytes, memory_bytes
-from walt_jax.parallel.mesh import data_shards, described, make_mesh, on, replicated, uneven
+from walt_jax.parallel.mesh import check_rows, described, make_mesh, on, replicated
 from walt_jax.parallel.rules import check_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
@@ -89,7 +89,8 @@ class Run:
         Raises:
             UserError: if `config.mesh` does not fit them.
         """
-        check_rules(self.config.rules, mesh := make_mesh(self.config.mesh, jax.devices()))
+        mesh = make_mesh(self.config.mesh, jax.devices())
+        check_rules(self.config.rules, mesh)
         return mesh
 
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
@@ -130,9 +131,8 @@ class Run:
         for name in self.config.trained_stages:
             stage, task = self.config.stages[name], make_task(self.config, name, self.config.most_pieces)
             for size in self.config.batch_sizes(name):
-                if size // stage.accumulate % data_shards(self.mesh):
-                    what = "A batch" if stage.accumulate == 1 else "A micro-batch"
-                    raise UserError(uneven(f"{what} of stage {name}", size // stage.accumulate, self.mesh))
+                what = "A batch" if stage.accumulate == 1 else "A micro-batch"
+                check_rows(f"{what} of stage {name}", size // stage.accumulate, self.mesh)
             boxed, _ = jax.eval_shape(task.init, jax.random.key(0))
             optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
             state = abstract_state(task, optimizer, self.mesh, self.config.rules, stage.ema_decay)
@@ -153,7 +153,7 @@ class Run:
         shape = config.tokenizer.latent_shape(config.data.frames, config.data.height, config.data.width)
         lines = [
             f"walt_jax {walt_jax.__version__}, JAX {jax.__version__}, on {mesh.size} of {len(devices)} × "
-            f"{devices[0].device_kind}" + (f": mesh {described(mesh)}" if mesh.size > 1 else ""),
+            f"{devices[0].device_kind}" + (f": mesh {described(mesh.shape)}" if mesh.size > 1 else ""),
             f"clips     {config.data.frames} × {config.data.height} × {config.data.width} at {config.data.fps:g} frames"
             f" a second from {config.data.source}; latents {' × '.join(map(str, shape))}",
         ]

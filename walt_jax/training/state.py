@@ -89,11 +89,9 @@ def abstract_state(
     )
 
 
-def state_shardings(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules, ema_decay: float
-) -> TrainState:
-    """The shardings of `abstract_state`."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh, rules, ema_decay))
+def state_shardings(state: TrainState) -> TrainState:
+    """The shardings of a state, or of `abstract_state`'s shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def make_train_step(

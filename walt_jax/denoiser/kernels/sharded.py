@@ -4,13 +4,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from walt_jax.denoiser.kernels import tpu
 from walt_jax.errors import UserError
+from walt_jax.parallel.mesh import BATCH_AXES
 
-ROWS, HEADS = ("data", "fsdp"), "tensor"  # axes of the mesh that divide rows and heads
+HEADS = "tensor"  # the axis of the mesh that divides heads
 
 
 def sharded(
@@ -36,14 +37,10 @@ def sharded(
 
     arguments = query, key, value, bias, whole(places), whole(segments)
     mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual
-    }
+    free = {name: mesh.shape[name] for name in mesh.auto_axes}
     if not free or mesh.size == 1:  # axes of one device are divided along too: no axis may be left to the compiler
         return tpu.fused(*arguments, interpret=interpret)
-    rows, heads = tuple(name for name in ROWS if name in free), HEADS if HEADS in free else None
+    rows, heads = tuple(name for name in BATCH_AXES if name in free), HEADS if HEADS in free else None
     for size, what, axes in ((query.shape[0], "rows", rows), (query.shape[2], "heads", (heads,) if heads else ())):
         parts = math.prod(free[name] for name in axes)
         if size % parts:
