@@ -28,8 +28,7 @@ def loss_by_noise(
     size = min(generator.config.batch_size, len(clips))
 
     @jax.jit
-    def errors(params, tokenizer, video, text_tokens, low_res, there, key):
-        latents = model.codec.encode(tokenizer, video)[0]
+    def errors(params, latents, text_tokens, low_res, there, key):
         layout, tokens = model.layout_of(latents), model.tokens(latents)
         mask = model.tokens(jnp.zeros((*latents.shape[:-1], 1)))
         condition = model.condition(
@@ -54,10 +53,11 @@ def loss_by_noise(
         rows = np.minimum(np.arange(first, first + size), len(clips) - 1)
         there = np.arange(first, first + size) < len(clips)
         texts = generator.captions.encode([captions[row] for row in rows])
+        latents = model.codec.encode(generator.tokenizer, clips[rows])[0]
         low_res = None if generator.low_res is None else generator.low_res.encode(clips[rows])
         for number in range(ROUNDS):
             key = jax.random.fold_in(jax.random.key(seed), first * ROUNDS + number)
-            found = errors(generator.params, generator.tokenizer, clips[rows], texts, low_res, there, key)
+            found = errors(generator.params, latents, texts, low_res, there, key)
             total = jax.tree.map(np.add, total, jax.device_get(found))
     protocol = (
         f"mean squared error of the predicted {config.parameterization} at diffusion times of this part of 0..100 % "

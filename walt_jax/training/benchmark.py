@@ -233,11 +233,10 @@ def _in_rows(
 ) -> tuple[Pack, float]:
     """The first batch of packs in rows that suit all of them, and how many scores are computed for one needed."""
     windows, isolate = windows or config.attention_windows, config.isolate_images
-    rows = PackRows.choose([Needs.of(*places, windows, isolate) for places in batches])
-    pack = make_pack(*batches[0], windows, rows, isolate)
-    needed = Needs.of(*batches[0], windows, isolate).windows
+    needs = [Needs.of(*places, windows, isolate) for places in batches]
+    pack = make_pack(*batches[0], windows, PackRows.choose(needs), isolate)
     computed = sum(map(scores_computed, pack.groups.values()))
-    return pack, computed / sum(int(np.square(lengths).sum()) for lengths in needed.values())
+    return pack, computed / sum(int(np.square(lengths).sum()) for lengths in needs[0].windows.values())
 
 
 def _attention(model: LatentDiffusion) -> list[Part]:

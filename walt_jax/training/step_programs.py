@@ -27,7 +27,7 @@ class StepPrograms:
 
     def __init__(self, train_step: Callable[..., Any], one_shape: bool = False):
         self._step, self._one_shape = train_step, one_shape
-        self._flops: dict[str, int] = {}
+        self._flops: dict[Any, int] = {}  # by structure, shapes and types of a batch
         self._seconds: list[float] = []  # of the compilations of the current call
         self._thread: int | None = None  # which is in a call; other threads compile programs of their own
         self.flops, self.compiled = 0, False
@@ -35,7 +35,8 @@ class StepPrograms:
 
     def __call__(self, state: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, Any, str | None]:
         """The step's state and metrics, and a sentence if it should not have been compiled."""
-        shapes = described(batch)
+        leaves, tree = jax.tree.flatten(batch)
+        shapes = tree, *((leaf.shape, leaf.dtype) for leaf in leaves)
         new = shapes not in self._flops
         if new:
             # JAX keeps the trace for the call that follows.
@@ -50,8 +51,9 @@ class StepPrograms:
         self.compiled = bool(self._seconds)
         warning = None
         if self.compiled and (not new or (self._one_shape and len(self._flops) > 1)):
-            why = f"for new shapes, {shapes}" if new else f"for shapes that it had been compiled for before, {shapes}"
-            warning = f"the train step was compiled again, which took {sum(self._seconds):.1f} s, {why}."
+            which = "new shapes" if new else "shapes that it had been compiled for before"
+            took = f"which took {sum(self._seconds):.1f} s, for {which}, {named_shapes(batch)}"
+            warning = f"the train step was compiled again, {took}."
         return state, metrics, warning
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
@@ -62,7 +64,7 @@ class StepPrograms:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
-def described(batch: Any) -> str:
+def named_shapes(batch: Any) -> str:
     """Names, types and shapes of a batch's arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     return ", ".join(
