@@ -7,6 +7,7 @@ The folder holds videos (mp4, webm, mov, avi, gif) and, for captions, a `metadat
 
 Expect little of a laptop: on 48 clips and two CPU cores, in 17 minutes and 2.4 GB, held-out clips were reconstructed at
 23.1 dB (SSIM 0.76), soft and a little pale; samples have the colours and the light of scenes, but no shapes yet.
+That was with the squared error as the tokenizer's loss, and uniform diffusion times.
 """
 
 from ml_collections import ConfigDict

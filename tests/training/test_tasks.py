@@ -153,7 +153,7 @@ def test_a_label_is_its_row_and_a_dropped_one_the_last(params):
 
 
 class Recorder(LatentDiffusion):
-    """Notes what the denoiser is told and asked; instead of it a plain function answers, all the same to all labels."""
+    """Notes what the denoiser is asked, and on what condition; a plain function answers, alike for all labels."""
 
     calls = []  # noqa: RUF012
 
@@ -323,18 +323,18 @@ def test_several_kinds_come_as_often(record):
     assert noted["condition"].observed_mask[:, 0, 0].mean() == pytest.approx(0.25, abs=0.08)
 
 
-def test_the_loss_is_told_how_many_tokens_each_clip_has(record, monkeypatch):
+def test_the_loss_gets_how_many_tokens_each_clip_has(record, monkeypatch):
     """Which shifts its noise."""
-    told = []
+    counts = []
     nothing = jnp.zeros(()), Binned(jnp.zeros(4), jnp.zeros(4))
-    monkeypatch.setattr(tasks, "diffusion_loss", lambda *arguments: told.append(arguments[3]) or nothing)
+    monkeypatch.setattr(tasks, "diffusion_loss", lambda *arguments: counts.append(arguments[3]) or nothing)
     config = dataclasses.replace(PATCHED, frame_prediction=False)
     record(config, ConditioningConfig(), batch_of(5))
-    np.testing.assert_array_equal(told[0], np.full((5, 1), 3))
+    np.testing.assert_array_equal(counts[0], np.full((5, 1), 3))
     pack = pack_of([[(3, 1, 2), (2, 2, 1), (4, 1, 1)], [(2, 1, 3)]], 16, 4, config)
     batch = {"tokens": normal(0, 2, 16, 8), "text": np.zeros((2, 4, 1), np.int32), "pack": pack}
     record(config, ConditioningConfig(), batch)
-    np.testing.assert_array_equal(told[1], [[6, 4, 4, 0], [6, 0, 0, 0]])
+    np.testing.assert_array_equal(counts[1], [[6, 4, 4, 0], [6, 0, 0, 0]])
 
 
 def test_what_is_given_is_not_learned(record):
