@@ -17,9 +17,9 @@ AXES = "data", "fsdp", "tensor", "context"
 
 def with_gradients(function):
     """A compiled function of (query, key, value, bias) that has the gradients too."""
-    segments = np.array([[0, 1] * (TOKENS // 2)] * ROWS)
 
     def weighed(*arguments):
+        segments = np.array([[0, 1] * (TOKENS // 2)] * len(arguments[0]))
         out, logsum = function(*arguments, None, (segments[:1], segments), interpret=True)
         return (out * normal(8, *out.shape)).sum() + (logsum * normal(9, *logsum.shape)).sum(), (out, logsum)
 
@@ -62,9 +62,11 @@ def main():
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) for x in arguments[:3]]
     with jax.set_mesh(mesh):
         found = jax.device_get([with_gradients(function)(*placed, arguments[3]) for function in (sharded, within)])
-        rows, heads = message(3, TOKENS, HEADS, FEATURES), message(ROWS, TOKENS, 3, FEATURES)
+        three = jax.device_get(with_gradients(sharded)(*(x[:3] for x in arguments[:3]), arguments[3]))
+        heads = message(ROWS, TOKENS, 3, FEATURES)
     one, other = (difference(each, expected) for each in found)
-    print(json.dumps({"difference": one, "difference_within": other, "rows": rows, "heads": heads}))
+    undivided = difference(three, jax.device_get(with_gradients(alone)(*(x[:3] for x in arguments[:3]), arguments[3])))
+    print(json.dumps({"difference": one, "within": other, "undivided": undivided, "heads": heads}))
 
 
 main()

@@ -25,7 +25,11 @@ GRIDS = [
     [(2, 5, 6)],
 ]
 WINDOWS = Window(1, None, None), Window(None, 2, 2)  # half of the heads each
-MESHES = {"data 4 × fsdp 2": (4, 2, 1), "data 2 × fsdp 1 × tensor 4": (2, 1, 4)}
+MESHES = {
+    "data 4 × fsdp 2": (4, 2, 1, 1),
+    "data 2 × fsdp 1 × tensor 4": (2, 1, 4, 1),
+    "data 2 × tensor 2 × context 2": (2, 1, 2, 2),
+}
 COLLECTIVES = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
 
 
@@ -63,8 +67,8 @@ def main():
     expected, one_shard = (jax.device_get(slopes(params, *inputs(), layout(shards))) for shards in (8, 1))
     found["worst"]["1 device, 1 shard"] = difference(one_shard, expected)
     for name, sizes in MESHES.items():
-        names = ("data", "fsdp", "tensor")
-        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+        names = ("data", "fsdp", "tensor", "context")
+        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 4)
         divided = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         with jax.set_mesh(mesh):
             everywhere = NamedSharding(mesh, PartitionSpec())

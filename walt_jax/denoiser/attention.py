@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -11,16 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from walt_jax.denoiser.context import (
+    check_heads,
+    exchangeable,
+    from_windows,
+    on_each_device,
+    parts,
+    to_windows,
+    whole,
+)
 from walt_jax.denoiser.grouping import Groups, TextRows
 from walt_jax.denoiser.kernels import tpu
 from walt_jax.denoiser.kernels.sharded import sharded
 from walt_jax.denoiser.layout import Grid, Layout, raster
 from walt_jax.denoiser.windows import Window, merge, partition
 from walt_jax.layers import Initializer, Linear, platform
-from walt_jax.parallel.mesh import BATCH_AXES
+from walt_jax.parallel.rules import constrain
 
 Relative = Literal["bias", "rotary", "none"]
 NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # mask value; finite, so that fully masked rows do not give NaN
@@ -185,16 +192,31 @@ def reshaped(
     key: Float[Array, "b n heads d"],
     value: Float[Array, "b n heads d"],
     window: Window,
-    grid: Grid,
+    layout: Layout,
     table: Float[Array, "offsets heads"] | None,
     bounds: Grid,
 ) -> Attended:
     """The route for equal clips: windows are rows of the batch."""
-    sizes = window.sizes(grid)
-    query, key, value = (partition(x, sizes, grid) for x in (query, key, value))
+    grid, sizes = layout.grid, window.sizes(layout.grid)
     coordinates = None if table is None else raster(sizes)[None]
-    out, logsum = attend_within(query, key, value, None, table, coordinates, bounds)
-    return merge(out, sizes, grid), merge(logsum, sizes, grid)
+
+    def whole_windows(query, key, value, table):
+        rows = [x.reshape(-1, math.prod(sizes), *x.shape[2:]) for x in (query, key, value)]
+        out, logsum = attend_within(*rows, None, table, coordinates, bounds)
+        return out.reshape(query.shape), logsum.reshape(query.shape[:-1])
+
+    def some_heads(query, key, value, table):
+        rows = [partition(layout.to_raster(x), sizes, grid) for x in (query, key, value)]
+        out, logsum = attend_within(*rows, None, table, coordinates, bounds)
+        return tuple(layout.from_raster(merge(x, sizes, grid)) for x in (out, logsum))
+
+    arguments = query, key, value, table
+    if parts() == 1:
+        return some_heads(*arguments)
+    if whole(sizes, layout):
+        return on_each_device(whole_windows, arguments, (*[("batch", "tokens", "heads")] * 3, (None, "heads")))
+    check_heads(query.shape[2])
+    return on_each_device(some_heads, arguments, (*[("batch", None, "heads")] * 3, (None, "heads")))
 
 
 @jax.custom_vjp
@@ -232,24 +254,6 @@ def _numbered_through(index: Int[Array, "shards *k"], size: int) -> Int[Array, "
     return jnp.where(index < size, index + first, shards * size).reshape(-1)
 
 
-def by_data_shard(function: Callable[..., Any], divided: Any, shared: Any = None) -> Any:
-    """`function(divided, shared)`; each device does its own part of it, where the mesh in context divides the batch.
-
-    Args:
-        function: independent for each part of the leading axes, which it keeps.
-        divided: arrays whose leading axis is one of packs or of data shards; so is that of each result.
-        shared: arrays that all parts need.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
-    if not axes:
-        return function(divided, shared)
-    specs = PartitionSpec(axes), PartitionSpec()
-    # Unchecked, for a kernel's outputs do not say along which axes they vary.
-    mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(axes), check_vma=False)
-    return mapped(divided, shared)
-
-
 def grouped(
     query: Float[Array, "b n heads d"],
     key: Float[Array, "b n heads d"],
@@ -263,13 +267,17 @@ def grouped(
 
     Tokens in no window see only themselves; their sums are 0, because there is no text to join them with.
     """
-    of_shards = functools.partial(_grouped_shards, bounds=bounds)
-    return by_data_shard(of_shards, (query, key, value, groups, coordinates), table)
+    check_heads(query.shape[2])
+    heads = ("batch", None, "heads")
+    return on_each_device(
+        functools.partial(_grouped_shards, bounds=bounds),
+        (query, key, value, groups, coordinates, table),
+        (heads, heads, heads, ("batch",), ("batch",), (None, "heads")),
+    )
 
 
-def _grouped_shards(divided: Any, table: Float[Array, "offsets heads"] | None, bounds: Grid) -> Attended:
-    """`grouped` for some of the data shards."""
-    query, key, value, groups, coordinates = divided
+def _grouped_shards(query, key, value, groups, coordinates, table, bounds: Grid) -> Attended:
+    """`grouped` for some of the data shards and heads."""
     (batch, tokens, heads, _), (shards, slots) = query.shape, groups.slots.shape
     there = _numbered_through(groups.slots, batch * tokens // shards)
     back = _numbered_through(groups.place, slots)
@@ -315,13 +323,23 @@ def attend_to_text(
     """Each token over its clip's text; with `rows` in packs of several clips."""
     mask = jnp.where(mask, 0, -1)
     if rows is None:
-        return attend_within(query, key[:, 0], value[:, 0], (jnp.zeros((1, 1), jnp.int32), mask[:, 0]))
-    return by_data_shard(_text_of_shards, (query, key, value, mask, rows))
+
+        def own(query, key, value, mask):
+            return attend_within(query, key, value, (jnp.zeros((1, 1), jnp.int32), mask))
+
+        arguments = query, key[:, 0], value[:, 0], mask[:, 0]
+        if parts() == 1 or query.shape[1] % parts():
+            return own(*arguments)
+        return on_each_device(
+            own, arguments, (("batch", "tokens", "heads"), *[("batch", None, "heads")] * 2, ("batch",))
+        )
+    heads = ("batch", None, None, "heads")
+    names = ("batch", None, "heads"), heads, heads, ("batch",), ("batch",)
+    return on_each_device(_text_of_shards, (query, key, value, mask, rows), names)
 
 
-def _text_of_shards(divided: Any, shared: None) -> Attended:
-    """`attend_to_text` for some of the data shards."""
-    query, key, value, mask, rows = divided
+def _text_of_shards(query, key, value, mask, rows: TextRows) -> Attended:
+    """`attend_to_text` for some of the data shards and heads."""
     (batch, tokens, heads, features), (shards, number, length) = query.shape, rows.slots.shape
     there = _numbered_through(rows.slots, batch * tokens // shards)
     back = _numbered_through(rows.place, number * length)
@@ -415,6 +433,10 @@ class WindowAttention(nn.Module):
     ) -> Float[Array, "b n d"]:
         """With `isolate_images`, tokens of clips of one frame see only themselves in windows that span time."""
         dim = x.shape[-1]
+        exchange = extra is None and exchangeable(layout, self.windows)
+        if exchange:
+            sizes = self.windows[0].sizes(layout.grid)
+            x, layout = to_windows(x, sizes, layout.grid), layout.replace(order=sizes)
 
         def project(name):
             use_bias = self.bias == "all"
@@ -429,13 +451,17 @@ class WindowAttention(nn.Module):
         def heads(y):
             return rearrange(y, "... (heads d) -> ... heads d", heads=self.heads)
 
+        def of_tokens(y):
+            return constrain(heads(y), "batch", "tokens", "heads")  # moved after the projection, not before
+
         def out(y):
-            y = rearrange(y, "b n heads d -> b n (heads d)")
+            y = rearrange(constrain(y, "batch", "tokens", "heads"), "b n heads d -> b n (heads d)")
             use_bias = self.bias != "none"
-            return Linear(dim, ("heads", "embed"), use_bias, self.out_init, self.dtype, name="out")(y)
+            y = Linear(dim, ("heads", "embed"), use_bias, self.out_init, self.dtype, name="out")(y)
+            return from_windows(y, layout.order, layout.grid) if exchange else y
 
         to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
-        query = norm("query_norm")(heads(project("query")(x)))
+        query = norm("query_norm")(of_tokens(project("query")(x)))
         rows = None if layout.pack is None else layout.pack.text
         if text is not None:
             others = key_norm(heads(to_key(text))), heads(to_value(text)), text_mask
@@ -443,7 +469,7 @@ class WindowAttention(nn.Module):
             # A clip without any text adds nothing, rather than the mean of its padding.
             any_text = layout.spread(text_mask.any(-1)[..., None].astype(self.dtype))[..., None]
             return out(any_text * attend_to_text(query, *others, rows)[0])
-        key, value = key_norm(heads(to_key(x))), heads(to_value(x))
+        key, value = key_norm(of_tokens(to_key(x))), of_tokens(to_value(x))
         extra_parts = None
         if extra is not None:
             own = x.shape[1] - extra.mask.shape[1] * extra.mask.shape[2]
@@ -484,7 +510,7 @@ class WindowAttention(nn.Module):
             elif isolate_images and window.time != 1 and layout.grid[0] == 1:
                 found.append(isolated(*part, table))
             else:
-                found.append(reshaped(*part, window, layout.grid, table, bounds))
+                found.append(reshaped(*part, window, layout, table, bounds))
         if count == 1:
             return found[0]
         out, logsum = zip(*found, strict=True)

@@ -7,7 +7,7 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from walt_jax.denoiser.grouping import (
     Groups,
@@ -20,7 +20,7 @@ from walt_jax.denoiser.grouping import (
     text_rows,
     text_rows_needed,
 )
-from walt_jax.denoiser.windows import Window, window_numbers
+from walt_jax.denoiser.windows import Window, in_raster, in_windows, window_numbers
 
 Grid = tuple[int, int, int]
 
@@ -48,12 +48,14 @@ class Pack:
 class Layout:
     """Where the tokens `[b, n, …]` of a batch are.
 
-    With `grid` each sequence is one clip of that many tokens along (t, h, w), in raster order; with `pack` it is a pack
-    of clips. Values of clips have shape `[b, s, …]`, s = 1 for equal clips.
+    With `grid` each sequence is one clip of that many tokens along (t, h, w); with `pack` it is a pack of clips. Values
+    of clips have shape `[b, s, …]`, s = 1 for equal clips. Equal clips' tokens are in raster order; with `order`, which
+    a model uses on several devices, they stand window by window, of windows of these sizes.
     """
 
     grid: Grid | None = flax.struct.field(pytree_node=False, default=None)
     pack: Pack | None = None
+    order: Grid | None = flax.struct.field(pytree_node=False, default=None)
 
     def spread(self, values: Float[Array, "b s k"]) -> Float[Array, "b n k"]:
         """Each token's value of its clip; one for all tokens, `[b, 1, k]`, where there is one clip."""
@@ -75,8 +77,16 @@ class Layout:
     def coordinates(self) -> Int[Array, "b n 3"]:
         """(t, y, x) of each token; `[1, n, 3]` for equal clips."""
         if self.pack is None:
-            return jnp.asarray(raster(self.grid))[None]
+            return jnp.asarray(self.from_raster(raster(self.grid)[None]))
         return self.pack.positions[..., 1:]
+
+    def from_raster(self, x: Shaped[Array, "b n ..."]) -> Shaped[Array, "b n ..."]:
+        """Equal clips' tokens in the layout's order, from raster order."""
+        return x if self.order is None else in_windows(x, self.order, self.grid)
+
+    def to_raster(self, x: Shaped[Array, "b n ..."]) -> Shaped[Array, "b n ..."]:
+        """The inverse of `from_raster`."""
+        return x if self.order is None else in_raster(x, self.order, self.grid)
 
     def clip_sizes(self) -> Int[Array, "b s 3"]:
         """Tokens along (t, y, x) of each clip; `[1, 1, 3]` for equal clips."""

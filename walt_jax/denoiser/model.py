@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from walt_jax.denoiser import parts
 from walt_jax.denoiser.attention import ExtraTokens
 from walt_jax.denoiser.config import DenoiserConfig
+from walt_jax.denoiser.context import ordered
 from walt_jax.denoiser.dit_block import DiTBlock, DiTConfig
 from walt_jax.denoiser.latte_block import LatteBlock, LatteConfig
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
@@ -139,8 +140,8 @@ class Denoiser(nn.Module):
 
         With `learned_sigma` there are twice as many values a token, see `diffusion.learned_sigma`.
         """
-        cfg = self.config
-        inputs = jnp.concatenate(self._inputs(noisy, condition, estimate), axis=-1)
+        cfg, layout = self.config, ordered(layout, self.config.attention_windows)
+        inputs = layout.from_raster(jnp.concatenate(self._inputs(noisy, condition, estimate), axis=-1))
         # Zero the padding, so that NaNs there cannot reach gradients.
         inputs = jnp.where(layout.valid()[..., None], inputs, 0)
         x = parts.linear(cfg, "patch_in", cfg.dim, "latent", "embed")(inputs)
@@ -155,7 +156,7 @@ class Denoiser(nn.Module):
         x = self._last_norm(x, context)
         width = (2 if cfg.learned_sigma else 1) * noisy.shape[-1]
         x = parts.linear(cfg, "patch_out", width, "embed", "latent", kernel_init=cfg.inits.output)(x)
-        x = x.astype(jnp.float32)
+        x = layout.to_raster(x.astype(jnp.float32))
         if cfg.output_conv:
             x = to_tokens(self._conv("conv_out", from_tokens(x, layout.grid, cfg.patch_size)), cfg.patch_size)
         return x

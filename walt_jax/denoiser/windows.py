@@ -1,5 +1,6 @@
 """A window is the only attention pattern: spatial, temporal, spatiotemporal and full attention differ in its size."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -38,22 +39,45 @@ class Window(NamedTuple):
         return tuple(length if size is None else min(size, length) for size, length in zip(self, grid, strict=True))
 
 
+def in_windows(
+    x: Shaped[Array, "b n ..."], sizes: tuple[int, int, int], grid: tuple[int, int, int]
+) -> Shaped[Array, "b n ..."]:
+    """The tokens of equal clips window by window, from raster order."""
+    (t, h, w), (lt, lh, lw) = _counts(sizes, grid), sizes
+    return rearrange(x, "b (t lt h lh w lw) ... -> b (t h w lt lh lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+
+
+def in_raster(
+    x: Shaped[Array, "b n ..."], sizes: tuple[int, int, int], grid: tuple[int, int, int]
+) -> Shaped[Array, "b n ..."]:
+    """The inverse of `in_windows`."""
+    (t, h, w), (lt, lh, lw) = _counts(sizes, grid), sizes
+    return rearrange(x, "b (t h w lt lh lw) ... -> b (t lt h lh w lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+
+
 def partition(
     x: Shaped[Array, "b n ..."], sizes: tuple[int, int, int], grid: tuple[int, int, int]
 ) -> Shaped[Array, "bn l ..."]:
     """Groups the tokens of equal clips, in raster order, by window: windows go to the batch axis."""
-    t, h, w = (length // size for length, size in zip(grid, sizes, strict=True))
-    lt, lh, lw = sizes
-    return rearrange(x, "b (t lt h lh w lw) ... -> (b t h w) (lt lh lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+    return in_windows(x, sizes, grid).reshape(-1, math.prod(sizes), *x.shape[2:])
 
 
 def merge(
     x: Shaped[Array, "bn l ..."], sizes: tuple[int, int, int], grid: tuple[int, int, int]
 ) -> Shaped[Array, "b n ..."]:
     """The inverse of `partition`."""
-    t, h, w = (length // size for length, size in zip(grid, sizes, strict=True))
-    lt, lh, lw = sizes
-    return rearrange(x, "(b t h w) (lt lh lw) ... -> b (t lt h lh w lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+    return in_raster(x.reshape(-1, math.prod(grid), *x.shape[2:]), sizes, grid)
+
+
+def contiguous(sizes: tuple[int, int, int], grid: tuple[int, int, int]) -> bool:
+    """Whether tokens in raster order stand window by window already, as those of frames do."""
+    number = np.arange(math.prod(grid))[None]
+    return np.array_equal(in_windows(number, sizes, grid), number)
+
+
+def _counts(sizes: tuple[int, int, int], grid: tuple[int, int, int]) -> tuple[int, ...]:
+    """How many windows there are along each axis."""
+    return tuple(length // size for length, size in zip(grid, sizes, strict=True))
 
 
 def window_numbers(

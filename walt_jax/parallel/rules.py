@@ -229,6 +229,15 @@ def gathered(parameter: jax.Array, names: Sequence[str | None], dtype: Any) -> j
     return gather(parameter)
 
 
+def divided_along(name: str, size: int = 0) -> dict[str, int]:
+    """The axes of the mesh in context, and their sizes, that divide the logical axis `name`, of `size` (0: of any)."""
+    mesh = _mesh_in_context()
+    if mesh is None:
+        return {}
+    (axes,) = _dividing((size,), mesh_axes((name,), active_rules.value), mesh)
+    return {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}
+
+
 def _mesh_in_context() -> Any:
     """None where there is none, one device, or `shard_map` has taken all of its axes."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,7 +1,5 @@
 """Fused attention on a mesh: each device computes its rows and heads; kernels are not partitioned automatically."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -9,7 +7,7 @@ from jaxtyping import Array, Float
 
 from walt_jax.denoiser.kernels import tpu
 from walt_jax.errors import UserError
-from walt_jax.parallel.mesh import BATCH_AXES
+from walt_jax.parallel.rules import divided_along
 
 HEADS = "tensor"  # the axis of the mesh that divides heads
 
@@ -28,8 +26,10 @@ def sharded(
     Integers of queries may have one row, or one for all. An enclosing `jax.shard_map` needs `check_vma=False`: a
     kernel's results do not say along which axes they vary.
 
+    An axis that does not divide the rows computes all of them on each of its devices.
+
     Raises:
-        UserError: if an axis of the mesh does not divide rows or heads.
+        UserError: if `tensor` does not divide the heads.
     """
 
     def whole(pair):
@@ -40,14 +40,12 @@ def sharded(
     free = {name: mesh.shape[name] for name in mesh.auto_axes}
     if not free or mesh.size == 1:  # axes of one device are divided along too: no axis may be left to the compiler
         return tpu.fused(*arguments, interpret=interpret)
-    rows, heads = tuple(name for name in BATCH_AXES if name in free), HEADS if HEADS in free else None
-    for size, what, axes in ((query.shape[0], "rows", rows), (query.shape[2], "heads", (heads,) if heads else ())):
-        parts = math.prod(free[name] for name in axes)
-        if size % parts:
-            raise UserError(
-                f"attention has {size} {what}, which the mesh's {' × '.join(axes)} = {parts} do not divide: "
-                f"choose a mesh whose axes do"
-            )
+    rows, heads = tuple(divided_along("batch", query.shape[0])) or None, HEADS if HEADS in free else None
+    if heads and query.shape[2] % free[heads]:
+        raise UserError(
+            f"attention has {query.shape[2]} heads, which the mesh's {heads} = {free[heads]} does not divide: choose a "
+            "mesh whose axis does"
+        )
     tokens, of_bias, integers = PartitionSpec(rows, None, heads), PartitionSpec(heads), PartitionSpec(rows)
     return jax.shard_map(
         lambda *arguments: tpu.fused(*arguments, interpret=interpret),
