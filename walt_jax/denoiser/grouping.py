@@ -73,7 +73,7 @@ def placed(windows: Int[np.ndarray, " k"], rows: Rows) -> Int[np.ndarray, " k"] 
     return first
 
 
-def choose_rows(shards: Sequence[Int[np.ndarray, " k"]], most: int = 4) -> Rows:
+def choose_rows(shards: Sequence[Int[np.ndarray, " k"]], most: int = 2) -> Rows:
     """The cheapest rows, of at most `most` lengths, that hold the windows of any of these data shards.
 
     Args:

@@ -193,7 +193,7 @@ class PackRows(NamedTuple):
     text: tuple[int, int]
 
     @classmethod
-    def choose(cls, shards: Sequence[Needs], most: int = 4) -> Self:
+    def choose(cls, shards: Sequence[Needs], most: int = 2) -> Self:
         """Rows for data shards like these, of at most `most` lengths a window."""
         windows = {name: choose_rows([shard.windows[name] for shard in shards], most) for name in shards[0].windows}
         return cls(windows, choose_text_rows([shard.clips for shard in shards]))
