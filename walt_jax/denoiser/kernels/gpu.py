@@ -71,7 +71,7 @@ def _attention(interpret, query, key, value, bias, places, segments):
 def _forward(interpret, query, key, value, bias, places, segments):
     (batch, queries, heads, features), keys = query.shape, key.shape[1]
     inputs = {"q": query, "k": key, "v": value, "bias": bias, "places": places, "segments": segments}
-    blocks = _blocks(128, 64, queries, keys, query.dtype)
+    blocks = _blocks(128 if places is None or features <= 64 else 64, 64, queries, keys, query.dtype)
     outputs = {"q": query, "sum": jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)}
     grid = pl.cdiv(queries, blocks[0]), heads, batch
     found = _call(_forward_kernel, blocks, grid, inputs, outputs, 2, interpret)
@@ -80,7 +80,7 @@ def _forward(interpret, query, key, value, bias, places, segments):
 
 def _backward(interpret, residuals, slopes):
     query, key, value, bias, places, segments, out, logsum = residuals
-    (batch, queries, heads, features), keys = query.shape, key.shape[1]
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
     slope = slopes[0]
     # What all logits of a query share: through the softmax's sum and through the returned one.
     common = jnp.einsum("bnhd,bnhd->bhn", slope.astype(jnp.float32), out.astype(jnp.float32)) - slopes[1]
@@ -102,7 +102,7 @@ _attention.defvjp(_forward, _backward)
 
 def _bias_slope(inputs: dict, interpret: bool) -> Float[Array, "heads p p"]:
     """The gradient of the bias; the rows are divided among programs where its blocks are few."""
-    bias, (batch, queries, heads, _), keys = inputs["bias"], inputs["q"].shape, inputs["k"].shape[1]
+    bias, (batch, _, heads, _) = inputs["bias"], inputs["q"].shape
     blocks = _blocks(64, 64, *bias.shape[1:], inputs["q"].dtype)
     counts = tuple(pl.cdiv(size, block) for size, block in zip(bias.shape[1:], blocks, strict=True))
     wanted = min(batch, pl.cdiv(PROGRAMS, heads * math.prod(counts)))
@@ -144,7 +144,8 @@ def _call(kernel, blocks, grid, inputs: dict, outputs: dict, products: int, inte
         functools.partial(kernel, blocks=blocks),
         grid=grid,
         out_shape={name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()},
-        compiler_params=triton.CompilerParams(num_warps=4 if features <= 64 else 8, num_stages=2),
+        # Four warps multiply 64 rows at a time; fewer than eight would have too few registers for larger blocks.
+        compiler_params=triton.CompilerParams(num_warps=4 if max(*blocks, features) <= 64 else 8, num_stages=2),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * queries * keys * heads * features,
             transcendentals=batch * heads * queries * keys,
