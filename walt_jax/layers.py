@@ -47,6 +47,11 @@ def on_cpu() -> bool:
     return platform() == "cpu"
 
 
+def on_gpu() -> bool:
+    """Whether programs are traced for GPUs."""
+    return platform() in ("gpu", "cuda")
+
+
 def product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
     """x W over the last axis.
 

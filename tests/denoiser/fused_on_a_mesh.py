@@ -10,6 +10,7 @@ from oracles import normal
 from walt_jax.denoiser.kernels import tpu
 from walt_jax.denoiser.kernels.sharded import sharded
 from walt_jax.errors import UserError
+from walt_jax.layers import compiling_for
 
 ROWS, TOKENS, HEADS, FEATURES = 4, 16, 2, 8
 AXES = "data", "fsdp", "tensor", "context"
@@ -62,11 +63,13 @@ def main():
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) for x in arguments[:3]]
     with jax.set_mesh(mesh):
         found = jax.device_get([with_gradients(function)(*placed, arguments[3]) for function in (sharded, within)])
+        with compiling_for("cuda"):
+            found.append(jax.device_get(with_gradients(sharded)(*placed, arguments[3])))
         three = jax.device_get(with_gradients(sharded)(*(x[:3] for x in arguments[:3]), arguments[3]))
         heads = message(ROWS, TOKENS, 3, FEATURES)
-    one, other = (difference(each, expected) for each in found)
+    one, other, of_gpus = (difference(each, expected) for each in found)
     undivided = difference(three, jax.device_get(with_gradients(alone)(*(x[:3] for x in arguments[:3]), arguments[3])))
-    print(json.dumps({"difference": one, "within": other, "undivided": undivided, "heads": heads}))
+    print(json.dumps({"difference": one, "within": other, "gpu": of_gpus, "undivided": undivided, "heads": heads}))
 
 
 main()

@@ -148,11 +148,12 @@ def test_a_query_that_sees_nothing_has_zeros_and_no_gradient():
 
 
 PACK = [[(3, 2, 4), (1, 5, 6)], [(2, 3, 3), (2, 5, 3)]]
-ROUTES = [("bias", "pack"), ("rotary", "pack"), ("bias", "clip")]
+ROUTES = [(platform, *route) for platform in ("tpu", "cuda") for route in (("bias", "pack"), ("bias", "clip"))]
+ROUTES.append(("tpu", "rotary", "pack"))
 
 
-@pytest.mark.parametrize(("relative", "kind"), ROUTES)
-def test_a_layer_on_tpus_computes_what_it_does_here(relative, kind, monkeypatch):
+@pytest.mark.parametrize(("where", "relative", "kind"), ROUTES)
+def test_a_layer_elsewhere_computes_what_it_does_here(where, relative, kind, monkeypatch):
     """Self-attention and text jointly, in packs and equal clips, with gradients to parameters, tokens and text."""
     window = Window(None, 2, 3)
     grid, tokens, clips = (2, 4, 6), 60, 2 if kind == "pack" else 1
@@ -181,7 +182,7 @@ def test_a_layer_on_tpus_computes_what_it_does_here(relative, kind, monkeypatch)
         return sharded(*arguments, interpret=True)
 
     monkeypatch.setattr(attention, "sharded", interpreted)
-    (gradients, out), (others, other) = computed("tpu"), expected
+    (gradients, out), (others, other) = computed(where), expected
     assert len(calls) == 2  # windows, text
     inside = np.broadcast_to(layout.valid(), out.shape[:2])
     np.testing.assert_allclose(out[inside], other[inside], **CLOSE)
@@ -214,5 +215,5 @@ SCRIPT = pathlib.Path(__file__).with_name("fused_on_a_mesh.py")
 
 def test_on_a_mesh_each_device_has_its_rows_and_heads(on_eight_devices):
     found = on_eight_devices(SCRIPT)
-    assert all(found[name] < 1e-5 for name in ("difference", "within", "undivided"))
+    assert all(found[name] < 1e-5 for name in ("difference", "within", "gpu", "undivided"))
     assert found["heads"].startswith("attention has 3 heads, which the mesh's tensor = 2 does not divide")

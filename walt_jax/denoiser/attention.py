@@ -22,11 +22,10 @@ from walt_jax.denoiser.context import (
     whole,
 )
 from walt_jax.denoiser.grouping import Groups, TextRows
-from walt_jax.denoiser.kernels import tpu
-from walt_jax.denoiser.kernels.sharded import sharded
+from walt_jax.denoiser.kernels.sharded import holds, sharded
 from walt_jax.denoiser.layout import Grid, Layout, raster
 from walt_jax.denoiser.windows import Window, merge, partition
-from walt_jax.layers import Initializer, Linear, platform
+from walt_jax.layers import Initializer, Linear
 from walt_jax.parallel.rules import constrain
 
 Relative = Literal["bias", "rotary", "none"]
@@ -135,7 +134,7 @@ def attend_within(
     coordinates: Int[Array, "b n 3"] | Int[np.ndarray, "1 n 3"] | None = None,
     bounds: Grid | None = None,
 ) -> Attended:
-    """`attend` within segments, with Swin's relative bias: fused on TPUs, by XLA elsewhere.
+    """`attend` within segments, with Swin's relative bias: fused on TPUs and GPUs, by XLA elsewhere.
 
     Args:
         segments: of queries and of keys; a query sees the keys of its segment. None: all keys.
@@ -144,7 +143,7 @@ def attend_within(
             whole window in raster order, equal for all rows.
         bounds: the largest size of a window.
     """
-    if platform() == "tpu" and (table is None or tpu.holds(*query.shape[2:], math.prod(bounds), query.dtype)):
+    if holds(*query.shape[2:], 0 if table is None else math.prod(bounds), query.dtype):
         bias = places = None
         if isinstance(coordinates, np.ndarray):
             bias = expanded(table, bounds, tuple(coordinates[0].max(0) + 1))

@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 LARGEST = 128  # features of a head, for which the blocks below fit the shared memory of a multiprocessor
+PLACES = 2048  # the bias and its gradient are in memory, 0.3 GB in float32 for 16 heads
 SMALLEST = 16  # side of a matrix product
 PROGRAMS = 512  # to keep a GPU of 132 multiprocessors busy, where rows can be divided among programs
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that fully masked rows do not give NaN
@@ -58,9 +59,9 @@ def fused(
     return out, rearrange(logsum, "b heads q -> b q heads")
 
 
-def holds(features: int) -> bool:
-    """Whether there are blocks for heads of so many features. A bias may have any size: it stays in memory."""
-    return features <= LARGEST
+def holds(features: int, places: int) -> bool:
+    """Whether there are blocks for heads of so many features, and memory for a bias between so many places."""
+    return features <= LARGEST and places <= PLACES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

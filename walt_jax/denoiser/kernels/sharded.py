@@ -5,11 +5,19 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from walt_jax.denoiser.kernels import tpu
+from walt_jax.denoiser.kernels import gpu, tpu
 from walt_jax.errors import UserError
+from walt_jax.layers import on_gpu, platform
 from walt_jax.parallel.rules import divided_along
 
 HEADS = "tensor"  # the axis of the mesh that divides heads
+
+
+def holds(heads: int, features: int, places: int, dtype: jnp.dtype) -> bool:
+    """Whether the platform has a kernel for these heads and a bias between so many places, 0 if there is none."""
+    if on_gpu():
+        return gpu.holds(features, places)
+    return platform() == "tpu" and tpu.holds(heads, features, places, dtype)
 
 
 def sharded(
@@ -21,7 +29,7 @@ def sharded(
     segments: tpu.Pair | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
-    """`tpu.fused` on the mesh of the context, along those of its axes that no enclosing `jax.shard_map` divides.
+    """The platform's kernel on the mesh of the context, along those of its axes that no enclosing `jax.shard_map` divides.
 
     Integers of queries may have one row, or one for all. An enclosing `jax.shard_map` needs `check_vma=False`: a
     kernel's results do not say along which axes they vary.
@@ -35,11 +43,12 @@ def sharded(
     def whole(pair):
         return None if pair is None else (jnp.broadcast_to(pair[0], query.shape[:2]), pair[1])
 
+    fused = gpu.fused if on_gpu() else tpu.fused
     arguments = query, key, value, bias, whole(places), whole(segments)
     mesh = jax.sharding.get_abstract_mesh()
     free = {name: mesh.shape[name] for name in mesh.auto_axes}
     if not free or mesh.size == 1:  # axes of one device are divided along too: no axis may be left to the compiler
-        return tpu.fused(*arguments, interpret=interpret)
+        return fused(*arguments, interpret=interpret)
     rows, heads = tuple(divided_along("batch", query.shape[0])) or None, HEADS if HEADS in free else None
     if heads and query.shape[2] % free[heads]:
         raise UserError(
@@ -48,7 +57,7 @@ def sharded(
         )
     tokens, of_bias, integers = PartitionSpec(rows, None, heads), PartitionSpec(heads), PartitionSpec(rows)
     return jax.shard_map(
-        lambda *arguments: tpu.fused(*arguments, interpret=interpret),
+        lambda *arguments: fused(*arguments, interpret=interpret),
         in_specs=(tokens, tokens, tokens, of_bias, integers, integers),
         out_specs=(tokens, tokens),
         axis_names=set(free),

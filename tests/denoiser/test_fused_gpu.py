@@ -1,0 +1,165 @@
+"""The kernel for GPUs equals `attend`, with gradients; no GPU is needed to interpret it, to lower or to compile it.
+
+Where there is a GPU, tests marked `gpu` run it.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import normal
+from test_fused import CLOSE, Case, with_gradients
+from test_fused_compiles import SIZES, arguments, gradients
+
+from walt_jax.denoiser.attention import attend
+from walt_jax.denoiser.kernels import gpu
+from walt_jax.denoiser.kernels.sharded import holds
+from walt_jax.layers import compiling_for
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of 16 queries and keys, the fewest; rows are divided among two programs or one."""
+    monkeypatch.setattr(gpu, "_blocks", lambda *_: (16, 16))
+    monkeypatch.setattr(gpu, "PROGRAMS", 8)
+
+
+def interpreted(arguments, places, segments):
+    return gpu.fused(*arguments, places, segments, interpret=True)
+
+
+def both(case, arguments=None):
+    """Values, sums and gradients, of the kernel and of the obvious way."""
+    given, *rest = case.arguments(0)
+    ours = jax.jit(functools.partial(with_gradients, interpreted))(given if arguments is None else arguments, *rest)
+    return ours, jax.jit(functools.partial(with_gradients, case.plainly))(given, *rest)
+
+
+CASES = {
+    "no bias, keys that fill no block": Case(1, 40, 33, 2, 8, segments=True),
+    "bias of all rows": Case(2, 33, 20, 1, 24, "shared"),
+    "bias by places": Case(2, 33, 40, 1, 8, "placed", segments=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_attention_with_a_matrix_of_all_pairs(case, small_blocks):
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, **CLOSE), *both(case))
+
+
+def test_numbers_of_16_bits(small_blocks):
+    """Against float32: rounding of inputs, of weights and of results, each of 8 bits. Sums stay in float32."""
+    case = Case(2, 24, 40, 1, 16, "placed")
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.arguments(0)[0])
+    ours, theirs = both(case, rounded)
+    assert ours[0][0].dtype == jnp.bfloat16 and ours[0][1].dtype == jnp.float32
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other)
+        assert np.linalg.norm(one - other) < 0.01 * np.linalg.norm(other)
+
+
+def test_a_query_that_sees_nothing_has_zeros_and_no_gradient():
+    arguments = tuple(normal(i, 1, 3, 1, 8) for i in range(3))
+    segments = np.array([[0, 0, 5]]), np.array([[0, 0, 0]])
+
+    def weighed(q, k, v):
+        out, logsum = gpu.fused(q, k, v, segments=segments, interpret=True)
+        return out[:, 2].sum(), (out, logsum)
+
+    slopes, (out, logsum) = jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(*arguments)
+    assert not out[:, 2].any() and (logsum[:, 2] < -1e37).all()
+    assert not any(x.any() for x in slopes)
+
+
+def test_what_the_kernel_does_not_hold_is_left_to_xla():
+    assert not holds(16, 64, 320, jnp.bfloat16)  # this is a CPU
+    with compiling_for("cuda"):
+        assert holds(16, 64, 0, jnp.bfloat16) and holds(16, 120, 2048, jnp.bfloat16)
+        assert not holds(16, 256, 0, jnp.bfloat16) and not holds(16, 64, 4096, jnp.bfloat16)
+
+
+def lowered(size, features=64, dtype=jnp.bfloat16):
+    """The program with gradients for CUDA, not compiled."""
+    shapes = jax.tree.map(
+        lambda x: x if x.dtype == jnp.int32 else jax.ShapeDtypeStruct(x.shape, dtype),
+        arguments(*SIZES[size], features=features),
+    )
+    program = jax.jit(functools.partial(gradients, function=gpu.fused))
+    return program.trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+LOWERED = ["windows of 5×8×8", "packs of windows of 5×8×8", "whole clips", "text of 16 tokens"]
+
+
+@pytest.mark.parametrize("features", [64, 72])
+@pytest.mark.parametrize("size", LOWERED)
+def test_lowers_for_cuda_without_a_matrix_of_all_pairs(size, features):
+    rows, queries, keys, bias, *_ = SIZES[size]
+    text = lowered(size, features).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == (4 if bias else 3)
+    shapes = [tuple(map(int, re.findall(r"\d+", dims))) for dims in re.findall(r"tensor<((?:\d+x)+)\w", text)]
+    pairs, largest = rows * 16 * queries * keys, max(map(math.prod, shapes))
+    assert largest < pairs or largest == rows * queries * 16 * features  # text is shorter than a head has features
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [80, 89, 90, 100])
+@pytest.mark.parametrize(("features", "dtype"), [(64, jnp.bfloat16), (120, jnp.bfloat16), (128, jnp.float32)])
+def test_triton_compiles_it_within_the_shared_memory(kind, features, dtype, tmp_path, monkeypatch):
+    """For A100, L4, H100 and B200: by the compiler of `pip install triton`, which has NVIDIA's assembler."""
+    triton = pytest.importorskip("triton")
+    from jax._src.pallas.triton import lowering
+    from triton.backends.compiler import GPUTarget
+
+    found, lower = [], lowering.lower_jaxpr_to_triton_module
+
+    def kept(*arguments, **options):
+        result = lower(*arguments, **options)
+        found.append(result.module.operation.get_asm())
+        return result
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", kept)
+    lowered("packs of windows of 5×8×8", features, dtype)
+    assert len(found) == 4
+    for number, text in enumerate(found):
+        file = tmp_path / f"{number}.ttir"
+        file.write_text(text)
+        kernel = triton.compile(
+            str(file), target=GPUTarget("cuda", kind, 32), options={"num_warps": 8, "num_stages": 2}
+        )
+        assert kernel.metadata.shared <= {80: 163, 89: 99, 90: 227, 100: 227}[kind] * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("features", [64, 72, 120])
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_gpu_the_kernel_gives_what_xla_gives(size, features):
+    def filled(shape):
+        rng = np.random.default_rng(math.prod(shape.shape))
+        if shape.dtype == jnp.int32:
+            return jnp.asarray(rng.integers(0, 3, shape.shape), jnp.int32)
+        return jnp.asarray(rng.normal(size=shape.shape), shape.dtype)
+
+    def plainly(query, key, value, bias, places, segments):
+        if bias is not None:
+            places = places or tuple(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) for x in (query, key))
+            bias = jnp.moveaxis(bias[:, places[0][:, :, None], places[1][:, None]], 1, 0)
+        mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None])[:, None]
+        return attend(query, key, value, bias, mask)
+
+    values = jax.tree.map(filled, arguments(*SIZES[size], features=features))
+    ours, theirs = (
+        jax.jit(lambda *x, function=function: gradients(*x, function=function))(*values)
+        for function in (gpu.fused, plainly)
+    )
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
