@@ -29,7 +29,7 @@ def sharded(
     segments: tpu.Pair | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
-    """The platform's kernel on the mesh of the context, along those of its axes that no enclosing `jax.shard_map` divides.
+    """The platform's kernel on the mesh in context, along its axes that no enclosing `jax.shard_map` divides.
 
     Integers of queries may have one row, or one for all. An enclosing `jax.shard_map` needs `check_vma=False`: a
     kernel's results do not say along which axes they vary.
