@@ -69,11 +69,18 @@ def test_another_shape_is_told(saved):
         Checkpoints(saved, writer=False).restore(like)
 
 
+def flipped(content: bytes) -> bytes:
+    """With one bit in the middle changed."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "else": lambda path: path.write_bytes(b"<html>" * 100),
+    "flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
 }
 
 
@@ -151,23 +158,55 @@ except UserError as error:
     assert reader.steps()[-1] == 3 and equal(reader.restore(state(0))[0], state(3))
 
 
-# Orbax leaves its other reads unawaited when one fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_file_is_damaged(saved, damage, tmp_path, capsys):
-    files = [path.relative_to(saved) for path in sorted((saved / "3").rglob("*")) if path.is_file()]
-    refused = set()
-    for number, file in enumerate(files):
-        copy = tmp_path / str(number)
-        shutil.copytree(saved, copy)
-        DAMAGES[damage](copy / file)
-        checkpoints = Checkpoints(copy, writer=False)
+    """It is named, and the checkpoint before is read; Orbax itself would load what a flipped bit has changed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    files = [path for path in sorted((copy / "3").rglob("*")) if path.is_file() and path.parent != copy / "3"]
+    assert {path.relative_to(copy / "3").parts[0] for path in files} == {"ema", "weights", "state", "data", "outcome"}
+    checkpoints = Checkpoints(copy, writer=False)
+    for file in files:
+        before = file.read_bytes()
+        DAMAGES[damage](file)
         restored, position, _ = checkpoints.restore(state(0))
-        assert position == POSITION
-        if f"the checkpoint {copy / '3'} is damaged" in capsys.readouterr().err:
-            refused.add(file.parts[1])
-            assert equal(restored, state(2))
-        else:
-            assert any(equal(restored, state(step)) for step in (2, 3)), file  # of 2 where 3 is taken for unfinished
+        file.write_bytes(before)
+        name = file.relative_to(copy / "3").as_posix()
+        assert f"the checkpoint {copy / '3'} is damaged ({name} " in capsys.readouterr().err
+        assert equal(restored, state(2)) and position == POSITION
+    assert equal(checkpoints.restore(state(0))[0], state(3)) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["manifest.json", "commit_success.txt", "_CHECKPOINT_METADATA"])
+def test_whatever_is_damaged_next_to_the_items(saved, damage, name, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    DAMAGES[damage](copy / "3" / name)
+    restored, _, _ = Checkpoints(copy, writer=False).restore(state(0))
+    assert any(equal(restored, state(step)) for step in (2, 3))
+
+
+def test_parts_that_are_not_read_need_not_be_there(saved, tmp_path, capsys):
+    """As in a copy of a trained model, which has no optimizer state."""
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy, ignore=shutil.ignore_patterns("state", "weights", "data"))
+    assert equal(Checkpoints(copy, writer=False).restore_part("ema", state(0).ema)[0], state(3).ema)
+    assert not capsys.readouterr().err
+
+
+# Orbax leaves its other reads unawaited when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_checkpoints_of_older_versions_have_no_manifest(saved, tmp_path, capsys):
+    """They are read, with a warning; what Orbax can't read is still passed over."""
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    for step in "23":
+        (copy / step / "manifest.json").unlink()
+    checkpoints = Checkpoints(copy, writer=False)
+    assert equal(checkpoints.restore(state(0))[0], state(3))
+    assert f"{copy / '3'} has no manifest.json" in capsys.readouterr().err
+    DAMAGES["cut"](copy / "3" / "ema" / "manifest.ocdbt")
+    assert equal(checkpoints.restore(state(0))[0], state(2))
+    assert f"the checkpoint {copy / '3'} is damaged" in capsys.readouterr().err
     gc.collect()  # here, rather than in another test
-    assert refused >= {"ema", "state", "data", "outcome"}

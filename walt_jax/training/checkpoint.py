@@ -1,4 +1,8 @@
-"""Checkpoints with Orbax: written in the background, complete or absent, with the data's position next to the state."""
+"""Checkpoints with Orbax: written in the background, complete or absent, with the data's position next to the state.
+
+Each has a manifest with digests, see `manifest`, written before the checkpoint is committed. What differs from its
+manifest is not read.
+"""
 
 import contextlib
 import itertools
@@ -11,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from walt_jax.errors import UserError
+from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 
 
@@ -31,6 +37,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, writer: bool):
         self.directory = directory
         self._damaged: list[int] = []  # steps newer than the one restored, which could not be read
+        self._saving = 0  # the step that is being written
         self._manager = None
         if writer or directory.is_dir():
             verbosity = logging.get_verbosity()
@@ -38,7 +45,11 @@ class Checkpoints:
                 logging.set_verbosity(logging.ERROR)
             try:
                 options = ocp.CheckpointManagerOptions(
-                    max_to_keep=2, create=writer, cleanup_tmp_directories=writer, read_only=not writer
+                    max_to_keep=2,
+                    create=writer,
+                    cleanup_tmp_directories=writer,
+                    read_only=not writer,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
                 )
                 self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
             finally:
@@ -69,7 +80,15 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(part) for name, part in _parts(state).items()}
         items |= {"data": ocp.args.JsonSave(position), "outcome": ocp.args.JsonSave(outcome)}
         with self._writing():
-            self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+            self._manager.wait_until_finished()
+            self._saving = int(state.step)
+            self._manager.save(self._saving, args=ocp.args.Composite(**items))
+
+    def _write_manifest(self) -> None:
+        """In Orbax's thread, once a checkpoint's items are complete and before it is committed."""
+        final = epath.Path(self.directory.absolute()) / str(self._saving)
+        # Where folders can't be renamed, the final one is written to, and a file commits it.
+        write_manifest(final if final.exists() else next(final.parent.glob(f"{final.name}.orbax-checkpoint-tmp*")))
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -125,6 +144,16 @@ class Checkpoints:
     def _restore(self, **items: Any) -> Any:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
+            folder = epath.Path(self.directory.absolute()) / str(step)
+            if wrong := damage(folder, items):
+                damaged[step] = wrong
+                continue
+            if not has_manifest(folder):
+                print(
+                    f"warning: the checkpoint {self.directory / str(step)} has no {MANIFEST}, as those of older "
+                    "versions, so damage in its arrays may go unseen.",
+                    file=sys.stderr,
+                )
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
