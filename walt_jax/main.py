@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from walt_jax.errors import UserError
 from walt_jax.malloc import keep_freed_memory
-from walt_jax.training.stopping import Stopped, stop_at_once
+from walt_jax.training.stopping import RESTART, Stopped, stop_at_once
 from walt_jax.workdir import local
 
 MAX_SEED = 2**31 - 1
@@ -585,10 +585,10 @@ def main(argv: list[str]) -> int:
         return 1
     except Stopped as stopped:
         print(f"\nstopped; {stopped.saved}: the same command resumes from there.", file=sys.stderr)
-        return 128 + stopped.signal
+        return RESTART
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
-        return 130
+        return RESTART
     return 0
 
 

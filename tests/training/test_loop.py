@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import time
 import threading
 
 import grain
@@ -164,6 +165,25 @@ def test_a_signal_saves_a_step_and_the_run_goes_on_from_there(undisturbed, tmp_p
     trained = train(tmp_path)
     np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_signal_while_the_end_is_measured_stops_the_run(undisturbed, tmp_path):
+    """The last step is saved, and nothing that comes after this stage begins."""
+    with pytest.raises(Stopped, match="step 30 of first is saved"):
+        train(tmp_path, finish=lambda served: os.kill(os.getpid(), signal.SIGTERM) or {"measured": 1})
+    trained = train(tmp_path, dataset=None)
+    assert trained.outcome == {"measured": 1} and losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_signal_while_clips_are_encoded_stops_at_once(tmp_path):
+    class Encoding(Numbers):
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            raise AssertionError("it went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Encoding())
 
 
 def test_previews_are_renewed_and_change_nothing(undisturbed, tmp_path, monkeypatch):

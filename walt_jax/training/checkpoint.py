@@ -20,6 +20,7 @@ from etils import epath
 from walt_jax.errors import UserError
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
+from walt_jax.training.stopping import WRITING
 
 
 class Checkpoints:
@@ -54,6 +55,8 @@ class Checkpoints:
                 self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
             finally:
                 logging.set_verbosity(verbosity)
+        if writer:
+            WRITING.append(self._manager.is_saving_in_progress)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in ascending order."""
@@ -178,9 +181,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait`, and frees what Orbax holds."""
-        if self._manager is not None:
+        if self._manager is None:
+            return
+        try:
             self.wait()
             self._manager.close()
+        finally:
+            if self._manager.is_saving_in_progress in WRITING:
+                WRITING.remove(self._manager.is_saving_in_progress)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -186,11 +186,11 @@ def run_stage(
         divided = state_shardings(like)
         train_step = make_train_step(task, optimizer, stage.ema_decay, divided=divided, accumulate=stage.accumulate)
         with (
-            stop_signals() as stop,
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
             contextlib.closing(StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak)) as log,
             contextlib.closing(StepPrograms(train_step, one_shape=stage.pack is not None)) as programs,
             contextlib.closing(Profile(workdir / "profile" / name, profile)) as trace,
+            stop_signals() as stop,
         ):
             sheet = None
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
@@ -200,6 +200,7 @@ def run_stage(
                 waited = time.perf_counter() - asked
                 with trace.step(step):
                     state, metrics, again = programs(state, frozen, place_batch(batch, mesh), key_steps)
+                stop.unsaved = True
                 trace.done(metrics)
                 if programs.compiled:
                     log.paused()
@@ -215,18 +216,20 @@ def run_stage(
                     pending = None
                     outcome = finish(state.served(task)) if last else {}
                     checkpoints.save(state, iterator.get_state(), outcome)
+                    stop.unsaved = False
                     log.paused()
                     if later_stages:
                         checkpoints.wait()
                         for later in later_stages:
                             _set_aside(workdir, later, log)
                         later_stages = ()
-                    if stop.signal and not last:
+                    if stop.signal:
                         checkpoints.wait()
                         raise Stopped(stop.signal, name, step)
-                if preview and due(step, stage.preview_every):
-                    sheet = sheet or preview()
-                    write_preview(workdir, sheet(state.served(task)))
+                if preview and not stop.signal and due(step, stage.preview_every):
+                    with stop.skipped():
+                        sheet = sheet or preview()
+                        write_preview(workdir, sheet(state.served(task)))
                     log.paused()
         return Trained(state.served(task), outcome)
     finally:
