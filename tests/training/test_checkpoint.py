@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from walt_jax.errors import UserError
-from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.checkpoint import Checkpoints, Keep
 from walt_jax.training.state import TrainState
 
 POSITION, OUTCOME = {"waiting": [3, 1, 4]}, {"latent_mean": [0.5]}
@@ -44,6 +44,29 @@ def test_the_newest_comes_back_and_one_before_is_kept(saved):
     assert equal(restored, state(3)) and (position, outcome) == (POSITION, OUTCOME)
     assert equal(checkpoints.restore_part("ema", state(0).ema)[0], state(3).ema)
     assert {path.name for path in saved.iterdir() if path.is_dir()} == {"2", "3"}
+
+
+def kept(directory, keep, scores) -> set[int]:
+    """The steps that stay of those saved with these scores, in two processes: what is kept is known from the disk."""
+    for steps in (range(1, 3), range(3, len(scores) + 1)):
+        checkpoints = Checkpoints(directory, writer=True, keep=keep)
+        for step in steps:
+            checkpoints.save(state(step), POSITION, OUTCOME, scores[step - 1])
+        checkpoints.close()
+    return {int(path.name) for path in directory.iterdir() if path.name.isdigit()}
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    scores = [1.0, 5.0, 3.0, 4.0, 2.0]
+    assert kept(tmp_path / "last", Keep(last=3), scores) == {3, 4, 5}
+    assert kept(tmp_path / "best", Keep(last=1, best=2), scores) == {2, 4, 5}
+    reader = Checkpoints(tmp_path / "best", writer=False)
+    assert equal(reader.restore(state(0))[0], state(5))
+
+
+def test_by_age_some_are_kept(tmp_path):
+    assert kept(tmp_path / "hours", Keep(last=1, every_hours=0.5), [0.0] * 4) == {1, 4}
+    assert kept(tmp_path / "all", Keep(last=1, every_hours=1e-12), [0.0] * 3) == {1, 2, 3}
 
 
 def test_without_an_average_the_weights_are_kept_once(tmp_path):

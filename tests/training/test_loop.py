@@ -8,8 +8,8 @@ import os
 import pathlib
 import shutil
 import signal
-import time
 import threading
+import time
 
 import grain
 import jax
@@ -165,6 +165,17 @@ def test_a_signal_saves_a_step_and_the_run_goes_on_from_there(undisturbed, tmp_p
     trained = train(tmp_path)
     np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_the_best_checkpoints_are_kept(tmp_path):
+    """By the mean over the steps since the checkpoint before; the loss grows, so that the first has the least."""
+    stage = dataclasses.replace(STAGE, checkpoint_every=10, keep_last=1, keep_best=1)
+    train(tmp_path, stage=stage)
+    assert {path.name for path in (tmp_path / "checkpoints" / "first").iterdir()} == {"10", "30"}
+    with pytest.raises(
+        UserError, match=r"keep_metric is 'psnr', which the stage does not measure; choose one of .*loss"
+    ):
+        train(tmp_path / "other", stage=dataclasses.replace(stage, keep_metric="+psnr"))
 
 
 def test_a_signal_while_the_end_is_measured_stops_the_run(undisturbed, tmp_path):

@@ -5,6 +5,7 @@ manifest is not read.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from walt_jax.errors import UserError
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
@@ -23,8 +25,37 @@ from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
 
 
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which of a stage's checkpoints stay: those that any of these names.
+
+    Attributes:
+        last: the newest ones.
+        best: those with the greatest scores.
+        every_hours: the first, and then each so much newer than the last one of these; 0 keeps none for its age.
+    """
+
+    last: int = 2
+    best: int = 0
+    every_hours: float = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """Of Orbax's manager."""
+        policies: list[Any] = [preservation.LatestN(self.last)]
+        if self.every_hours:
+            policies.append(preservation.EveryNSeconds(round(3600 * self.every_hours)))
+        if not self.best:
+            return {"preservation_policy": preservation.AnyPreservationPolicy(policies)}
+        best = preservation.BestN(get_metric_fn=_score, n=self.best, keep_checkpoints_without_metrics=False)
+        return {"preservation_policy": preservation.AnyPreservationPolicy([*policies, best]), "best_fn": _score}
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
 class Checkpoints:
-    """A stage's checkpoints in `directory`, the newest two kept.
+    """A stage's checkpoints in `directory`.
 
     Saving is asynchronous. Orbax writes to a temporary folder and renames it once it is complete, so that a process
     killed while saving leaves the checkpoint before.
@@ -33,9 +64,10 @@ class Checkpoints:
         directory: one folder a step, named by its number.
         writer: whether checkpoints are saved here. Only the writer makes the folder and removes what a killed process
             left unfinished; a reader changes nothing, and so can't disturb a run that is saving meanwhile.
+        keep: which checkpoints are not removed once others are saved.
     """
 
-    def __init__(self, directory: pathlib.Path, writer: bool):
+    def __init__(self, directory: pathlib.Path, writer: bool, keep: Keep = Keep()):
         self.directory = directory
         self._damaged: list[int] = []  # steps newer than the one restored, which could not be read
         self._saving = 0  # the step that is being written
@@ -46,7 +78,7 @@ class Checkpoints:
                 logging.set_verbosity(logging.ERROR)
             try:
                 options = ocp.CheckpointManagerOptions(
-                    max_to_keep=2,
+                    **keep.options(),
                     create=writer,
                     cleanup_tmp_directories=writer,
                     read_only=not writer,
@@ -62,13 +94,14 @@ class Checkpoints:
         """The steps that have a checkpoint, in ascending order."""
         return [] if self._manager is None else sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, position: dict, outcome: dict) -> None:
+    def save(self, state: TrainState, position: dict, outcome: dict, score: float | None = None) -> None:
         """Saves under the state's step. Damaged checkpoints of later steps are renamed first, to `STEP.damaged`.
 
         Args:
             state: what the stage changes with its steps.
             position: the data iterator's state.
             outcome: what the finished stage has measured, empty before; see `loop.run_stage`.
+            score: by which the best are kept, where any are.
 
         Raises:
             UserError: if this one, or the one before, can't be written.
@@ -85,7 +118,8 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             self._saving = int(state.step)
-            self._manager.save(self._saving, args=ocp.args.Composite(**items))
+            metrics = None if score is None else {"score": score}
+            self._manager.save(self._saving, args=ocp.args.Composite(**items), metrics=metrics)
 
     def _write_manifest(self) -> None:
         """In Orbax's thread, once a checkpoint's items are complete and before it is committed."""

@@ -19,7 +19,7 @@ from walt_jax.data.shapes import ShapeConfig
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.parallel.mesh import place_batch
 from walt_jax.parallel.rules import Rules
-from walt_jax.training.checkpoint import Checkpoints, set_aside
+from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.preview import Preview, due, write_preview
@@ -75,6 +75,10 @@ class StageConfig:
         latents: of a denoiser stage: a data set that `--mode=encode` has written, instead of clips to be encoded.
         log_every: steps between lines of `metrics.jsonl`.
         checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_best: how many of the best are kept, by a metric's mean over the steps since the checkpoint before.
+        keep_metric: its name in `metrics.jsonl`; the least is best, the greatest with a + in front, as in "+psnr_db".
+        keep_every_hours: every so many hours a checkpoint is kept for good; 0 keeps none for its age.
         preview_every: steps between renewals of `preview.png` in the workdir: reconstructions or samples of unseen
             clips. The first come after 1/8, 1/4 and 1/2 of it.
     """
@@ -92,6 +96,10 @@ class StageConfig:
     latents: str = ""
     log_every: Positive = 10
     checkpoint_every: Positive = 500
+    keep_last: Positive = 2
+    keep_best: int = 0
+    keep_metric: str = "loss"
+    keep_every_hours: float = 0.0
     preview_every: Positive = 1000
 
     def __post_init__(self):
@@ -174,7 +182,9 @@ def run_stage(
     """
     key_init, key_steps = jax.random.split(key)
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True)
+    keep = Keep(stage.keep_last, stage.keep_best, stage.keep_every_hours)
+    checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True, keep=keep)
+    score = stage.keep_metric.removeprefix("+") if stage.keep_best else None
     try:
         like = abstract_state(task, optimizer, mesh, rules, stage.ema_decay)
         state, position, outcome = _restored_or_fresh(
@@ -187,7 +197,9 @@ def run_stage(
         train_step = make_train_step(task, optimizer, stage.ema_decay, divided=divided, accumulate=stage.accumulate)
         with (
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
-            contextlib.closing(StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak)) as log,
+            contextlib.closing(
+                StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak, score)
+            ) as log,
             contextlib.closing(StepPrograms(train_step, one_shape=stage.pack is not None)) as programs,
             contextlib.closing(Profile(workdir / "profile" / name, profile)) as trace,
             stop_signals() as stop,
@@ -215,7 +227,9 @@ def run_stage(
                     log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
                     outcome = finish(state.served(task)) if last else {}
-                    checkpoints.save(state, iterator.get_state(), outcome)
+                    mean = log.mean_of_scored()
+                    better = mean if stage.keep_metric.startswith("+") or mean is None else -mean
+                    checkpoints.save(state, iterator.get_state(), outcome, better)
                     stop.unsaved = False
                     log.paused()
                     if later_stages:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,6 +64,7 @@ class StageLog:
         gone: the files that have vanished so far.
         mesh: of the devices.
         peak: see `Peak`; without one there is no MFU.
+        scored: the metric that `mean_of_scored` is of.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class StageLog:
         gone: Callable[[], Sequence[str]],
         mesh: Mesh,
         peak: Peak | None,
+        scored: str | None = None,
     ):
+        self._scored, self._scores = scored, []
         self._name, self._steps, self._every, self._gone, self._reported = name, steps, log_every, gone, 0
         self._mesh, self._peak = mesh, peak
         constant: dict[str, Any] = {"mesh": dict(mesh.shape)}
@@ -99,10 +103,18 @@ class StageLog:
             UserError: if a metric is NaN or infinite.
         """
         logs = step % self._every == 0 or step == self._steps
-        fetched = jax.device_get(metrics if logs else {name: metrics[name] for name in EACH_STEP if name in metrics})
+        if self._scored is not None and self._scored not in metrics:
+            raise UserError(
+                f"config.stages.{self._name}.keep_metric is {self._scored!r}, which the stage does not measure; choose "
+                f"one of {', '.join(sorted(metrics))}."
+            )
+        each = (*EACH_STEP, self._scored)
+        fetched = jax.device_get(metrics if logs else {name: metrics[name] for name in each if name in metrics})
         if "loss_by_noise" in fetched:
             self._by_noise.append(fetched.pop("loss_by_noise"))
         values = finite(fetched, self._name, step)
+        if self._scored is not None:
+            self._scores.append(values[self._scored])
         now = time.perf_counter()
         if not self._paused:
             self._work.append(work)
@@ -113,6 +125,11 @@ class StageLog:
         if logs:
             self._write(step, {**values, **self._levels(), **rates, "elapsed_seconds": now - self._began})
             self._work, self._seconds, self._by_noise = [], 0.0, []
+
+    def mean_of_scored(self) -> float | None:
+        """The mean of the scored metric since the last call; None where no metric is scored."""
+        scores, self._scores = self._scores, []
+        return statistics.fmean(scores) if scores else None
 
     def paused(self) -> None:
         """Leaves the step that is reported next out of the rates: it was held up by a compilation or a checkpoint."""
