@@ -203,7 +203,7 @@ def _packs(
     width = channels * int(np.prod(config.patch_size))
     blank = jax.tree.map(np.zeros_like, read_caption(None, True))
     windows, isolate, shards = config.attention_windows, config.isolate_images, packing.shards
-    rows = _rows(items, grids, weights, packing)
+    rows = pack_rows(trial_shards(grids, weights, packing), grids, packing)
 
     def hold(clips: list[_Item]) -> bool:
         return rows.hold(Needs.sum(item.needs for item in clips))
@@ -235,11 +235,17 @@ def _packs(
     return batches.map(arrays_of)
 
 
-def _rows(items: _Numbered, grids: Sequence[Grid], weights: Sequence[float], packing: Packing) -> PackRows:
-    """Rows of a data shard for clips of these sizes: enough for each one of many random shards, and for any clip.
+def trial_shards(grids: Sequence[Grid], weights: Sequence[float], packing: Packing) -> list[list[_Item]]:
+    """Clips of many random data shards.
 
     They depend on nothing else, so that all processes of a run, and those that resume it, have the same.
+
+    Args:
+        grids: all that clips may have.
+        weights: how often each is.
+        packing: see `Packing`.
     """
+    items = _Numbered(lambda number: None, packing, max(int(np.prod(grid)) for grid in grids))
     rng = np.random.default_rng(0)
     waiting, shards = [], []
     for _ in range(TRIED):
@@ -250,8 +256,14 @@ def _rows(items: _Numbered, grids: Sequence[Grid], weights: Sequence[float], pac
                 waiting.append(items.item(int(rng.integers(2**31)), grid, None))
             pack, waiting = fill(waiting, packing.tokens, packing.clips)
             clips += pack
-        shards.append(Needs.sum(item.needs for item in clips))
-    return PackRows.choose([*shards, *(_whole_needs(packing.config, grid) for grid in grids)])
+        shards.append(clips)
+    return shards
+
+
+def pack_rows(shards: Sequence[Sequence[_Item]], grids: Sequence[Grid], packing: Packing) -> PackRows:
+    """Rows of a data shard for clips of these sizes: enough for each of these shards, and for any clip."""
+    needs = [Needs.sum(clip.needs for clip in clips) for clips in shards]
+    return PackRows.choose([*needs, *(_whole_needs(packing.config, grid) for grid in grids)])
 
 
 def _needs(config: DenoiserConfig, grid: Grid, kept: Int[np.ndarray, " k"]) -> Needs:

@@ -136,17 +136,24 @@ def model_flops(program: Program) -> int:
     return jaxpr_flops(own, leave_out=("rematted_computation",))
 
 
-def analysed(
-    program: Program, config: RunConfig, mesh: Mesh, topology: Topology, model: int | None = None
-) -> dict[str, Any]:
-    """What a program takes by analysis of its trace, for one data shard's part of the batch.
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A data shard's part of a program.
 
-    Activations and operations are divided evenly by `tensor` and `context`. Element-wise operations are taken to be
-    fused with their neighbours; of collectives those are counted that the mesh makes necessary. `model` is
-    `model_flops`, where that is known.
+    Attributes:
+        operations: see `analysis.operations`.
+        peak: see `analysis.peak_bytes`.
+        seconds: that tracing took.
     """
+
+    operations: list[hlo.Operation]
+    peak: int
+    seconds: float
+
+
+def trace_shard(program: Program, config: RunConfig, mesh: Mesh) -> Trace:
+    """The trace of one data shard's part of the batch: the same for all meshes with as many data shards."""
     began = time.perf_counter()
-    rest = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis not in BATCH_AXES)
     function, arguments = program.own
     arguments = list(without_shardings(arguments))
     batch = jax.tree.map(
@@ -157,27 +164,45 @@ def analysed(
         arguments[place] = part
     with tracing(config, Mesh(mesh.devices.flat[:1].reshape(1, 1, 1, 1), mesh.axis_names)):
         jaxpr = analysis.traced(function, *arguments)
+    return Trace(analysis.operations(jaxpr), analysis.peak_bytes(jaxpr), time.perf_counter() - began)
+
+
+def analysed(
+    program: Program,
+    config: RunConfig,
+    mesh: Mesh,
+    topology: Topology,
+    model: int | None = None,
+    trace: Trace | None = None,
+) -> dict[str, Any]:
+    """What a program takes by analysis of its trace, for one data shard's part of the batch.
+
+    Activations and operations are divided evenly by `tensor` and `context`. Element-wise operations are taken to be
+    fused with their neighbours; of collectives those are counted that the mesh makes necessary. `model` is
+    `model_flops`, and `trace` is `trace_shard`, where these are known.
+    """
+    trace = trace or trace_shard(program, config, mesh)
+    rest = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis not in BATCH_AXES)
     done = [
         dataclasses.replace(
             each,
             products=[dataclasses.replace(p, flops=p.flops // rest) for p in each.products],
             hbm_bytes=each.hbm_bytes // rest,
         )
-        for each in analysis.operations(jaxpr)
+        for each in trace.operations
     ]
-    peak = analysis.peak_bytes(jaxpr)
     parameters, whole = program.memory["parameters"], program.parameter_bytes
-    temporaries = peak // rest
+    temporaries = trace.peak // rest
     if program.trains:
         # The trace holds all gradients whole; each device keeps its part of them.
-        temporaries = max(0, peak - whole) // rest + parameters
+        temporaries = max(0, trace.peak - whole) // rest + parameters
         state = sum(program.memory[kind] for kind in ("parameters", "optimizer", "average"))
         done.append(hlo.Operation("optimizer/update", 1, [], 2 * state + parameters, 0, ""))
     done += collectives(program, mesh)
     memory = {**program.memory, "temporaries": temporaries}
     found = estimate(done, links_of(mesh, topology))
     model = model_flops(program) if model is None else model
-    return _entry(program, mesh, topology, memory, found, "analysed", time.perf_counter() - began, model)
+    return _entry(program, mesh, topology, memory, found, "analysed", trace.seconds, model)
 
 
 def collectives(program: Program, mesh: Mesh) -> list[hlo.Operation]:
@@ -272,6 +297,12 @@ def _entry(
     }
 
 
+def duration(seconds: float) -> str:
+    """A time with three digits and its unit, such as "45.0 µs"."""
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
+    return f"{seconds / size:#.3g} {unit}"
+
+
 def sentences(plan: dict[str, Any]) -> list[str]:
     """What a plan on hardware says, a line a program."""
     peak = plan["hardware"]["peak_flops"] / 1e12
@@ -286,7 +317,7 @@ def sentences(plan: dict[str, Any]) -> list[str]:
             lines.append(f"{line}: does not fit")
             continue
         line += "" if entry["fits"] else ", DOES NOT FIT"
-        line += f"; {entry['estimated_step_seconds']:8.4f} s, {entry['estimated_mfu']:.1%} MFU"
+        line += f"; {duration(entry['estimated_step_seconds']):>7}, {entry['estimated_mfu']:.1%} MFU"
         line += f", bound by {entry['bound_by']}"
         if entry["compiler_mfu"]:
             line += f" ({entry['compiler_mfu']:.1%} by the compiler's cycles)"

@@ -6,8 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from walt_jax.parallel.roofline import BOUNDS
+from walt_jax.training.plan_hardware import duration
 
 COLOURS = dict(zip(BOUNDS, ("#4477aa", "#ee6677", "#ccbb44", "#aa3377"), strict=True))
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 8}  # legends, where no bar is
 PARTS = 14  # bars; the smallest are summed
 
 
@@ -26,7 +28,7 @@ def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
     memory.axhline(plan["hbm_limit_bytes"] / 2**30, color="black", linestyle="--", label="limit")
     memory.set(ylabel="GiB a device", title=f"{plan['topology']}, {plan['chips']} chips")
     memory.tick_params(axis="x", rotation=20)
-    memory.legend(fontsize=8)
+    memory.legend(**BELOW, ncols=4)
     main = next(entry for entry in entries if "train" in entry["name"])
     if main["estimated_step_seconds"] is None:
         time.text(0.5, 0.5, "the train step does not fit", ha="center", va="center", transform=time.transAxes)
@@ -44,8 +46,8 @@ def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
             time.barh(labels, widths, left=left, color=COLOURS[bound], label=f"bound by {bound}")
             left = [start + width for start, width in zip(left, widths, strict=True)]
         seconds, mfu = main["estimated_step_seconds"], main["estimated_mfu"]
-        title = f"{main['name'].replace('_', ' ')}: {seconds:.3f} s at least, {mfu:.0%} MFU, {main['clips']} clips"
-        time.set(xlabel="ms", title=title)
+        name = main["name"].replace("_", " ")
+        time.set(xlabel="ms", title=f"{name}: {duration(seconds)} at least, {mfu:.0%} MFU, {main['clips']} clips")
         time.tick_params(axis="y", labelsize=8)
-        time.legend(fontsize=8, loc="lower right")
+        time.legend(**BELOW, ncols=len(BOUNDS))
     figure.savefig(path, dpi=110)

@@ -7,10 +7,10 @@ from typing import Any
 
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.errors import UserError
-from walt_jax.parallel.mesh import MeshConfig, described, make_mesh
+from walt_jax.parallel.mesh import MeshConfig, data_shards, described, make_mesh
 from walt_jax.parallel.topology import Topology
-from walt_jax.training.plan_hardware import analysed, devices_of, model_flops
-from walt_jax.training.programs import programs
+from walt_jax.training.plan_hardware import Trace, analysed, devices_of, duration, model_flops, trace_shard
+from walt_jax.training.programs import changed, train_step
 from walt_jax.training.run_config import RunConfig
 
 SLOW = 0.5  # a train step below this MFU has others tried
@@ -44,41 +44,48 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
     """
     devices, model = devices_of(topology), None
     rows: dict[Any, dict[str, Any]] = {}  # by mesh, policy and micro-batches
+    traces: dict[Any, Trace] = {}  # by data shards, policy and micro-batches
     if config.denoiser is None:
         remats = (None,)
     elif remats is None:
         remats = typing.get_args(typing.get_type_hints(DenoiserConfig)["remat"])
+    stage = (config.denoiser_stages or config.trained_stages)[-1]
     for mesh_config in dict.fromkeys((config.mesh, *meshes(topology))):
+        try:
+            mesh = make_mesh(mesh_config, devices)
+            made = train_step(_accumulating(config, stage, 1), stage, mesh)
+        except (UserError, ValueError):  # it does not divide the model or the batch
+            continue
+        model = model or model_flops(made)  # the same for all
         for remat in remats:
-            denoiser = remat and dataclasses.replace(config.denoiser, remat=remat)
-            tried = dataclasses.replace(config, denoiser=denoiser, mesh=mesh_config)
+            tried = config if remat is None else _with_remat(config, remat)
             for accumulate in ACCUMULATE:
                 try:
-                    own = _accumulating(tried, accumulate)
-                    mesh = make_mesh(own.mesh, devices)
-                    program = next(make for name, make in programs(own, mesh).items() if "train" in name)()
-                except (UserError, ValueError):  # it does not divide the model or the batch
+                    own = _accumulating(tried, stage, accumulate)
+                    program = changed(made, own, mesh)
+                except (UserError, ValueError):
                     break
-                row = {"mesh": dict(mesh.shape), "remat": remat, "accumulate": own.stages[program.stage].accumulate}
-                key = (*mesh.shape.values(), remat, row["accumulate"])
-                if key not in rows:
-                    model = model or model_flops(program)  # the same for all
-                    entry = analysed(program, own, mesh, topology, model)
+                if (key := (*mesh.shape.values(), remat, accumulate)) not in rows:
+                    like = (data_shards(mesh), remat, accumulate)
+                    traces[like] = traces.get(like) or trace_shard(program, own, mesh)
+                    entry = analysed(program, own, mesh, topology, model, traces[like])
+                    row = {"mesh": dict(mesh.shape), "remat": remat, "accumulate": accumulate}
                     rows[key] = row | {name: entry[name] for name in KEPT}
                 if rows[key]["fits"]:
                     break
     return sorted(rows.values(), key=lambda row: (not row["fits"], row["estimated_step_seconds"]))
 
 
-def _accumulating(config: RunConfig, count: int) -> RunConfig:
-    """The config with micro-batches in the stage whose step is planned; `count` 1 leaves its own.
+def _with_remat(config: RunConfig, remat: str) -> RunConfig:
+    return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, remat=remat))
+
+
+def _accumulating(config: RunConfig, name: str, count: int) -> RunConfig:
+    """The config with so many micro-batches in a stage.
 
     Raises:
         ValueError: if they don't divide the batch, or it has packs.
     """
-    name = (config.denoiser_stages or config.trained_stages)[-1]
-    if count == 1:
-        return config
     stage = dataclasses.replace(config.stages[name], accumulate=count)
     return dataclasses.replace(config, stages={**config.stages, name: stage})
 
@@ -90,7 +97,7 @@ def ranking_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"  {described(row['mesh']):28} remat {row['remat'] or '-':6} accumulate {row['accumulate']} "
             f"{row['hbm_bytes_per_device'] / 2**30:7.2f} GiB {'fits' if row['fits'] else 'does not fit':12} "
-            f"{row['estimated_step_seconds']:8.4f} s {row['estimated_mfu']:6.1%} MFU, bound by {row['bound_by']}"
+            f"{duration(row['estimated_step_seconds']):>7} {row['estimated_mfu']:6.1%} MFU, bound by {row['bound_by']}"
         )
     return lines
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from walt_jax.parallel.rules import active_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.accumulation import accumulated_gradients
 from walt_jax.training.optimizer import make_optimizer
+from walt_jax.training.plan_packs import pack_batch
 from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.state import abstract_state, make_train_step, state_shardings
 
@@ -121,33 +122,54 @@ def tokenizer_shapes(config: RunConfig) -> TrainedTokenizer:
 
 
 def largest(config: RunConfig, stage: str) -> tuple[tuple[int, int, int], int]:
-    """(frames, height, width) and number of the clips of a stage's largest batch; packs count as clips of the data."""
-    chosen = config.stages[stage]
+    """(frames, height, width) and number of the clips of a stage's largest batch."""
     shapes = zip(config.clip_shapes(stage), config.batch_sizes(stage), strict=True)
     shape, size = max(shapes, key=lambda each: math.prod(each[0].nominal) * each[1])
-    if chosen.pack is not None:
-        shape = config.clip_shape()
-        size = max(1, chosen.batch_size * chosen.pack.tokens // config.tokens(shape.nominal))
     return shape.nominal, size
 
 
+class _Batch(NamedTuple):
+    """What a train step works on: shapes with shardings, rows, clips, (frames, height, width) of one, tokens."""
+
+    arrays: dict[str, Any]
+    rows: int
+    clips: int
+    clip: tuple[int, int, int]
+    tokens: int
+
+
+def _batch(config: RunConfig, name: str, mesh: Mesh) -> _Batch:
+    """A stage's largest batch, or its packs.
+
+    Raises:
+        UserError: if the mesh does not divide it.
+    """
+    stage = config.stages[name]
+    if stage.pack is not None:
+        check_rows(f"A micro-batch of stage {name}", stage.batch_size // stage.accumulate, mesh)
+        batch, clips, tokens = pack_batch(config, name, data_shards(mesh) * stage.accumulate)
+        placed = _placed(batch, batch_shardings(batch, mesh))
+        return _Batch(placed, stage.batch_size, round(clips), config.clip_shape().nominal, round(tokens))
+    clip, size = largest(config, name)
+    check_rows(f"A micro-batch of stage {name}", size // stage.accumulate, mesh)
+    batch = batch_of(config, name, clip, size, stage.encodes)
+    grid = config.tokenizer.latent_shape(*clip)[:3]
+    grid = config.denoiser.grid(grid) if stage.task == "denoiser" else grid
+    return _Batch(_placed(batch, batch_shardings(batch, mesh)), size, size, clip, size * math.prod(grid))
+
+
 def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
-    """A stage's train step on its largest batch; packs are planned as the clips of the data's shape that they hold.
+    """A stage's train step on its largest batch, or on its packs; packs' clips are encoded before the step.
 
     Raises:
         UserError: if the mesh does not divide it.
     """
     stage, task = config.stages[name], make_task(config, name, config.most_pieces)
-    clip, size = largest(config, name)
-    if stage.pack is not None:
-        size = -(-size // data_shards(mesh)) * data_shards(mesh)
-    check_rows(f"A micro-batch of stage {name}", size // stage.accumulate, mesh)
+    found = _batch(config, name, mesh)
     boxed, _ = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
     state = abstract_state(task, optimizer, mesh, config.rules, stage.ema_decay)
-    batch = batch_of(config, name, clip, size, stage.encodes)
-    batch = _placed(batch, batch_shardings(batch, mesh))
-    frozen = _everywhere(tokenizer_shapes(config), mesh) if stage.encodes else None
+    frozen = _everywhere(tokenizer_shapes(config), mesh) if stage.encodes and stage.pack is None else None
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     divided = state_shardings(state)
     platform = mesh.devices.flat[0].platform
@@ -156,33 +178,48 @@ def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
         "parameters": device_bytes(state.params),
         "optimizer": device_bytes(state.opt_state),
         "average": device_bytes(state.ema),
-        "batch": device_bytes(batch),
+        "batch": device_bytes(found.arrays),
         "frozen": device_bytes(frozen),
     }
-    grid = config.tokenizer.latent_shape(*clip)[:3]
-    residual, passes, dtype, which = 0, 2, config.tokenizer.dtype, "tokenizer_train_step"
-    if stage.task == "denoiser":
-        denoiser, grid, which = config.denoiser, config.denoiser.grid(grid), "train_step"
-        dtype = denoiser.dtype
-        residual = _residual_bytes(config, size // stage.accumulate * math.prod(grid))
-        passes = 3 if denoiser.self_conditioning else 2
-    arguments = (state.params, state.moving, frozen, batch, key, state.step)
+    denoises = stage.task == "denoiser"
+    dtype = config.denoiser.dtype if denoises else config.tokenizer.dtype
     return Program(
-        name=which,
+        name="train_step" if denoises else "tokenizer_train_step",
         stage=name,
         jitted=jitted,
-        arguments=(state, frozen, batch, key),
+        arguments=(state, frozen, found.arrays, key),
         memory=memory,
-        clips=size,
-        clip=clip,
-        tokens=size * math.prod(grid),
-        own=(functools.partial(accumulated_gradients, task, stage.accumulate), arguments),
+        clips=found.clips,
+        clip=found.clip,
+        tokens=found.tokens,
         batch_arguments=(3,),
         parameter_bytes=tree_bytes(state.params),
         compute_bytes=jnp.dtype(dtype).itemsize,
-        passes=passes * stage.accumulate,
-        residual_bytes=residual,
+        **_gradients(config, name, found, (state.params, state.moving, frozen, found.arrays, key, state.step)),
     )
+
+
+def _gradients(config: RunConfig, name: str, batch: _Batch, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Of a train step what depends on remat and micro-batches: `own`, `passes` and `residual_bytes`."""
+    stage, task = config.stages[name], make_task(config, name, config.most_pieces)
+    residual, passes = 0, 2
+    if stage.task == "denoiser":
+        tokens = batch.tokens if stage.pack is None else stage.pack.tokens * stage.batch_size
+        residual = _residual_bytes(config, tokens // stage.accumulate)
+        passes = 3 if config.denoiser.self_conditioning else 2
+    own = functools.partial(accumulated_gradients, task, stage.accumulate), arguments
+    return {"own": own, "passes": passes * stage.accumulate, "residual_bytes": residual}
+
+
+def changed(program: Program, config: RunConfig, mesh: Mesh) -> Program:
+    """A train step with the remat policy and the micro-batches of another config, to be analysed, not compiled.
+
+    Raises:
+        UserError: if the mesh does not divide the micro-batches.
+    """
+    found, arguments = _batch(config, program.stage, mesh), list(program.own[1])
+    arguments[program.batch_arguments[0]] = found.arrays
+    return dataclasses.replace(program, **_gradients(config, program.stage, found, tuple(arguments)))
 
 
 def _residual_bytes(config: RunConfig, tokens: int) -> int:
