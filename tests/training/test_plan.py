@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -13,11 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from walt_jax.config import build
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.main import main
+from walt_jax.parallel.mesh import AXES
+from walt_jax.parallel.rules import shardings
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.loop import PackConfig
 from walt_jax.training.plan import denoiser_flops, plan
@@ -310,6 +314,32 @@ def test_lattes_variants_of_one_width_have_equally_many_parameters_but_the_third
     """Whose blocks have two attentions each."""
     first, second, third, fourth = (size(denoiser_of(f"latte_xl_2_v{variant}")) for variant in (1, 2, 3, 4))
     assert first == second == fourth < third
+
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("prepare", "demo_siblings"))
+
+
+@functools.cache
+def autoencoder(config):
+    video = jnp.zeros((1, 1, *config.strides[1:], 3))
+    return jax.eval_shape(Tokenizer(config).init, jax.random.key(0), video)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_rules_divide_every_config(name):
+    """Over eight devices by `fsdp`, and over sixteen by `fsdp` and `tensor`: parameters need no rule of their own."""
+    config = config_of(name)
+    trained = {"tokenizer": autoencoder(config.tokenizer)}
+    if config.denoiser:
+        trained["denoiser"] = denoiser_of(name)
+    for sizes in ((1, 8, 1, 1), (1, 8, 2, 1)):
+        mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        for what, boxed in trained.items():
+            shapes = [leaf.shape for leaf in jax.tree.leaves(nn.meta.unbox(boxed))]
+            divided = jax.tree.leaves(shardings(boxed, mesh))
+            own = sum(math.prod(part.shard_shape(x)) for part, x in zip(divided, shapes, strict=True))
+            whole = sum(map(math.prod, shapes))
+            assert own < 0.3 * whole, (what, own / whole)
 
 
 def test_the_3b_models_blocks_have_the_papers_size():

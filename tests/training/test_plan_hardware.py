@@ -14,9 +14,19 @@ from walt_jax.main import main
 from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.parallel.topology import topology
 from walt_jax.training import plan_search
-from walt_jax.training.plan_hardware import compiled, devices_of, plan_hardware, priced, sentences, too_large
+from walt_jax.training.plan_hardware import (
+    analysed,
+    compiled,
+    devices_of,
+    duration,
+    plan_hardware,
+    priced,
+    sentences,
+    too_large,
+    trace_shard,
+)
 from walt_jax.training.plan_picture import picture
-from walt_jax.training.plan_search import best_mesh, meshes, ranked, ranking_lines
+from walt_jax.training.plan_search import KEPT, best_mesh, meshes, ranked, ranking_lines
 from walt_jax.training.programs import train_step
 from walt_jax.training.run_config import RunConfig
 
@@ -91,6 +101,14 @@ def test_a_line_for_each_program_says_the_peak_that_it_is_a_fraction_of(planned)
     assert sentences({**planned, "programs": [unfit]})[1].endswith("does not fit")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.724, "1.72 s"), (0.38, "380. ms"), (0.0123, "12.3 ms"), (4.5e-5, "45.0 µs"), (3e-7, "0.300 µs")],
+)
+def test_short_times_have_their_unit(seconds, text):
+    assert duration(seconds) == text
+
+
 def test_a_picture_of_what_fits_and_of_what_does_not(planned, tmp_path):
     picture(planned, tmp_path / "fits.png")
     unfit = [{**planned["programs"][0], "estimated_step_seconds": None}, *planned["programs"][1:]]
@@ -110,6 +128,21 @@ def test_the_ranking_begins_with_what_fits_and_is_fastest(monkeypatch):
     monkeypatch.setattr(plan_search, "ranked", lambda *arguments: [{**row, "fits": False} for row in rows])
     with pytest.raises(UserError, match=r"--auto_mesh finds no mesh of h100:2"):
         best_mesh(TINY, GPUS)
+
+
+def test_rows_that_share_a_trace_are_as_analysed_one_by_one(monkeypatch):
+    """With as many data shards, traced once; with another number, again."""
+    tried = [MeshConfig(data=-1, fsdp=2), MeshConfig(data=-1), MeshConfig(data=1, tensor=2)]
+    monkeypatch.setattr(plan_search, "meshes", lambda topology: tried)
+    traced = []
+    monkeypatch.setattr(plan_search, "trace_shard", lambda *given: traced.append(given) or trace_shard(*given))
+    rows = ranked(TINY, GPUS, ("block", "none"))
+    assert (len(rows), len(traced)) == (6, 4)
+    for row in rows:
+        config = with_denoiser(TINY, mesh=MeshConfig(**row["mesh"]), remat=row["remat"])
+        mesh = make_mesh(config.mesh, devices_of(GPUS))
+        entry = analysed(train_step(config, "denoiser", mesh), config, mesh, GPUS)
+        assert {name: row[name] for name in KEPT} == {name: entry[name] for name in KEPT}
 
 
 def test_where_nothing_fits_micro_batches_are_tried(monkeypatch):

@@ -26,6 +26,7 @@ class Hardware:
         clock_hz: of the compiler's cycle estimates; 0 where no compiler here gives any.
         chip_devices: devices of a chip.
         host_devices: the most that share a host.
+        gpu: what XLA's compiler for GPUs asks for: compute capability, multiprocessors, bytes of L2 cache, GHz.
     """
 
     kinds: tuple[str, ...]
@@ -41,6 +42,7 @@ class Hardware:
     clock_hz: float = 0.0
     chip_devices: int = 1
     host_devices: int = 8
+    gpu: tuple[int, int, int, float] = (0, 0, 0, 0.0)
 
 
 def _tpu(
@@ -77,10 +79,19 @@ def _tpu(
     )
 
 
-def _gpu(kind: str, peak: float, gigabytes: float, bandwidth: float, nvlink: float, nic_gigabits: float) -> Hardware:
+def _gpu(
+    kind: str,
+    peak: float,
+    gigabytes: float,
+    bandwidth: float,
+    nvlink: float,
+    nic_gigabits: float,
+    gpu: tuple[int, int, int, float],
+) -> Hardware:
     memory = round(gigabytes * 1e9)
     limit = round(GPU_MEMORY_FRACTION * memory)
-    return Hardware((kind,), peak, memory, limit, bandwidth, nvlink, 0, 0, nic_gigabits * 1e9 / 8, matrix_unit=16)
+    dcn = nic_gigabits * 1e9 / 8
+    return Hardware((kind,), peak, memory, limit, bandwidth, nvlink, 0, 0, dcn, matrix_unit=16, gpu=gpu)
 
 
 # TPUs: Cloud TPU's page of each version for peak, HBM and DCN (v5e: a pod's 6.4 Tb/s over its 256 chips; v4: no page
@@ -95,9 +106,9 @@ HARDWARE = {
     "v5p": _tpu(("TPU v5p", "TPU v5"), 459e12, (95.74, 95.74), 2.765e12, 90e9, 3, 50, (128, 8), 4),
     "v6e": _tpu(("TPU v6 lite", "TPU v6e"), 918e12, (32, 31.25), 1.638e12, 90e9, 2, 100, (256, 4), 8),
     "tpu7x": _tpu(("TPU7x",), 2307e12, (192, 94.75), 7.38e12, 90e9, 3, 100, (256, 8), 8, chip_devices=2),
-    "h100": _gpu("NVIDIA H100", 989e12, 80, 3.35e12, 450e9, 400),
-    "h200": _gpu("NVIDIA H200", 989e12, 141, 4.8e12, 450e9, 400),
-    "b200": _gpu("NVIDIA B200", 2250e12, 180, 8e12, 900e9, 400),
+    "h100": _gpu("NVIDIA H100", 989e12, 80, 3.35e12, 450e9, 400, (9, 132, 50 * 2**20, 1.98)),
+    "h200": _gpu("NVIDIA H200", 989e12, 141, 4.8e12, 450e9, 400, (9, 132, 50 * 2**20, 1.98)),
+    "b200": _gpu("NVIDIA B200", 2250e12, 180, 8e12, 900e9, 400, (10, 148, 126 * 2**20, 1.97)),
 }
 
 

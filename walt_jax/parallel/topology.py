@@ -1,4 +1,4 @@
-"""Devices by the name of what one rents, such as `v5p:4x4x8`: TPUs to compile for without one, GPUs to reckon."""
+"""Devices by the name of what one rents, such as `v5p:4x4x8`, to compile for without one."""
 
 import dataclasses
 import importlib.util
@@ -48,16 +48,33 @@ class Topology:
         return self.chips * self.hardware.chip_devices
 
     @property
+    def platform(self) -> str:
+        """What JAX calls their platform: "tpu" or "cuda"."""
+        return "tpu" if self.hardware.torus_axes else "cuda"
+
+    @property
     def compiles(self) -> bool:
-        """Whether programs are compiled for it: for TPUs; compiling for a GPU without one has not been tried."""
-        return self.hardware.torus_axes > 0
+        """Whether programs are compiled for it: for TPUs always, for GPUs where JAX's plugin for CUDA is installed."""
+        return self.platform == "tpu" or importlib.util.find_spec("jax_cuda12_plugin") is not None
 
     def devices(self) -> list[Any]:
-        """TPU devices that aren't attached, for `jax.sharding.Mesh`.
+        """Devices that aren't attached, for `jax.sharding.Mesh`.
 
         Raises:
             UserError: if libtpu is missing or has no such slice.
         """
+        from jax.experimental import topologies
+
+        if self.platform == "cuda":
+            of_host = self.shape[0]
+            return list(
+                topologies.get_topology_desc(
+                    platform="cuda",
+                    topology_name=self.name,
+                    topology=f"1x{self.slices}x{of_host}",
+                    target_config=_gpu_target(self.hardware),
+                ).devices
+            )
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"--topology={self.name} is compiled by libtpu, which is not installed; pip install -e '.[tpu]' adds "
@@ -67,8 +84,6 @@ class Topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # it would warn that there is no TPU
-        from jax.experimental import topologies
-
         options: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
         if math.prod(self.shape) == 1:
             options["chips_per_host_bounds"] = [1, 1, 1]
@@ -79,6 +94,35 @@ class Topology:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--topology={self.name} is no slice that libtpu knows ({reason}); {_known()}") from error
+
+
+def _gpu_target(hardware: Hardware) -> str:
+    """A GPU as XLA describes it to its compiler: a `GpuTargetConfigProto` in text format."""
+    capability, cores, l2_cache, gigahertz = hardware.gpu
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{hardware.kinds[0]}"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {capability} }}
+          core_count: {cores}
+          l2_cache_size: {l2_cache}
+          clock_rate_ghz: {gigahertz}
+          device_memory_size: {hardware.hbm_bytes}
+          memory_bandwidth: {round(hardware.hbm_bytes_per_second)}
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          threads_per_core_limit: 2048
+          fpus_per_core: 128
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: 232448
+          shared_memory_per_core: 233472
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}"""
 
 
 def topology(name: str) -> Topology:

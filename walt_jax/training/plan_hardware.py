@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from walt_jax.parallel import analysis, hlo
 from walt_jax.parallel.cost import jaxpr_flops
-from walt_jax.parallel.mesh import BATCH_AXES, data_shards, described, make_mesh
+from walt_jax.parallel.mesh import AXES, BATCH_AXES, data_shards, described, make_mesh
 from walt_jax.parallel.roofline import Estimate, Links, estimate
 from walt_jax.parallel.rules import check_rules
 from walt_jax.parallel.topology import Topology
@@ -33,28 +33,41 @@ class Reckoned:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """Devices for a mesh.
+    """Devices for a mesh that is analysed; of GPUs each host is a slice.
 
     Raises:
         UserError: see `Topology.devices`.
     """
-    if topology.compiles:
+    if topology.platform == "tpu":
         return topology.devices()
     host = topology.shape[0]
     return [Reckoned(i, i // host, topology.hardware.kinds[0]) for i in range(topology.device_count)]
 
 
+def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
+    """The config's mesh of a topology's devices, to be compiled for where that can be done.
+
+    Raises:
+        UserError: if it does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices_of(topology))
+    if topology.platform == "tpu" or not topology.compiles:
+        return mesh
+    devices = {device.id: device for device in topology.devices()}  # they don't know their host
+    return Mesh(np.vectorize(lambda device: devices[device.id])(mesh.devices), AXES, axis_types=mesh.axis_types)
+
+
 def links_of(mesh: Mesh, topology: Topology) -> Links:
     """What the mesh's devices are connected by."""
     devices = list(mesh.devices.flat)
-    if topology.compiles:
+    if topology.platform == "tpu":
         return Links.of(devices, topology.hardware, topology.shape)
-    places = np.array([[device.id % topology.shape[0]] for device in devices])
-    return Links(topology.hardware, places, np.array([device.slice_index for device in devices]), ())
+    numbers = np.array([device.id for device in devices])
+    return Links(topology.hardware, numbers[:, None] % topology.shape[0], numbers // topology.shape[0], ())
 
 
 def plan_hardware(config: RunConfig, topology: Topology, price_per_chip_hour: float | None = None) -> dict[str, Any]:
-    """Compiles a config's programs for TPUs, or analyses them for GPUs.
+    """Compiles a config's programs, or analyses them for GPUs that no compiler is installed for.
 
     Returns:
         `topology`, `hardware` (device kind and its stated peaks), `chips`, `devices`, `mesh` {axis: size}, `programs`,
@@ -64,7 +77,7 @@ def plan_hardware(config: RunConfig, topology: Topology, price_per_chip_hour: fl
     Raises:
         UserError: if the mesh does not fit the devices or the config.
     """
-    mesh = make_mesh(config.mesh, devices_of(topology))
+    mesh = mesh_of(config, topology)
     check_rules(config.rules, mesh)
     entries = []
     for make in programs(config, mesh).values():
@@ -96,7 +109,7 @@ def compiled(program: Program, config: RunConfig, mesh: Mesh, topology: Topology
     """What the compiler says of a program; of one that does not fit only its memory."""
     began = time.perf_counter()
     with tracing(config, mesh):
-        lowered = program.jitted.trace(*program.arguments).lower(lowering_platforms=("tpu",))
+        lowered = program.jitted.trace(*program.arguments).lower(lowering_platforms=(topology.platform,))
     try:
         executable = lowered.compile()
     except RuntimeError as error:
