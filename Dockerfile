@@ -15,6 +15,6 @@ COPY walt_jax walt_jax
 COPY configs configs
 RUN pip install --editable ".${EXTRA:+[$EXTRA]}"
 
-USER trainer
+USER 1000
 ENTRYPOINT []
 CMD ["python", "-m", "walt_jax.main", "--help"]

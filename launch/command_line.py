@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pathlib
 import shlex
 import subprocess
@@ -12,7 +11,8 @@ from typing import Any
 
 from launch.cluster_file import LaunchError, check_name, read
 
-CLONE = os.path.relpath(pathlib.Path(__file__).resolve().parents[1])
+TRAINING = ("launch", "resume", "run")  # the commands that the trainer's arguments go with
+CLONE = str(pathlib.Path(__file__).resolve().parents[1])
 
 
 def parse(
@@ -43,6 +43,8 @@ def parse(
     parser.add_argument("--dry_run", action="store_true", help="print every command and manifest, run nothing")
     flags = parser.parse_args(own)
     flags.trainer = trainer
+    if trainer and flags.command not in TRAINING:
+        raise LaunchError(f"The command {flags.command} trains nothing; leave out -- and what follows it.")
     check_name(flags.name)
     return flags, read(kind, flags.cluster)
 

@@ -34,8 +34,8 @@ class Gke:
         accelerator: the node pools' label cloud.google.com/gke-tpu-accelerator.
         topology: of one slice, in chips, such as 4x4 or 4x4x8.
         image: the container image, with a tag; the command build makes it.
-        runs: where runs are kept, each in a folder named after it: gs://BUCKET/FOLDER, or the path that `volume_claim` is
-            mounted at in every pod.
+        runs: where runs are kept, each in a folder named after it: gs://BUCKET/FOLDER, or the path that every pod
+            mounts `volume_claim` at.
         volume_claim: a PersistentVolumeClaim that many pods may write, such as Filestore's.
         chips_per_host: 4, or 1 or 8 of v5e and v6e on one host.
         slices: how many slices, connected over the data center's network.
@@ -85,8 +85,8 @@ class Gke:
             raise ValueError("slices should be at least 1; grace_seconds, max_restarts and keep_seconds not negative.")
         if self.volume_claim is None and not self.runs.startswith("gs://"):
             raise ValueError(
-                f"runs = {self.runs!r} would be in the pods' own files, which are lost with them; name gs://BUCKET/FOLDER, "
-                "or what is mounted there: volume_claim = 'NAME'."
+                f"runs = {self.runs!r} would be in the pods' own files, which are lost with them; name "
+                "gs://BUCKET/FOLDER, or what is mounted there: volume_claim = 'NAME'."
             )
         if self.volume_claim is not None and not self.runs.startswith("/"):
             raise ValueError("with a volume_claim, runs should be the absolute path that it is mounted at.")

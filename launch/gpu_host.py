@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     if flags.dry_run:
         print(shlex.join(command))
         print(
-            f"# again after exit codes 42 and 127-255, {host.pause_seconds} s later, {host.max_restarts} times at most"
+            f"# after exit codes 42 and 127-255 again, {host.max_restarts} times at most, {host.pause_seconds} s later"
         )
         return 0
     print(f"+ {shlex.join(command)}", flush=True)

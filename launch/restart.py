@@ -2,9 +2,9 @@
 
 python -m launch.restart --max_restarts=N --pause_seconds=S -- COMMAND [ARGUMENT ...]
 
-Exit code 0 means done and 1 a user's mistake, so both are final, as are all others but 42 (the trainer saved after
-SIGTERM or SIGINT) and 127 to 255 (crashes). SIGTERM, SIGINT and SIGHUP, when a terminal closes, go to the command, which
-then has as long as it needs to save, and is not started again.
+It starts again after exit code 42 (the trainer saved after SIGTERM or SIGINT) and 127 to 255 (crashes); others are
+final: 0 means done, 1 a user's mistake. SIGTERM, SIGINT and SIGHUP (a terminal closes) go to the command, which then
+has as long as it needs to save, and is not started again.
 """
 
 import argparse

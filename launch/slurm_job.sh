@@ -21,7 +21,7 @@ trap pass_on TERM INT
 # Runs on all nodes; sets `code`. One process that ends does not kill others, which may be saving.
 train() {
   code=0
-  srun --kill-on-bad-exit=0 --wait=0 "$@" &
+  srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --gpu-bind=none --kill-on-bad-exit=0 --wait=0 "$@" &
   trainer=$!
   wait "$trainer" || code=$?
   while kill -0 "$trainer" 2>/dev/null; do # a signal ends `wait` early

@@ -29,8 +29,8 @@ class TpuVm:
         zone: such as us-west4-a.
         accelerator_type: such as v5litepod-16, v5p-128 or v6e-256: one slice.
         runtime_version: the VMs' image, such as v2-alpha-tpuv5-lite.
-        runs: where runs are kept, each in a folder named after it: gs://BUCKET/FOLDER, or the path at which every worker
-            mounts `nfs`. A VM's own disk is lost with it.
+        runs: where runs are kept, each in a folder named after it: gs://BUCKET/FOLDER, or the path that every worker
+            mounts `nfs` at. A VM's own disk is lost with it.
         nfs: HOST:/SHARE of a file system, mounted at `runs`.
         slices: how many slices, connected over the data center's network.
         spot: preemptible capacity.
@@ -167,9 +167,7 @@ def copy(vm: TpuVm, name: str, dry_run: bool) -> None:
         path = archive if dry_run else str(pathlib.Path(folder) / archive)
         must(["git", "-C", CLONE, "archive", "--format=tar.gz", f"--output={path}", "HEAD"], dry_run)
         if not dry_run and output(["git", "-C", CLONE, "status", "--porcelain"]):
-            print(
-                "warning: changes that are not committed are not copied; commit them, and copy again", file=sys.stderr
-            )
+            print("warning: changes that are not committed are not copied; commit them first", file=sys.stderr)
         must(gcloud("scp", vm, path, f"{name}:{archive}", *_everywhere(vm)), dry_run)
     unpack = f"mkdir -p walt_jax && tar -xzf {archive} -C walt_jax"
     mount = ["--nfs", vm.nfs, vm.runs] if vm.nfs else []
@@ -237,8 +235,12 @@ def run(argv: Sequence[str]) -> int:
     flags, vm = parse("launch.tpu_vm", __doc__, TpuVm, COMMANDS, argv)
     name, dry_run = flags.name, flags.dry_run
     match flags.command:
-        case "launch" | "resume":
-            return launch(vm, name, flags.trainer, dry_run, preempted=flags.command == "resume")
+        case "launch":
+            return launch(vm, name, flags.trainer, dry_run)
+        case "resume":
+            if not dry_run and state(vm, name) == "ACTIVE":
+                raise LaunchError(f"{name} is ACTIVE, so there is nothing to resume; the command run trains on it.")
+            return launch(vm, name, flags.trainer, dry_run, preempted=True)
         case "create":
             create(vm, name, dry_run)
         case "wait":

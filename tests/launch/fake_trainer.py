@@ -1,4 +1,4 @@
-"""A trainer that does as it is asked: counts its starts, ends with the exit codes of CODES, saves when SIGTERM comes."""
+"""A trainer that does what CODES says: one exit code, or "wait", a start; saves when SIGTERM comes."""
 
 import os
 import pathlib
