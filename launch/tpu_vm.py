@@ -216,7 +216,7 @@ def _train_until_preempted(vm: TpuVm, name: str, trainer: Sequence[str], dry_run
                 "Training failed for good, see the log above; mend that, then launch again, or give the TPUs back with "
                 "the command delete."
             )
-        print("The connection was lost; training goes on.", file=sys.stderr)
+        print("The connection to the workers was lost; connecting again.", file=sys.stderr)
         time.sleep(POLL_SECONDS)
     if dry_run:
         print(f"# after each preemption, {vm.max_preemptions} times at most: what resume prints")
