@@ -23,8 +23,12 @@ def along_channels(values: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
 _target = jax.make_user_context(default_value=None)  # part of the key of JAX's caches of traces
 
 
+ANY_PLATFORM = "any"  # of a program that is traced once and compiled for several
+
+
 def compiling_for(platform: str | None) -> contextlib.AbstractContextManager:
-    """Within it, programs are traced for this platform: "cpu", "cuda" or "tpu"; None is this machine's.
+    """Within it, programs are traced for this platform: "cpu", "cuda", "tpu" or `ANY_PLATFORM`, whose programs have no
+    kernels or workarounds of one platform; None is this machine's.
 
     To be used inside of the function that is traced, or around its tracing, where a program is compiled for hardware
     that is not there.
@@ -33,7 +37,7 @@ def compiling_for(platform: str | None) -> contextlib.AbstractContextManager:
 
 
 def platform() -> str:
-    """What programs are traced for: "cpu", "gpu", "cuda", "tpu".
+    """What programs are traced for: "cpu", "gpu", "cuda", "tpu" or `ANY_PLATFORM`.
 
     Decided when a program is traced, by the devices of the mesh in context, if there is one, or JAX's default:
     `jax.lax.platform_dependent` would trace all ways, in a multiple of the time.

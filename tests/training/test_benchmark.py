@@ -22,6 +22,7 @@ def rows(quick_compilation):
         patch.setattr(lib, "ROUNDS", 2)
         patch.setattr(lib, "PACKS_OF", (64,))
         patch.setattr(lib, "CLIPS_OF", (64,))
+        patch.setattr(lib, "on_cpu", lambda: False)  # for both routes of attention
         return {row["name"]: row for row in lib.benchmark(build(RunConfig, knobs, "config"))}
 
 
@@ -35,7 +36,9 @@ def test_each_part_is_there(rows):
         "denoiser_train_step_packed_mixed",
         "denoiser_sampling_step",
         "attention_pack_of_64_tokens",
+        "attention_pack_of_64_tokens_plain",
         "full_attention_of_64_tokens",
+        "full_attention_of_64_tokens_plain",
     ]
     json.dumps(list(rows.values()))
 
@@ -68,5 +71,6 @@ def test_tokens_are_counted(rows):
     mixed = rows["denoiser_train_step_packed_mixed"]
     assert 0.5 < mixed["tokens_valid_fraction"] <= 1 and "flops" not in mixed
     layer = rows["attention_pack_of_64_tokens"]
+    assert all(row["temporary_bytes"] > 0 for name, row in rows.items() if "attention_of" in name or "pack_of" in name)
     assert layer["attention_scores_computed_over_needed"] >= 1
     assert layer["tokens_per_second"] * layer["seconds_median"] == pytest.approx(64 * layer["tokens_valid_fraction"])

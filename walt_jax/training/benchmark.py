@@ -20,6 +20,7 @@ from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.windows import Window
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips, unboxed
+from walt_jax.layers import ANY_PLATFORM, compiling_for, on_cpu
 from walt_jax.parallel.cost import flops
 from walt_jax.parallel.hardware import peak as stated_peak
 from walt_jax.training.data_benchmark import benchmark_decoding
@@ -65,9 +66,10 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
 
     Returns:
         For each part {"name", "seconds_median", "flops", "flops_per_second", "peak_flops_per_second", "peak", "mfu",
-        "tokens_per_second", "tokens_valid_fraction", "device"}, those that apply; of a train step also
-        "optimizer_flops" and "seconds_over_products", how many times as long it takes as all of its products, the
-        optimizer's among them, would at the rate of the largest; and `data_benchmark`'s rows.
+        "tokens_per_second", "tokens_valid_fraction", "device"}, those that apply; of a layer also "temporary_bytes",
+        what its program needs besides arguments and results; of a train step also "optimizer_flops" and
+        "seconds_over_products", how many times as long it takes as all of its products, the optimizer's among them,
+        would at the rate of the largest; and `data_benchmark`'s rows.
     """
     dtype = (config.denoiser or config.tokenizer).dtype
     parts = [_tokenizer(config), *([] if config.denoiser is None else _denoiser(config))]
@@ -240,9 +242,13 @@ def _in_rows(
 
 
 def _attention(model: LatentDiffusion) -> list[Part]:
-    """A layer of attention with its gradients on packs of 1,024 to 16,384 tokens, and on one clip without windows."""
+    """A layer of attention with its gradients on packs of 1,024 to 16,384 tokens, and on one clip without windows.
+
+    Where the platform has a fused kernel, each also by the plain route.
+    """
     config, grid = model.denoiser.config, model.layout.grid
     window = Window(*config.windows[-1])
+    routes = [("", None)] if on_cpu() else [("", None), ("_plain", ANY_PLATFORM)]
     parts = []
     for tokens in PACKS_OF:
         rng = np.random.default_rng(0)
@@ -252,17 +258,22 @@ def _attention(model: LatentDiffusion) -> list[Part]:
         pack, scores = _in_rows(places, config, [window])
         valid = float((pack.positions[..., 0] >= 0).mean())
         scores = {"attention_scores_computed_over_needed": scores}
-        run = _layer(config, window, grid, Layout(pack=pack), tokens)
-        parts.append(Part(f"attention_pack_of_{tokens}_tokens", run, 0, round(valid * tokens), valid, None, scores))
+        for route, platform in routes:
+            run, size = _layer(config, window, grid, Layout(pack=pack), tokens, platform)
+            name = f"attention_pack_of_{tokens}_tokens{route}"
+            parts.append(Part(name, run, 0, round(valid * tokens), valid, None, {**scores, **size}))
     whole = Window(None, None, None)
     for tokens in CLIPS_OF:
-        run = _layer(config, whole, (1, 1, tokens), Layout(grid=(1, 1, tokens)), tokens)
-        parts.append(Part(f"full_attention_of_{tokens}_tokens", run, 0, tokens))
+        for route, platform in routes:
+            run, size = _layer(config, whole, (1, 1, tokens), Layout(grid=(1, 1, tokens)), tokens, platform)
+            parts.append(Part(f"full_attention_of_{tokens}_tokens{route}", run, 0, tokens, more=size))
     return parts
 
 
-def _layer(config: DenoiserConfig, window: Window, bounds: Grid, layout: Layout, tokens: int) -> Callable[[], Any]:
-    """A call of one attention layer and its gradients."""
+def _layer(
+    config: DenoiserConfig, window: Window, bounds: Grid, layout: Layout, tokens: int, platform: str | None
+) -> tuple[Callable[[], Any], dict[str, int]]:
+    """A call of one attention layer and its gradients, and the memory that it needs besides arguments and results."""
     relative = config.relative if layout.pack is not None else "none"
     layer = WindowAttention(
         config.heads,
@@ -275,8 +286,13 @@ def _layer(config: DenoiserConfig, window: Window, bounds: Grid, layout: Layout,
     )
     x = jax.random.normal(jax.random.key(0), (1, tokens, config.dim))
     params = unboxed(jax.jit(layer.init)(jax.random.key(0), x, layout))
-    slope = jax.jit(jax.grad(lambda params, x, layout: jnp.square(layer.apply(params, x, layout)).sum(), (0, 1)))
-    return lambda: slope(params, x, layout)
+
+    def loss(params, x, layout):
+        with compiling_for(platform):
+            return jnp.square(layer.apply(params, x, layout)).sum()
+
+    slope = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, layout).compile()
+    return lambda: slope(params, x, layout), {"temporary_bytes": slope.memory_analysis().temp_size_in_bytes}
 
 
 def _filled(grid: Grid, tokens: int, rng: np.random.Generator) -> list[Grid]:
