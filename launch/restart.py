@@ -25,11 +25,15 @@ def supervise(command: Sequence[str], max_restarts: int, pause_seconds: float) -
     """
     stop = threading.Event()
     child: subprocess.Popen | None = None
+    early: list[int] = []  # signals that come while the command is started
 
     def pass_on(number: int, _frame: object) -> None:
         stop.set()
-        if child is not None:
-            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
@@ -40,8 +44,8 @@ def supervise(command: Sequence[str], max_restarts: int, pause_seconds: float) -
             except OSError as error:
                 print(f"restart: {command[0]} can't be run ({error.strerror})", file=sys.stderr)
                 return 1
-            if stop.is_set():  # a signal that came while the command was started
-                child.terminate()
+            for number in early:
+                child.send_signal(number)
             code = child.wait()
             code = 128 - code if code < 0 else code
             child = None

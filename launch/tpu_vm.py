@@ -18,6 +18,7 @@ from launch.command_line import CLONE, execute, main, must, output, parse, train
 
 POLL_SECONDS = 30
 WAITING = {"CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES"}
+PREEMPTED = {"SUSPENDING", "SUSPENDED", "FAILED"}  # nothing is left of the TPUs, and the name is still taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ COMMANDS = {
     "copy": "copies the clone's last commit to all workers and installs it",
     "run": "trains on all workers, or shows the log of what runs; Ctrl-C leaves it running",
     "stop": "the trainer saves and ends; the TPUs stay",
-    "resume": "after a preemption: delete and launch",
+    "resume": "after a preemption that no launch watched: delete and launch",
     "status": "the queued resource's state",
     "delete": "gives the TPUs back; what runs is lost since the last checkpoint",
 }
@@ -181,8 +182,8 @@ def train(vm: TpuVm, name: str, trainer: Sequence[str], dry_run: bool) -> int:
     return execute(on_workers(vm, name, start), dry_run)
 
 
-def launch(vm: TpuVm, name: str, trainer: Sequence[str], dry_run: bool, preempted: bool = False) -> int:
-    """Creates, waits, copies and trains, and again after each preemption; the exit code.
+def launch(vm: TpuVm, name: str, trainer: Sequence[str], dry_run: bool) -> None:
+    """Creates what is not there, waits, copies and trains, and again after each preemption.
 
     Raises:
         LaunchError: if training fails for good, or there are too many preemptions.
@@ -192,7 +193,7 @@ def launch(vm: TpuVm, name: str, trainer: Sequence[str], dry_run: bool, preempte
         if preemption:
             print(f"{name} was preempted; {preemption} of at most {vm.max_preemptions}", file=sys.stderr)
         now = "NOT_FOUND" if dry_run else state(vm, name)
-        if preempted or preemption or now not in {"NOT_FOUND", "ACTIVE", "UNKNOWN", *WAITING}:
+        if now in PREEMPTED:
             delete(vm, name, dry_run)
             now = "NOT_FOUND"
         if now == "NOT_FOUND":
@@ -201,7 +202,7 @@ def launch(vm: TpuVm, name: str, trainer: Sequence[str], dry_run: bool, preempte
         if now == "NOT_FOUND" or "running" not in (output(on_workers(vm, name, worker("status"))) or ""):
             copy(vm, name, dry_run)
         if _train_until_preempted(vm, name, trainer, dry_run):
-            return 0
+            return
     raise LaunchError(f"{name} was preempted {vm.max_preemptions + 1} times; launch again, or raise max_preemptions.")
 
 
@@ -211,10 +212,10 @@ def _train_until_preempted(vm: TpuVm, name: str, trainer: Sequence[str], dry_run
         if state(vm, name) != "ACTIVE":
             return False
         said = output(on_workers(vm, name, worker("status"))) or ""
-        if re.search("ended with exit code [1-9]", said):
+        if ended := re.findall("exit code [1-9][0-9]*", said):
             raise LaunchError(
-                "Training failed for good, see the log above; mend that, then launch again, or give the TPUs back with "
-                "the command delete."
+                f"Training ended before it was done, with {ended[0]}: see the log above, then launch again to go on, "
+                "or give the TPUs back with the command delete."
             )
         print("The connection to the workers was lost; connecting again.", file=sys.stderr)
         time.sleep(POLL_SECONDS)
@@ -236,11 +237,12 @@ def run(argv: Sequence[str]) -> int:
     name, dry_run = flags.name, flags.dry_run
     match flags.command:
         case "launch":
-            return launch(vm, name, flags.trainer, dry_run)
+            launch(vm, name, flags.trainer, dry_run)
         case "resume":
-            if not dry_run and state(vm, name) == "ACTIVE":
-                raise LaunchError(f"{name} is ACTIVE, so there is nothing to resume; the command run trains on it.")
-            return launch(vm, name, flags.trainer, dry_run, preempted=True)
+            if not dry_run and (now := state(vm, name)) not in PREEMPTED:
+                raise LaunchError(f"{name} is {now}, so there is nothing to resume; use the command launch.")
+            delete(vm, name, dry_run)
+            launch(vm, name, flags.trainer, dry_run)
         case "create":
             create(vm, name, dry_run)
         case "wait":

@@ -93,7 +93,7 @@ def test_one_host_trains_to_the_end(starts, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_trainer_which_saves_and_stays_ended(starts, tmp_path, number):
     process = host(tmp_path, "wait")
-    wait_for(starts.exists)
+    wait_for(lambda: starts.exists() and count(starts))
     process.send_signal(number)
     printed, _ = process.communicate(timeout=20)
     expected = signal.SIGTERM if number == signal.SIGHUP else number
@@ -104,7 +104,7 @@ def test_signals_reach_the_trainer_which_saves_and_stays_ended(starts, tmp_path,
 
 def test_a_signal_ends_the_pause(starts, tmp_path):
     process = host(tmp_path, "42", pause=60)
-    wait_for(starts.exists)
+    wait_for(lambda: starts.exists() and count(starts))
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)

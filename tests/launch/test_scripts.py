@@ -21,6 +21,11 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
+def started(folder: pathlib.Path) -> bool:
+    """Whether the fake trainer is ready for signals."""
+    return (folder / "starts").exists() and (folder / "starts").read_text() != ""
+
+
 @pytest.fixture
 def home(tmp_path):
     """A TPU worker's home folder, with the clone and the environment that worker.sh install would make."""
@@ -65,7 +70,7 @@ def test_a_workers_mistake_is_final(home):
 
 def test_training_outlives_a_connection_and_is_not_started_twice(home):
     first = trains(home, "wait")
-    wait_for((home / "starts").exists)
+    wait_for(lambda: started(home))
     first.kill()
     first.wait()
     second = trains(home, "wait")
@@ -145,7 +150,7 @@ def test_jobs_that_are_not_queued_again(slurm, state, restarts):
 
 def test_slurms_job_passes_sigterm_on_and_waits(slurm):
     process = slurm("wait", state="PREEMPTED")
-    wait_for((slurm.folder / "starts").exists)
+    wait_for(lambda: started(slurm.folder))
     process.send_signal(signal.SIGTERM)
     assert "saved after signal 15" in said(process)
     assert process.returncode == 42

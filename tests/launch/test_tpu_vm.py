@@ -64,7 +64,7 @@ def test_a_preemption_is_resumed(monkeypatch):
 
 def test_a_preemption_while_no_launcher_watched_is_resumed(monkeypatch):
     assert launch(monkeypatch, Cloud(["SUSPENDED", "ACTIVE"], [0])) == ["delete", *STEPS]
-    assert launch(monkeypatch, Cloud(["SUSPENDED", "SUSPENDED", "ACTIVE"], [0]), "resume") == ["delete", *STEPS]
+    assert launch(monkeypatch, Cloud(["SUSPENDED", "NOT_FOUND", "ACTIVE"], [0]), "resume") == ["delete", *STEPS]
 
 
 def test_a_lost_connection_gives_up_nothing(monkeypatch):
@@ -83,7 +83,7 @@ def test_a_launch_joins_what_runs(monkeypatch):
 
 def test_a_failure_of_the_trainer_is_final(monkeypatch):
     cloud = Cloud(["NOT_FOUND", "ACTIVE", "ACTIVE"], [1], said="running\nended with exit code 1\n")
-    with pytest.raises(LaunchError, match="failed for good"):
+    with pytest.raises(LaunchError, match="with exit code 1: "):
         launch(monkeypatch, cloud)
     assert cloud.done == STEPS
 
@@ -104,6 +104,13 @@ def test_resume_gives_up_nothing_that_is_there(monkeypatch):
     with pytest.raises(LaunchError, match="nothing to resume"):
         launch(monkeypatch, cloud, "resume")
     assert cloud.done == []
+
+
+def test_a_stopped_run_is_no_preemption(monkeypatch):
+    cloud = Cloud(["NOT_FOUND", "ACTIVE", "ACTIVE"], [42], said="ended with exit code 42\nended with exit code 42\n")
+    with pytest.raises(LaunchError, match="with exit code 42: "):
+        launch(monkeypatch, cloud)
+    assert cloud.done == STEPS
 
 
 def test_stop_asks_the_workers(monkeypatch):
