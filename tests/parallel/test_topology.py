@@ -26,7 +26,8 @@ from walt_jax.parallel.topology import EXAMPLES, attached, topology
 def test_names(name, shape, slices, chips, devices):
     found = topology(name)
     assert (found.shape, found.slices, found.chips, found.device_count) == (shape, slices, chips, devices)
-    assert found.compiles == (found.hardware.torus_axes > 0)
+    assert found.platform == ("tpu" if found.hardware.torus_axes else "cuda")
+    assert found.compiles or found.platform == "cuda"
 
 
 def test_the_examples_are_names_and_there_is_one_of_each_kind():
@@ -66,6 +67,22 @@ def test_libtpus_devices_are_of_the_table():
         assert attached(devices).shape == found.shape
         with pytest.raises(UserError, match="no slice that libtpu knows"):
             topology(wrong).devices()
+
+
+@pytest.mark.skipif(not topology("h100:8").compiles, reason="needs jax-cuda12-plugin and jax-cuda12-pjrt, but no GPU")
+@pytest.mark.parametrize("name", ["h100:8", "h200:8x4", "b200:4"])
+def test_gpus_that_are_not_there_are_of_the_table(name):
+    found = topology(name)
+    devices = found.devices()
+    assert [device.id for device in devices] == list(range(found.device_count))
+    assert [device.process_index for device in devices] == [i // found.shape[0] for i in range(found.device_count)]
+    assert of_kind(devices[0].device_kind) is found.hardware
+
+
+def test_gpus_are_compiled_for_where_the_plugin_is(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
+        assert topology("h100:8").compiles == there and topology("v5e:4x4").compiles
 
 
 @pytest.mark.parametrize(

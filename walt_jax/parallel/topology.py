@@ -55,7 +55,7 @@ class Topology:
     @property
     def compiles(self) -> bool:
         """Whether programs are compiled for it: for TPUs always, for GPUs where JAX's plugin for CUDA is installed."""
-        return self.platform == "tpu" or importlib.util.find_spec("jax_cuda12_plugin") is not None
+        return self.platform == "tpu" or any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 
     def devices(self) -> list[Any]:
         """Devices that aren't attached, for `jax.sharding.Mesh`.

@@ -320,8 +320,8 @@ def sentences(plan: dict[str, Any]) -> list[str]:
     """What a plan on hardware says, a line a program."""
     peak = plan["hardware"]["peak_flops"] / 1e12
     lines = [
-        f"on {plan['topology']}: {plan['chips']} chips, mesh {described(plan['mesh'])}; MFU is of a peak of "
-        f"{peak:,.0f} TFLOP/s a device, stated for dense bfloat16"
+        f"on {plan['topology']}: {plan['chips']} chips, mesh {described(plan['mesh'])}, {plan['how']}; MFU is of a "
+        f"peak of {peak:,.0f} TFLOP/s a device, stated for dense bfloat16"
     ]
     for entry in plan["programs"]:
         memory = f"{entry['hbm_bytes_per_device'] / 2**30:6.2f} of {entry['hbm_limit_bytes'] / 2**30:.2f} GiB"
