@@ -270,9 +270,10 @@ def test_scanning_and_computing_again_change_neither_values_nor_gradients(scan, 
     close([of_params, of_inputs, out], [of_plain_params, of_plain_inputs, plain_out])
 
 
-def test_the_less_is_saved_the_more_is_computed_again():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_less_is_saved_the_more_is_computed_again(dtype):
     """Operations of gradients, in units of the matrix products with weights of one block's forward pass."""
-    config = dataclasses.replace(ONE, layers=2, cross_attention=False)
+    config = dataclasses.replace(ONE, layers=2, cross_attention=False, dtype=dtype)
     counts = {}
     for remat in ("none", "dots", "narrow", "block"):
         changed = dataclasses.replace(config, remat=remat)
