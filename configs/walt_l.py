@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "mesh": {"data": 1, "fsdp": -1},
             "data": {
                 "source": "",
                 "frames": 17,
