@@ -9,11 +9,13 @@ import runpy
 import pytest
 
 from walt_jax.config import build
+from walt_jax.data.shapes import ShapeConfig
 from walt_jax.errors import UserError
 from walt_jax.main import main
 from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.parallel.topology import Topology, topology
 from walt_jax.training import plan_search
+from walt_jax.training.loop import PackConfig
 from walt_jax.training.plan_hardware import (
     analysed,
     compiled,
@@ -152,6 +154,29 @@ def test_rows_that_share_a_trace_are_as_analysed_one_by_one(monkeypatch):
         mesh = make_mesh(config.mesh, devices_of(GPUS))
         entry = analysed(train_step(config, "denoiser", mesh), config, mesh, GPUS)
         assert {name: row[name] for name in KEPT} == {name: entry[name] for name in KEPT}
+
+
+def test_packs_are_planned_as_they_are():
+    """Two clips of eight tokens fill a pack of sixteen; with images, packs hold more clips, and padding."""
+    stage = {"shapes": {"clip": ShapeConfig()}, "pack": PackConfig(16, 2), "batch_size": 2}
+    mesh = make_mesh(TINY.mesh, devices_of(GPUS))
+    config = with_denoiser(TINY, stage)
+    program = train_step(config, "denoiser", mesh)
+    assert (program.clips, program.tokens) == (4, 32)
+    batch = program.arguments[2]
+    assert (batch["tokens"].shape, batch["text"].shape) == ((2, 16, 48), (2, 2, 16))
+    assert all(groups.slots.shape == (2, 16) for groups in batch["pack"].groups.values())
+    costs = [
+        analysed(each, config, mesh, GPUS)["model_flops"] for each in (program, train_step(TINY, "denoiser", mesh))
+    ]
+    assert costs[0] == pytest.approx(costs[1], rel=0.1)
+    mixed = with_denoiser(
+        TINY, stage | {"shapes": {"clip": ShapeConfig(), "image": ShapeConfig(frames=1)}, "pack": PackConfig(16, 4)}
+    )
+    program = train_step(mixed, "denoiser", mesh)
+    assert 4 < program.clips <= 8 and 24 < program.tokens <= 32
+    with pytest.raises(UserError, match="A micro-batch of stage denoiser has 1 rows"):
+        train_step(with_denoiser(TINY, stage | {"accumulate": 2}), "denoiser", mesh)
 
 
 def test_where_nothing_fits_micro_batches_are_tried(monkeypatch):
