@@ -114,7 +114,7 @@ def test_a_line_for_each_program_says_the_peak_that_it_is_a_fraction_of(planned)
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(1.724, "1.72 s"), (0.38, "380. ms"), (0.0123, "12.3 ms"), (4.5e-5, "45.0 µs"), (3e-7, "0.300 µs")],
+    [(1.724, "1.72 s"), (0.38, "380 ms"), (0.0123, "12.3 ms"), (4.5e-5, "45.0 µs"), (3e-7, "0.300 µs")],
 )
 def test_short_times_have_their_unit(seconds, text):
     assert duration(seconds) == text

@@ -313,7 +313,7 @@ def _entry(
 def duration(seconds: float) -> str:
     """A time with three digits and its unit, such as "45.0 µs"."""
     unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
-    return f"{seconds / size:#.3g} {unit}"
+    return f"{f'{seconds / size:#.3g}'.rstrip('.')} {unit}"
 
 
 def sentences(plan: dict[str, Any]) -> list[str]:

@@ -9,14 +9,14 @@ from walt_jax.parallel.roofline import BOUNDS
 from walt_jax.training.plan_hardware import duration
 
 COLOURS = dict(zip(BOUNDS, ("#4477aa", "#ee6677", "#ccbb44", "#aa3377"), strict=True))
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 8}  # legends, where no bar is
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 7}  # legends, where no bar is
 PARTS = 14  # bars; the smallest are summed
 
 
 def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
     """Draws each program's memory by kind, with the limit, and the train step's time by part, coloured by its bound."""
     entries = plan["programs"]
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     memory, time = figure.subplots(1, 2, width_ratios=[1, 1.4])
     kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["memory_bytes"]))
     names = [entry["name"].replace("_", " ") for entry in entries]
@@ -28,7 +28,7 @@ def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
     memory.axhline(plan["hbm_limit_bytes"] / 2**30, color="black", linestyle="--", label="limit")
     memory.set(ylabel="GiB a device", title=f"{plan['topology']}, {plan['chips']} chips")
     memory.tick_params(axis="x", rotation=20)
-    memory.legend(**BELOW, ncols=4)
+    memory.legend(**BELOW, ncols=3)
     main = next(entry for entry in entries if "train" in entry["name"])
     if main["estimated_step_seconds"] is None:
         time.text(0.5, 0.5, "the train step does not fit", ha="center", va="center", transform=time.transAxes)
@@ -49,5 +49,5 @@ def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
         name = main["name"].replace("_", " ")
         time.set(xlabel="ms", title=f"{name}: {duration(seconds)} at least, {mfu:.0%} MFU, {main['clips']} clips")
         time.tick_params(axis="y", labelsize=8)
-        time.legend(**BELOW, ncols=len(BOUNDS))
+        time.legend(**BELOW, ncols=2)
     figure.savefig(path, dpi=110)
