@@ -44,7 +44,8 @@ def in_windows(
 ) -> Shaped[Array, "b n ..."]:
     """The tokens of equal clips window by window, from raster order."""
     (t, h, w), (lt, lh, lw) = _counts(sizes, grid), sizes
-    return rearrange(x, "b (t lt h lh w lw) ... -> b (t h w lt lh lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+    order = "b (t lt h lh w lw) k -> b (t h w lt lh lw) k"
+    return rearrange(_merged(x), order, t=t, h=h, w=w, lt=lt, lh=lh, lw=lw).reshape(x.shape)
 
 
 def in_raster(
@@ -52,7 +53,13 @@ def in_raster(
 ) -> Shaped[Array, "b n ..."]:
     """The inverse of `in_windows`."""
     (t, h, w), (lt, lh, lw) = _counts(sizes, grid), sizes
-    return rearrange(x, "b (t h w lt lh lw) ... -> b (t lt h lh w lw) ...", t=t, h=h, w=w, lt=lt, lh=lh, lw=lw)
+    order = "b (t h w lt lh lw) k -> b (t lt h lh w lw) k"
+    return rearrange(_merged(x), order, t=t, h=h, w=w, lt=lt, lh=lh, lw=lw).reshape(x.shape)
+
+
+def _merged(x: Shaped[Array, "b n ..."]) -> Shaped[Array, "b n k"]:
+    """Heads and their features as one axis: of heads of 64 features, a TPU's memory would have 128 to move."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 def partition(
