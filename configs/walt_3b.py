@@ -10,7 +10,7 @@ Its data, text encoder and image batches are those of `walt_l_t2v.py`. Frames ar
 model makes video from text and from an image (how often is not stated: a third here). Not run here.
 
 Each stage encodes each clip and image once, before its first step: 25 GB and 43 GB of latents per million, and at most
-262 GB per million of caption embeddings (`walt_l_t2v.py`).
+262 GB per million of caption embeddings (`walt_l_t2v.py`). On chips of 16 GB, `--config.denoiser.remat=block`.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         "encoder": {"dim": 2048, "layers": 24, "heads": 32, "head_dim": 64, "mlp_dim": 5120, "dtype": "bfloat16"},
         "pretrained": "t5-v1_1-xl",
     }
-    config.denoiser.update(dim=1792, mlp_ratio=9216 / 1792, layers=52, frame_prediction=True, remat="block")
+    config.denoiser.update(dim=1792, mlp_ratio=9216 / 1792, layers=52, frame_prediction=True, remat="dots")
     config.denoiser.update(cross_attention=True, classes=0)
     config.conditioning = {"frames": (1, 2), "probability": 1 / 3}
     stages = config.stages
