@@ -3,8 +3,12 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from typing import Any
+
+import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/walt_tiny.py"
@@ -36,3 +40,20 @@ def losses(workdir: pathlib.Path) -> list[tuple[str, int, str]]:
     """(stage, step, loss) of each line of `metrics.jsonl`; the loss as its digits: equal to the last bit."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [(row["stage"], row["step"], repr(row["loss"])) for row in rows]
+
+
+def measured(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` without what depends on time."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = re.compile(r"second|data_wait|goodput|mfu|memory|warnings")
+    return [{name: value for name, value in row.items() if not timed.search(name)} for row in rows]
+
+
+def trained(workdir: pathlib.Path) -> dict[str, Any]:
+    """Parameters and their averages in each stage's last checkpoint."""
+    last = {
+        stage.name: max((path for path in stage.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+        for stage in (workdir / "checkpoints").iterdir()
+    }
+    with ocp.StandardCheckpointer() as reader:
+        return {name: {part: reader.restore(path / part) for part in ("weights", "ema")} for name, path in last.items()}

@@ -9,8 +9,11 @@ import signal
 import time
 
 import commands
+import jax
+import numpy as np
 import pytest
 
+from walt_jax.clock import CLOCK, account, read_clock
 from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.video import read_clip
 
@@ -93,7 +96,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_last_bit(uninterrupted, tmp_path
         assert process.returncode == 42 and " of denoiser is saved: the same command resumes from there." in err, err
     code, _, err = run(commands.TINY, f"--workdir={tmp_path}", cache=cache)
     assert code == 0, err
-    assert commands.losses(tmp_path) == commands.losses(uninterrupted)
+    assert commands.measured(tmp_path) == commands.measured(uninterrupted)
+    found, expected = commands.trained(tmp_path), commands.trained(uninterrupted)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+    spent = account(read_clock(tmp_path / CLOCK))
+    assert len(spent.attempts) >= 5 and out.splitlines()[-2] == spent.sentence()
     for file in ("samples/samples.json", "evaluate.json"):
         assert (tmp_path / file).read_bytes() == (uninterrupted / file).read_bytes()
 

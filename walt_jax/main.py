@@ -241,6 +241,7 @@ def open_trained_run(values: flags.FlagValues) -> Any:
 
 def train(values: flags.FlagValues) -> None:
     """Runs the stages, then evaluates."""
+    from walt_jax.clock import Clock
     from walt_jax.training.data_files import sentences
     from walt_jax.training.profiling import profile_steps
     from walt_jax.workdir import check_empty, check_same, claim, locked, write_atomically
@@ -266,9 +267,11 @@ def train(values: flags.FlagValues) -> None:
         for line in sentences(files):
             print(line, flush=True)
         write_atomically(run.workdir / "files.json", json.dumps(files, indent=1, ensure_ascii=False) + "\n")
-        with run.on_mesh():
-            run.train(profile)
-            report = _evaluate(run)
+        with Clock(run.workdir) as clock, run.on_mesh():
+            run.train(profile, clock)
+            clock.row("other")
+            report = _evaluate(run, clock)
+        print(clock.account.sentence())
     print(f"Done in {time.monotonic() - start:.0f} s; wrote {run.workdir}, look at {report} first.")
 
 
@@ -298,7 +301,7 @@ def evaluate(values: flags.FlagValues) -> None:
     print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
 
 
-def _evaluate(run: Any) -> pathlib.Path:
+def _evaluate(run: Any, clock: Any = None) -> pathlib.Path:
     from walt_jax.evaluation.evaluate import evaluate
     from walt_jax.evaluation.report import write_report
 
@@ -310,6 +313,8 @@ def _evaluate(run: Any) -> pathlib.Path:
     ):
         target = f" (target {metric['target']:g})" if "target" in metric else ""
         print(f"{metric['name']:26} {metric['value']:8.4g} {metric['unit']}{target}")
+    if clock is not None:
+        clock.row("evaluation")
     return write_report(run.workdir)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from walt_jax.data.video import ClipError, read_clip
 from walt_jax.evaluation.report_curves import curve
+from walt_jax.evaluation.report_goodput import goodput_section
 from walt_jax.evaluation.report_page import PAGE
 from walt_jax.workdir import write_atomically
 
@@ -36,6 +37,8 @@ COMPACT = (96, 160)
 
 FINAL = 0.05
 
+CLOCKS = ("elapsed_seconds", "clock_")  # no curves of their own
+
 COMPARISONS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge}
 
 Stages = dict[str, dict[int, dict[str, float]]]
@@ -44,8 +47,9 @@ Stages = dict[str, dict[int, dict[str, float]]]
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
-    It shows what there is of `config.json`, `metrics.jsonl`, `evaluate.json`, `files.json`, `reconstructions.png`,
-    `super_resolution.png`, and of `samples.json` and `contact_sheet.png` in `samples/`, and says what isn't there yet.
+    It shows what there is of `config.json`, `metrics.jsonl`, `clock.jsonl`, `evaluate.json`, `files.json`,
+    `reconstructions.png`, `super_resolution.png`, and of `samples.json` and `contact_sheet.png` in `samples/`, and says
+    what isn't there yet.
     A metric's `target` is a number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
@@ -66,6 +70,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         "Reconstructions": _reconstructions(evaluate, workdir, media),
         "Data": _data(files),
         "Training": metrics_note + _training(stages),
+        "Time": goodput_section(workdir),
         "Configuration": _configuration(workdir / "config.json"),
     }
     samples = workdir / "samples" / "samples.json"
@@ -73,6 +78,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         del sections["Samples"]  # a tokenizer has none
     if not files:
         del sections["Data"]
+    if not sections["Time"]:
+        del sections["Time"]
     if not evaluate.get("super_resolution"):
         del sections["Super-resolution"]
     page = PAGE.substitute(

@@ -70,6 +70,13 @@ td.protocol { min-width: 18rem; color: var(--quiet); font-size: .92em; }
 .clips .missing { padding: .5rem; min-height: 6rem; border: 1px dashed var(--line); color: var(--quiet);
   font-size: .78rem; overflow-wrap: anywhere; }
 
+.clock i { display: inline-block; height: 1rem; }
+.clock .keys { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-bottom: .5rem; font-size: .85rem; }
+.clock .keys i { width: .8rem; height: .8rem; margin-right: .35rem; border-radius: 2px; }
+.clock .bar { display: flex; align-items: center; margin: 2px 0; }
+.clock .bar b { flex: 0 0 2.2rem; color: var(--quiet); font-size: .8rem; font-weight: 500; }
+.clock .bar span { flex: 1; display: flex; border-radius: 3px; overflow: hidden; }
+
 details { margin-top: 1rem; }
 summary { width: fit-content; color: var(--accent); cursor: pointer; }
 .sheet { display: block; max-width: 100%; margin-top: .6rem; border: 1px solid var(--line); border-radius: 4px; }

@@ -13,6 +13,7 @@ import optax
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 
+from walt_jax.clock import Clock
 from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
@@ -153,6 +154,7 @@ def run_stage(
     preview: Callable[[], Preview] | None = None,
     peak: Peak | None = None,
     profile: Steps | None = None,
+    clock: Clock | None = None,
 ) -> Trained:
     """Trains a stage to its end, from where it was stopped if it was.
 
@@ -175,11 +177,13 @@ def run_stage(
         preview: makes what draws `preview.png`; called before the first one.
         peak: what MFU is a fraction of.
         profile: first and last of the steps to trace into `workdir/profile/NAME`, counted from the first one done here.
+        clock: where the time is accounted for.
 
     Raises:
         UserError: if a loss is not finite, or a checkpoint can't be written; the last good checkpoint is kept.
         Stopped: if SIGINT or SIGTERM asked for it; the last step is saved.
     """
+    clock = clock or Clock()
     key_init, key_steps = jax.random.split(key)
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     keep = Keep(stage.keep_last, stage.keep_best, stage.keep_every_hours)
@@ -198,24 +202,28 @@ def run_stage(
         with (
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
             contextlib.closing(
-                StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak, score)
+                StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak, score, clock)
             ) as log,
             contextlib.closing(StepPrograms(train_step, one_shape=stage.pack is not None)) as programs,
             contextlib.closing(Profile(workdir / "profile" / name, profile)) as trace,
             stop_signals() as stop,
         ):
+            clock.row("other")
             sheet = None
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
                 asked = time.perf_counter()
                 batch = next(iterator)
-                waited = time.perf_counter() - asked
+                began = time.perf_counter()
+                waited = began - asked
+                clock.add("data_wait", waited)
                 with trace.step(step):
                     state, metrics, again = programs(state, frozen, place_batch(batch, mesh), key_steps)
                 stop.unsaved = True
                 trace.done(metrics)
                 if programs.compiled:
                     log.paused()
+                    clock.add("compile", time.perf_counter() - began)
                 if again:
                     log.warn(step, again)
                 if pending:
@@ -226,10 +234,12 @@ def run_stage(
                 if last or stop.signal or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
-                    outcome = finish(state.served(task)) if last else {}
+                    with clock.span("evaluation"):
+                        outcome = finish(state.served(task)) if last else {}
                     mean = log.mean_of_scored()
                     better = mean if stage.keep_metric.startswith("+") or mean is None else -mean
-                    checkpoints.save(state, iterator.get_state(), outcome, better)
+                    with clock.span("checkpoint"):
+                        checkpoints.save(state, iterator.get_state(), outcome, better)
                     stop.unsaved = False
                     log.paused()
                     if later_stages:
@@ -238,10 +248,11 @@ def run_stage(
                             _set_aside(workdir, later, log)
                         later_stages = ()
                     if stop.signal:
-                        checkpoints.wait()
+                        with clock.span("checkpoint"):
+                            checkpoints.wait()
                         raise Stopped(stop.signal, name, step)
                 if preview and not stop.signal and due(step, stage.preview_every):
-                    with stop.skipped():
+                    with stop.skipped(), clock.span("evaluation"):
                         sheet = sheet or preview()
                         write_preview(workdir, sheet(state.served(task)))
                     log.paused()

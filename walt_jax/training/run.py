@@ -18,6 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 import walt_jax
+from walt_jax.clock import Clock
 from walt_jax.config import build
 from walt_jax.data.batches import Batches
 from walt_jax.data.pipeline import Clips
@@ -187,11 +188,12 @@ class Run:
         found = hardware.peak(kind)
         return None if found is None else Peak(found, f"{kind}, dense bfloat16, as its maker states")
 
-    def train(self, profile: Steps | None = None) -> None:
+    def train(self, profile: Steps | None = None, clock: Clock | None = None) -> None:
         """Runs every stage to its end; stages that are done are skipped.
 
         Args:
             profile: steps of each stage to trace, see `run_stage`.
+            clock: where the time is accounted for.
         """
         names = list(self.config.stages)
         initial: dict[str, Any] = {}  # for each task, what its last stage has trained
@@ -207,7 +209,7 @@ class Run:
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
             dataset = functools.partial(self.data.batches, name)
             extras: dict[str, Any] = {"initial": initial.get(stage.task), "later_stages": tuple(names[index + 1 :])}
-            extras |= {"gone": self.data.gone, "peak": self.peak(), "profile": profile}
+            extras |= {"gone": self.data.gone, "peak": self.peak(), "profile": profile, "clock": clock}
             images = self.config.makes_images(name)
             if stage.task == "tokenizer":
                 if not images:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from walt_jax.clock import Clock
 from walt_jax.diffusion.objective import Binned, level_names
 from walt_jax.errors import UserError
 from walt_jax.training.collapse import CollapseWatch
@@ -65,6 +66,7 @@ class StageLog:
         mesh: of the devices.
         peak: see `Peak`; without one there is no MFU.
         scored: the metric that `mean_of_scored` is of.
+        clock: of the run; steps are entered where they are logged.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class StageLog:
         mesh: Mesh,
         peak: Peak | None,
         scored: str | None = None,
+        clock: Clock | None = None,
     ):
+        self._clocked, self._counted = clock or Clock(), start
         self._scored, self._scores = scored, []
         self._name, self._steps, self._every, self._gone, self._reported = name, steps, log_every, gone, 0
         self._mesh, self._peak = mesh, peak
@@ -123,7 +127,9 @@ class StageLog:
         rates = self._rates() if logs else {}
         self._progress.update(values["loss"], rates.get("mfu"))
         if logs:
-            self._write(step, {**values, **self._levels(), **rates, "elapsed_seconds": now - self._began})
+            good = self._clocked.row("steps", stage=self._name, first=self._counted + 1, last=step)
+            self._counted = step
+            self._write(step, {**values, **self._levels(), **rates, "elapsed_seconds": now - self._began, **good})
             self._work, self._seconds, self._by_noise = [], 0.0, []
 
     def mean_of_scored(self) -> float | None:
