@@ -63,7 +63,7 @@ def test_thirty_kills(uninterrupted, tmp_path, cache):
     rng = random.Random(1)
     codes = [signal_at_random(tmp_path, cache, signal.SIGKILL, rng) for _ in range(KILLS)]
     assert codes.count(-signal.SIGKILL) >= KILLS // 2
-    code, out, err = commands.run(*FLAGS, f"--workdir={tmp_path}", cache=cache, quick=False)
+    code, _, err = commands.run(*FLAGS, f"--workdir={tmp_path}", cache=cache, quick=False)
     assert code == 0, err
     check_equal(tmp_path, uninterrupted)
     spent = account(read_clock(tmp_path / CLOCK))
