@@ -45,7 +45,7 @@ def losses(workdir: pathlib.Path) -> list[tuple[str, int, str]]:
 def measured(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` without what depends on time."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = re.compile(r"second|data_wait|goodput|mfu|memory|warnings")
+    timed = re.compile(r"second|data_wait|goodput|flops|mfu|memory|warnings")
     return [{name: value for name, value in row.items() if not timed.search(name)} for row in rows]
 
 

@@ -60,6 +60,7 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--mode=export"], ["--out=FILE.safetensors"]),
         ([TINY, "--workdir=W", "--mode=export", "--out=x.safetensors"], ["W", "--mode=train"]),
         ([TINY, "--workdir=W", "--config.tokenizer_from=nowhere"], ["nowhere", "--workdir"]),
+        ([TINY, "--workdir=W", "--config.init_from=nowhere"], ["config.init_from", "nowhere", "--workdir"]),
         ([TINY, "--workdir=W", "--config.tokenizer_from=none.safetensors"], ["none.safetensors", "can't be read"]),
         (
             [DIT, "--workdir=W", "--config.data.source=drawn", "--config.init_from=none.safetensors"],

@@ -178,6 +178,13 @@ def test_the_best_checkpoints_are_kept(tmp_path):
         train(tmp_path / "other", stage=dataclasses.replace(stage, keep_metric="+psnr"))
 
 
+def test_what_another_run_lacks_starts_afresh(undisturbed, tmp_path):
+    train(tmp_path, initial={})
+    assert losses(tmp_path) == losses(undisturbed)
+    train(tmp_path / "other", initial={"w": jnp.zeros(3)})
+    assert losses(tmp_path / "other") != losses(undisturbed)
+
+
 def test_a_signal_while_the_end_is_measured_stops_the_run(undisturbed, tmp_path):
     """The last step is saved, and nothing that comes after this stage begins."""
     with pytest.raises(Stopped, match="step 30 of first is saved"):

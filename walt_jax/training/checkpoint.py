@@ -225,6 +225,12 @@ class Checkpoints:
                 WRITING.remove(self._manager.is_saving_in_progress)
 
 
+def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
+    """Whether a stage of a run has saved a step."""
+    folder = workdir / "checkpoints" / stage
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def _parts(state: TrainState) -> dict[str, Any]:
     """The state in parts, so that sampling reads only the average, or only the weights if there is no average."""
     parts = {

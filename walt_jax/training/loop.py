@@ -21,6 +21,7 @@ from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.parallel.mesh import place_batch
 from walt_jax.parallel.rules import Rules
 from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
+from walt_jax.training.init_from import completed
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.preview import Preview, due, write_preview
@@ -167,7 +168,7 @@ def run_stage(
         key: of the initialisation and, folded with the step, of all of the stage's randomness.
         mesh: what the state and the batches are divided over, see `parallel.mesh`.
         rules: how, where not by `parallel.rules.DEFAULT_RULES`.
-        initial: what an earlier stage of the task has served, to start from.
+        initial: what an earlier stage of the task has served, to start from; what it lacks starts afresh.
         fit: adapts fresh parameters to the data before the first step; not called where the stage has a checkpoint.
         frozen: passed to the loss; it is on all devices.
         finish: measures something (JSON) on what the last state serves, to be kept in its checkpoint.
@@ -309,7 +310,7 @@ def _restored_or_fresh(
     def fresh(initial: Any) -> tuple[Any, Any]:
         params, moving = map(unboxed, task.init(key))
         if initial is not None:
-            params, moving = task.start(params, moving, initial)
+            params, moving = task.start(params, moving, completed(initial, task.served(params, moving)))
         return params, moving
 
     def state(params: Any, moving: Any) -> TrainState:

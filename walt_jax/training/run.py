@@ -36,7 +36,8 @@ from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training import preview
-from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.checkpoint import Checkpoints, has_checkpoint
+from walt_jax.training.init_from import LEAST, take
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
 from walt_jax.training.optimizer import make_optimizer
@@ -110,8 +111,7 @@ class Run:
         if self.config.tokenizer_from and not self.config.takes_autoencoder:
             self._other_run()
         self.low_res()
-        if self.config.init_from:
-            self._published()
+        self._initial(before_training=True)
         for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
             if path:
                 load_features(path)
@@ -196,9 +196,7 @@ class Run:
             clock: where the time is accounted for.
         """
         names = list(self.config.stages)
-        initial: dict[str, Any] = {}  # for each task, what its last stage has trained
-        if self.config.init_from:
-            initial["denoiser"] = self._published()
+        initial = self._initial()  # for each task, what its last stage has trained
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
         if self.config.low_res_from and not (self.workdir / LOW_RES).exists():
             base = self._base_run()
@@ -283,6 +281,49 @@ class Run:
             self.data.unseen(),
             images,
         )
+
+    def _initial(self, before_training: bool = False) -> dict[str, Any]:
+        """For each task, what `init_from` has for its first stage; what is taken of another run is printed.
+
+        Args:
+            before_training: whether there is no vocabulary yet; only checks, prints nothing.
+
+        Raises:
+            UserError: if it can't be read, or nothing of it fits.
+        """
+        if self.config.starts_from_file:
+            return {"denoiser": self._published()}
+        source, firsts = pathlib.Path(self.config.init_from), {}
+        for name in reversed(self.config.trained_stages):
+            firsts[self.config.stages[name].task] = name
+        # Once a stage has begun, the other run is not needed any more.
+        firsts = {task: name for task, name in firsts.items() if not has_checkpoint(self.workdir, name)}
+        if not self.config.init_from or not firsts:
+            return {}
+        knobs = read_config(source)
+        if knobs is None:
+            raise UserError(f"config.init_from: {source} holds no run; name the --workdir of one, or a .safetensors.")
+        other = self._here(build(RunConfig, knobs, f"{source / CONFIG}: config"), source)
+        taken = {}
+        for task_name, name in firsts.items():
+            if all(other.config.stages[stage].task != task_name for stage in other.config.trained_stages):
+                continue
+            pieces = self.config.most_pieces if before_training else self.text.vocab_size()
+            task = make_task(self.config, name, pieces if task_name == "denoiser" else 0)
+            like = task.served(*map(unboxed, jax.eval_shape(task.init, jax.random.key(0))))
+            other_words = before_training or not self.text.same_vocabulary(other.text)
+            left_out = {"text": "of another vocabulary"} if other_words else {}
+            taken[task_name] = take(other._restored(task_name)[1].served, like, source, left_out)
+        if all(found.fraction < LEAST for found in taken.values()):
+            why = "; ".join(sentence for found in taken.values() for sentence in found.sentences)
+            raise UserError(
+                f"config.init_from: there is nothing to start from ({why or f'{source} trains other models'}); name "
+                "another run, or leave it out."
+            )
+        if not before_training:
+            for task_name, found in taken.items():
+                print(f"the {task_name} starts from {'; '.join(found.sentences)}", flush=True)
+        return {task_name: found.params for task_name, found in taken.items()}
 
     def _published(self) -> dict[str, Any]:
         """The denoiser's parameters in the file that `init_from` names.

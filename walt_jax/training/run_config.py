@@ -63,9 +63,11 @@ class RunConfig:
     tap of a video kernel an image kernel becomes, where a stage on images only is followed by one on video.
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
     Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
-    `init_from` is a `.safetensors` of a published DiT or Latte, which the first stage of the denoiser starts from, see
-    `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents` says whether the denoiser
-    gets each channel of the latents with mean 0 and variance 1 over training clips, or as the tokenizer outputs them.
+    `init_from` is what the first stage of each task starts from: the workdir of another run, of whose trained
+    parameters what fits by path and shape is taken, see `training.init_from`; or, of the denoiser, a `.safetensors` of
+    a published DiT or Latte, see `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents`
+    says whether the denoiser gets each channel of the latents with mean 0 and variance 1 over training clips, or as the
+    tokenizer outputs them.
     `low_res_from` is for super-resolution, where `denoiser.upscale` is above 1: the workdir of the base run, whose
     tokenizer makes the low-resolution latents that the denoiser is conditioned on. `mesh` and `rules` say how all of it
     is divided over the devices, see `parallel`: (logical axis, mesh axis or axes or None) rows that precede the default
@@ -109,8 +111,8 @@ class RunConfig:
             missing = next(name for name, there in groups.items() if not there)
             raise ValueError(f"{missing} is missing; denoiser, diffusion and sampling go together")
         self._check_text()
-        if self.init_from and self.denoiser is None:
-            raise ValueError("init_from is for runs that train a denoiser, and no stage of this one does")
+        if self.starts_from_file and self.denoiser is None:
+            raise ValueError("init_from names a denoiser, and no stage of this run trains one")
         shape = self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
         for name, stage in self.stages.items():
             for size in self.batch_sizes(name):
@@ -143,6 +145,11 @@ class RunConfig:
     def takes_autoencoder(self) -> bool:
         """Whether the tokenizer is a published autoencoder of images."""
         return self.tokenizer_from.endswith(".safetensors")
+
+    @property
+    def starts_from_file(self) -> bool:
+        """Whether the denoiser starts from a published one."""
+        return self.init_from.endswith(".safetensors")
 
     @property
     def trained_stages(self) -> list[str]:
@@ -327,7 +334,7 @@ class RunConfig:
 
 def only_published(config: RunConfig, workdir: pathlib.Path) -> bool:
     """Whether there is nothing here but what others have published, a denoiser and an autoencoder."""
-    published = bool(config.init_from) and config.takes_autoencoder and config.text == config.pretrained_text
+    published = config.starts_from_file and config.takes_autoencoder and config.text == config.pretrained_text
     return published and not (workdir / CONFIG).exists()
 
 

@@ -112,6 +112,10 @@ class RunText:
         self._check_digest()
         return Labels.load(self._path) if text is None else Vocabulary.load(self._path, text.length)
 
+    def same_vocabulary(self, other: "RunText") -> bool:
+        """Whether ids mean the same in another run."""
+        return self._path.exists() and other._path.exists() and self._path.read_bytes() == other._path.read_bytes()
+
     def vocab_size(self) -> int:
         """Rows of the table of embeddings; 0 without text."""
         if self._config.pretrained_text is not None:
