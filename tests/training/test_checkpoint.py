@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -157,28 +158,45 @@ def test_where_all_are_damaged_nothing_is_removed(saved, tmp_path):
     assert contents(copy) == before
 
 
-def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(saved, tmp_path):
-    """In a process of its own, whose files may not grow beyond a limit; with SIGXFSZ ignored that is an OSError."""
-    copy = tmp_path / "copy"
-    shutil.copytree(saved, copy)
-    script = f"""
-import resource, signal, sys
+def test_a_full_disk_and_a_lost_permission_are_sentences_and_the_last_checkpoint_stays(saved):
+    """In a process whose files may not grow beyond a limit, and which then may not write to the folder."""
+    with tempfile.TemporaryDirectory() as folder:  # where a user without rights may look
+        copy = pathlib.Path(folder) / "copy"
+        shutil.copytree(saved, copy)
+        script = f"""
+import os, pathlib, resource, signal, sys
 sys.path[:0] = {sys.path!r}
 from test_checkpoint import state, Checkpoints, POSITION, OUTCOME, UserError
-import pathlib
-checkpoints = Checkpoints(pathlib.Path({str(copy)!r}), writer=True)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-try:
-    checkpoints.save(state(4), POSITION, OUTCOME)
-    checkpoints.close()
-except UserError as error:
-    print(error)
+copy = pathlib.Path({str(copy)!r})
+def attempt(step):
+    try:
+        checkpoints.save(state(step), POSITION, OUTCOME)
+        checkpoints.close()
+        print("it was saved")
+    except UserError as error:
+        print(error)
+checkpoints = Checkpoints(copy, writer=True)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # what is too large is an OSError then
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+attempt(4)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+checkpoints = Checkpoints(copy, writer=True)
+copy.parent.chmod(0o755)
+copy.chmod(0o555)
+if os.getuid() == 0:
+    os.setuid(65534)
+attempt(5)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert re.search(r"^A checkpoint can't be written to .*; the checkpoint of step 3 is complete: free", done.stdout)
-    reader = Checkpoints(copy, writer=False)
-    assert reader.steps()[-1] == 3 and equal(reader.restore(state(0))[0], state(3))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        copy.chmod(0o755)
+        full, lost = done.stdout.splitlines()
+        for sentence, remedy in ((full, "free some space"), (lost, "make it writable")):
+            assert re.search(
+                rf"^A checkpoint can't be written to .*; the checkpoint of step 3 is complete: {remedy}", sentence
+            )
+        reader = Checkpoints(copy, writer=False)
+        assert reader.steps()[-1] == 3 and equal(reader.restore(state(0))[0], state(3))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

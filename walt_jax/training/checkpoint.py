@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,8 @@ from walt_jax.errors import UserError
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
+
+NOT_WRITABLE = re.compile("permission|read-only", re.IGNORECASE)  # in errors of Orbax and TensorStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +147,11 @@ class Checkpoints:
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError, by who meets it first
             complete = max(self.steps(), default=None)
             kept = f"the checkpoint of step {complete} is complete" if complete else "there is no checkpoint yet"
+            reason = _reason(error)
+            remedy = "make it writable" if NOT_WRITABLE.search(reason) else "free some space"
             raise UserError(
-                f"A checkpoint can't be written to {self.directory} ({_reason(error)}); {kept}: free some space, then "
-                "start the same command again."
+                f"A checkpoint can't be written to {self.directory} ({reason}); {kept}: {remedy}, then start the same "
+                "command again."
             ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict, dict]:
