@@ -94,7 +94,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_last_bit(uninterrupted, tmp_path
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate()
         assert process.returncode == 42 and " of denoiser is saved: the same command resumes from there." in err, err
-    code, _, err = run(commands.TINY, f"--workdir={tmp_path}", cache=cache)
+    code, out, err = run(commands.TINY, f"--workdir={tmp_path}", cache=cache)
     assert code == 0, err
     assert commands.measured(tmp_path) == commands.measured(uninterrupted)
     found, expected = commands.trained(tmp_path), commands.trained(uninterrupted)

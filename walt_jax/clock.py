@@ -172,6 +172,7 @@ class Clock:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        self.row("done" if error is None else "stopped")
-        if self._file is not None:
-            self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which must not hide why the run ends
+            self.row("done" if error is None else "stopped")
+            if self._file is not None:
+                self._file.close()
