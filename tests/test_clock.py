@@ -101,5 +101,5 @@ def test_the_report_has_a_bar_for_each_attempt(tmp_path):
     rows += [{"what": "start", "time": 40}, {**steps, "first": 2, "last": 3, "time": 60}]
     (tmp_path / CLOCK).write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = goodput_section(tmp_path)
-    assert "Goodput 50% of 60 s in 2 attempts; again 17%, compile 17%, downtime 17%." in section
+    assert "Goodput 50% of 60 s in 2 attempts, again 17%, compile 17%, downtime 17%." in section
     assert section.count('<div class="bar">') == 2 and "width: 66.667%" in section

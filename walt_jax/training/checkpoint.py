@@ -222,12 +222,10 @@ class Checkpoints:
         """Waits as `wait`, and frees what Orbax holds."""
         if self._manager is None:
             return
-        try:
-            self.wait()
-            self._manager.close()
-        finally:
-            if self._manager.is_saving_in_progress in WRITING:
-                WRITING.remove(self._manager.is_saving_in_progress)
+        self.wait()
+        self._manager.close()
+        if self._manager.is_saving_in_progress in WRITING:  # not where a signal has ended the wait
+            WRITING.remove(self._manager.is_saving_in_progress)
 
 
 def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
