@@ -14,13 +14,16 @@ setup(
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["walt_jax", "walt_jax.*"]),
+    # Configs are files that users copy and change, so a clone has them at its top; a wheel has them in the package.
+    packages=[*find_packages(include=["walt_jax", "walt_jax.*"]), "walt_jax.configs"],
+    package_dir={"walt_jax.configs": "configs"},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
         "av>=14",
         "einops",
         "etils[epath]",
+        "flatbuffers",  # jax.export imports it without asking for it
         "flax>=0.12",
         "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it without asking for it

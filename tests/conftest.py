@@ -1,5 +1,6 @@
 """For all tests: arrays of different rank are never broadcast silently; programs are compiled once."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import commands
 import jax
 import pytest
 
@@ -34,6 +36,20 @@ def cache(tmp_path_factory) -> pathlib.Path:
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     path.mkdir(exist_ok=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(cache) -> pathlib.Path:
+    """The workdir of a run of `walt_tiny` that nothing disturbed; one for all processes that share the tests."""
+    workdir = cache.parent / "tiny"
+    with (cache.parent / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others wait for the first
+        if not (workdir / "report.html").exists():
+            # As users run it, with all of XLA's optimizations.
+            code, out, err = commands.run(commands.TINY, f"--workdir={workdir}", cache=cache, quick=False)
+            assert code == 0, err
+            assert "report.html" in out.splitlines()[-1]
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,9 @@ STEPS = [(stage, step) for stage in ("tokenizer", "denoiser") for step in range(
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cache) -> pathlib.Path:
+def uninterrupted(tiny_run) -> pathlib.Path:
     """The workdir of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    code, out, err = run(commands.TINY, f"--workdir={workdir}", cache=cache)
-    assert code == 0, err
-    assert "report.html" in out.splitlines()[-1]
-    return workdir
+    return tiny_run
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):

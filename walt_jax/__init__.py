@@ -1,3 +1,25 @@
-"""walt_jax: MAGVIT-v2's causal video tokenizer and W.A.L.T's windowed latent video diffusion in JAX/Flax."""
+"""walt_jax: MAGVIT-v2's causal video tokenizer and W.A.L.T's windowed latent video diffusion in JAX/Flax.
+
+run = walt_jax.load("runs/demo")
+run.sample("a blue square moving up", seed=1)
+"""
+
+import typing
+
+if typing.TYPE_CHECKING:
+    import pathlib
+
+    from walt_jax.api import TrainedModel
 
 __version__ = "0.1.0"
+
+
+def load(path: "str | pathlib.Path") -> "TrainedModel":
+    """Opens a trained model: a workdir, or a folder that `--mode=export` has written as safetensors or Orbax.
+
+    Raises:
+        UserError: if the folder holds neither, or what it holds is damaged.
+    """
+    from walt_jax.export.load import load  # imported here: walt_jax without it takes no time to import
+
+    return load(path)

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from walt_jax.config_file import with_config_path
 from walt_jax.errors import UserError
 from walt_jax.malloc import keep_freed_memory
 from walt_jax.training.stopping import RESTART, Stopped, stop_at_once
@@ -24,6 +25,7 @@ from walt_jax.workdir import local
 MAX_SEED = 2**31 - 1
 LONGEST_PROMPT = 10_000  # characters; text encoders read some dozens of tokens
 KNOB = "--config."
+FORMATS = ["safetensors", "orbax", "diffusers", "stablehlo"]
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -32,6 +34,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     Raises:
         UserError: if one is unknown or its value is wrong.
     """
+    argv = [with_config_path(argument) for argument in argv]
     others = [argument for argument in argv if not argument.startswith(KNOB)]
     if others == argv:
         return _parsed(argv)
@@ -87,8 +90,15 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "out",
         None,
-        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set; export: the "
-        ".safetensors to write",
+        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set; export: "
+        "folder, or for DiT and Latte .safetensors, to write",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "format",
+        "safetensors",
+        FORMATS,
+        "export: what --out=FOLDER holds; a --out=FILE.safetensors has the published layout of DiT or Latte",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -526,12 +536,14 @@ def benchmark(values: flags.FlagValues) -> None:
 
 
 def export(values: flags.FlagValues) -> None:
-    """Writes a trained DiT or Latte for others to read."""
-    out = pathlib.Path(values.out or "")
-    if out.suffix != ".safetensors":
-        raise UserError("Name the file to write: --out=FILE.safetensors.")
-    count = open_trained_run(values).export(out)
-    print(f"wrote {count:,} parameters to {out}")
+    """Writes a trained run for others to read, see `docs/export.md`."""
+    if not values.out:
+        raise UserError("Name the folder to write: --out=FOLDER; or for DiT and Latte a file: --out=FILE.safetensors.")
+    run = open_trained_run(values)
+
+    from walt_jax.export.export import export
+
+    print(export(run, values.format, pathlib.Path(values.out)))
 
 
 RUN = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, guide
 from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
-from walt_jax.diffusion.sampler import sample
+from walt_jax.diffusion.sampler import Level, Predict, sample
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.parallel.rules import constrain
 from walt_jax.text.frozen import Embedded
@@ -25,6 +26,8 @@ from walt_jax.text.vocabulary import PAD
 
 # Captions of clips: token ids, or embeddings where the text encoder is not trained; or class labels, with m = 1.
 TextTokens = Int[Array, "b s m"] | Embedded
+
+Levels = Callable[[Float[Array, ""]], tuple[Level, Level]]  # α and σ at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,62 @@ class LatentDiffusion:
 
         return apply
 
+    def predictor(
+        self,
+        params: dict[str, Any],
+        text_tokens: Int[Array, "b m"] | Embedded,
+        empty: Int[Array, " m"] | Embedded,
+        config: SamplingConfig,
+        observed: Float[Array, "b t h w c"],
+        mask: Float[Array, "b t h w 1"],
+        low_res: Float[Array, "b t h2 w2 c"] | None = None,
+    ) -> tuple[Predict, Levels, Any]:
+        """The guided denoiser of a batch of clips; arguments as those of `sample`.
+
+        Returns:
+            (predict, levels, carried) for `diffusion.sampler.sample`. What is carried first is ([the last estimate of
+            each model, with the condition and without], v of `learned_sigma` or None).
+        """
+        layout, kind = self.layout, self.diffusion.parameterization
+        clean, where, low_res_time = self.tokens(observed), self.tokens(mask), jnp.zeros((observed.shape[0], 1))
+        condition = self.condition(params, single_clips(text_tokens), clean, where, low_res, low_res_time)
+        models = [self.denoise(params, condition, layout)]
+        if config.guidance.needs_unconditional:
+            free = jax.tree.map(
+                lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, text_tokens
+            )
+            # Without caption and without observed frames: guidance is on both.
+            nothing = jnp.zeros_like(clean), jnp.zeros_like(where)
+            condition = self.condition(params, single_clips(free), *nothing, low_res, low_res_time)
+            models.append(self.denoise(params, condition, layout))
+        tokens = jnp.full((1, 1), clean.shape[1])
+
+        def levels(time):
+            return tuple(
+                level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
+            )
+
+        pinned = self.per_value(where)
+        channel = jnp.arange(clean.shape[-1]) % self.latent_shape[3]
+
+        def predict(z, time, carried):
+            # Self-conditioning: each model gets its own last estimate, as in training.
+            times, level = jnp.full((z.shape[0], 1), time), levels(time)
+            outputs = [model(z, times, estimate) for model, estimate in zip(models, carried[0], strict=True)]
+            split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
+            estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
+            guided = estimates[0]
+            if len(models) > 1:
+                guided = guide(config.guidance, time, *estimates)
+                if config.guidance.channels:
+                    guided = jnp.where(channel[None, None] < config.guidance.channels, guided, estimates[0])
+            # The clean latents of observed positions are known, so their noise stays that of training at each time.
+            guided = pinned * clean + (1 - pinned) * guided
+            return guided, (estimates, split_outputs[0][1])
+
+        none = jnp.zeros_like(clean)
+        return predict, levels, ([none for _ in models], none if self.denoiser.config.learned_sigma else None)
+
     @functools.partial(jax.jit, static_argnums=(0, 6))
     def sample(
         self,
@@ -177,50 +236,14 @@ class LatentDiffusion:
             mask: 1 at observed latent positions, 0 elsewhere.
             low_res: normalised low-resolution latents, if the denoiser upscales.
         """
-        layout, kind = self.layout, self.diffusion.parameterization
+        layout = self.layout
         keys = jax.vmap(jax.random.key)(seeds)
         noise = self.tokens(jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys))
         noise = constrain(noise, "batch", "tokens")
         if observed is None:
             observed, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
-        clean, where, low_res_time = self.tokens(observed), self.tokens(mask), jnp.zeros((len(noise), 1))
-        condition = self.condition(params, single_clips(text_tokens), clean, where, low_res, low_res_time)
-        models = [self.denoise(params, condition, layout)]
-        if config.guidance.needs_unconditional:
-            free = jax.tree.map(
-                lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, text_tokens
-            )
-            # Without caption and without observed frames: guidance is on both.
-            nothing = jnp.zeros_like(clean), jnp.zeros_like(where)
-            condition = self.condition(params, single_clips(free), *nothing, low_res, low_res_time)
-            models.append(self.denoise(params, condition, layout))
-        tokens = jnp.full((1, 1), noise.shape[1])
-
-        def levels(time):
-            return tuple(
-                level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
-            )
-
-        pinned = self.per_value(where)
-        channel = jnp.arange(noise.shape[-1]) % self.latent_shape[3]
-
-        def predict(z, time, carried):
-            # Self-conditioning: each model gets its own last estimate, as in training.
-            times, level = jnp.full((len(z), 1), time), levels(time)
-            outputs = [model(z, times, estimate) for model, estimate in zip(models, carried[0], strict=True)]
-            split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
-            estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
-            guided = estimates[0]
-            if len(models) > 1:
-                guided = guide(config.guidance, time, *estimates)
-                if config.guidance.channels:
-                    guided = jnp.where(channel[None, None] < config.guidance.channels, guided, estimates[0])
-            # The clean latents of observed positions are known, so their noise stays that of training at each time.
-            guided = pinned * clean + (1 - pinned) * guided
-            return guided, (estimates, split_outputs[0][1])
-
+        predict, levels, carried = self.predictor(params, text_tokens, empty, config, observed, mask, low_res)
         learns = self.denoiser.config.learned_sigma
-        carried = [jnp.zeros_like(noise) for _ in models], jnp.zeros_like(noise) if learns else None
         learned = (lambda carried: carried[1]) if learns else None
         key = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         latents = sample(config.sampler, predict, noise, levels, config.steps, key, carried, learned)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
+import tqdm.auto
 from jaxtyping import Float, UInt8
 
 from walt_jax.data.media import contact_sheet, write_video
@@ -47,19 +47,21 @@ class Generator:
         prompts: Sequence[str],
         seeds: Sequence[int],
         low_res: Float[np.ndarray, "n t h2 w2 c"] | None = None,
+        bar: bool | None = None,
     ) -> UInt8[np.ndarray, "n t h w 3"]:
         """One video for each prompt and seed. A video depends on its own prompt and seed only.
 
         Args:
             prompts, seeds: one of each for a video.
             low_res: latents of the low-resolution videos, for super-resolution.
+            bar: whether progress is shown; by default, where there are several batches.
         """
         text_tokens, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
         empty = jax.tree.map(lambda array: array[0], self.captions.encode([""]))
         # Batches of one size: one program is compiled, and a video does not depend on how many there are.
         size = self.config.batch_size
-        clips = []
-        with tqdm.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=len(prompts) <= size) as progress:
+        clips, hidden = [], len(prompts) <= size if bar is None else not bar
+        with tqdm.auto.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=hidden) as progress:
             for first in range(0, len(prompts), size):
                 rows = np.minimum(np.arange(first, first + size), len(prompts) - 1)
                 some = jax.tree.map(lambda array, rows=rows: array[rows], text_tokens)

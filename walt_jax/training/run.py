@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 from etils import epath
 from jax.sharding import Mesh
 
@@ -252,9 +251,17 @@ class Run:
         if only_published(self.config, self.workdir):
             params = self._published()
         else:
-            stage, trained = self._restored("denoiser")
-            params = trained.served
+            stage, params = self.trained_denoiser()
         return self._generator(stage, params, self.tokenizer())
+
+    def trained_denoiser(self) -> tuple[str, Any]:
+        """(name of the denoiser's last stage with a checkpoint, parameters of denoiser and trained text encoder)
+
+        Raises:
+            UserError: as `generator`.
+        """
+        stage, trained = self._restored("denoiser")
+        return stage, trained.served
 
     def _generator(self, stage: str | None, params: Any, tokenizer: TrainedTokenizer) -> Generator:
         return Generator(
@@ -336,25 +343,6 @@ class Run:
         return {
             "denoiser": published_weights.load(self.config.init_from, self.config.denoiser, like, self.config.tubelets)
         }
-
-    def export(self, out: pathlib.Path) -> int:
-        """Writes the trained denoiser with the parameter names of diffusers, or of the original DiT or Latte.
-
-        Returns:
-            The number of parameters.
-
-        Raises:
-            UserError: if the config is neither DiT nor Latte, or nothing has been trained.
-        """
-        denoiser = self.config.denoiser
-        if denoiser is None:
-            raise UserError("This config trains only a tokenizer; only denoisers can be exported.")
-        params = self._restored("denoiser")[1].served["denoiser"]
-        of_diffusers = denoiser.single or denoiser.time_frequencies == "diffusers"
-        tensors = published_weights.export(jax.device_get(params), denoiser, of_diffusers)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, safetensors.numpy.save(tensors))
-        return sum(tensor.size for tensor in tensors.values())
 
     def _task(self, stage: str) -> Task:
         """The task of a stage."""

@@ -367,21 +367,23 @@ def read_autoencoder(path: str) -> tuple[AutoencoderKL, Any]:
     return AutoencoderKL(config), params
 
 
-def make_model(config: RunConfig, vocab_size: int, stage: str | None = None) -> LatentDiffusion:
+def make_model(
+    config: RunConfig, vocab_size: int, stage: str | None = None, codec: Codec | None = None
+) -> LatentDiffusion:
     """The models as a denoiser stage has them, the last one unless it is named.
 
     Args:
         config: see `RunConfig`.
         vocab_size: of the text encoder; read where the config has text.
         stage: sets windows, bounds, and the shape that is sampled.
+        codec: of the config, where it is made already.
     """
     stage = stage or config.denoiser_stages[-1]
     text = None if config.text is None else T5Encoder(config.text.encoder, vocab_size)
     shape = config.tokenizer.latent_shape(*config.nominal(stage).nominal)
     denoiser = Denoiser(config.denoiser_of(stage), config.bounds(stage))
-    return LatentDiffusion(
-        make_codec(config), text, denoiser, config.diffusion, shape, trains_text=config.pretrained_text is None
-    )
+    codec = codec or make_codec(config)
+    return LatentDiffusion(codec, text, denoiser, config.diffusion, shape, trains_text=config.pretrained_text is None)
 
 
 def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:

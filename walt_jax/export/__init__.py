@@ -1,0 +1,1 @@
+"""Trained models in forms that others read, and reading them back: a file for each format."""
