@@ -42,7 +42,10 @@ HEADERS = {
     "another shape": with_b(shape=[2, 2]),
     "another type": with_b(dtype="I32"),
     "no such type": with_b(dtype="PICKLE"),
-    "a tensor too many": lambda values: ({**values, "c": {**values["b"], "data_offsets": [40, 40], "shape": [0]}}, None),
+    "a tensor too many": lambda values: (
+        {**values, "c": {**values["b"], "data_offsets": [40, 40], "shape": [0]}},
+        None,
+    ),
     "a tensor too few": lambda values: ({name: value for name, value in values.items() if name != "b"}, None),
     "no tensors": lambda values: ([], None),
 }
@@ -69,7 +72,7 @@ def refusal(read, folder) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("length", [0, 7, 20, 200])
+@pytest.mark.parametrize("length", [0, 7, 20, -1])
 def test_a_truncated_file(length, tmp_path):
     safetensors_files.write(tmp_path, TENSORS)
     path = tmp_path / safetensors_files.FILE
@@ -104,7 +107,14 @@ def test_an_index_that_leads_elsewhere(place, tmp_path, monkeypatch):
 def test_an_index_of_something_else(tmp_path):
     safetensors_files.write(tmp_path, TENSORS)
     index = tmp_path / safetensors_files.INDEX
-    for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a/kernel": "model.safetensors"}}', "[" * 10**5):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a/kernel": "model.safetensors"}}',
+        "[" * 10**5,
+    ):
         index.write_text(text)
         assert "index.json" in refusal(safetensors_files.read, tmp_path)
 
@@ -116,10 +126,9 @@ def test_an_orbax_folder_with_files_gone(tmp_path):
         content = path.read_bytes()
         path.unlink()
         try:
-            refused = str(pytest.raises(UserError, orbax_files.read, tmp_path, WANTED).value)
-            assert "restore" in refused and orbax_files.FOLDER in refused
-        except pytest.fail.Exception:  # a file that nothing needs
-            assert refuses_nothing(orbax_files.read, tmp_path)
+            assert refuses_nothing(orbax_files.read, tmp_path)  # a file that nothing needs
+        except UserError as error:
+            assert orbax_files.FOLDER in str(error) and "restore" in str(error)
         path.write_bytes(content)
     outside = tmp_path / "elsewhere"
     (tmp_path / orbax_files.FOLDER / "_METADATA").rename(outside)
@@ -164,7 +173,7 @@ def changed(values: dict, path: str, value) -> dict:
         ("config", None, "config"),
         ("config.data.fps", float("nan"), "NaN"),
         ("config.data.height", float("inf"), "Infinity"),
-        ("config.data.height", 2**40, "pixels"),
+        ("config.data.frames", 2**40 + 1, "pixels"),
         ("config.data.heigth", 16, "heigth"),
         ("config.denoiser.layers", 2**40, "layers"),
         ("config.denoiser.dim", "32", "dim"),
@@ -194,10 +203,10 @@ def test_what_is_no_export(manifest, tmp_path):
     with pytest.raises(UserError, match="remote"):
         walt_jax.load("gs://bucket/export")
     (tmp_path / "config.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="vocabulary.model"):
+    with pytest.raises(UserError, match=r"vocabulary\.model"):
         walt_jax.load(tmp_path)
     (tmp_path / "vocabulary.model").write_bytes(pickle.dumps({}))
-    with pytest.raises(UserError, match="vocabulary.model"):
+    with pytest.raises(UserError, match=r"vocabulary\.model"):
         walt_jax.load(tmp_path)
     (tmp_path / "vocabulary.model").unlink()
     (tmp_path / "vocabulary.model").symlink_to("/dev/zero")

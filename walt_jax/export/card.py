@@ -41,9 +41,10 @@ def card(run: Run, kind: str, count: int) -> str:
     lines.append(
         f"Clips of `{data.source}`, {data.frames} frames of {data.height} × {data.width} pixels at {data.fps:g} frames "
         "a second."
-        + (f" {files['clips_kept']:,} clips were kept, those held out for evaluation among them, and " if files else "")
-        + (f"{len(files['clips_skipped']):,} files skipped." if files else "")
     )
+    if files:
+        kept, skipped = files["clips_kept"], len(files["clips_skipped"])
+        lines[-1] += f" {kept:,} clips were kept, held-out ones among them; {skipped:,} files were skipped."
     lines += ["", "## Training", "", "| stage | trains | steps done | of | batch |", "|---|---|---|---|---|"]
     for name in config.trained_stages:
         stage = config.stages[name]

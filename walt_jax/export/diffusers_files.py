@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from walt_jax.denoiser import published_weights
 from walt_jax.errors import UserError
+from walt_jax.export.safetensors_files import save
 from walt_jax.tokenizer.autoencoder_kl import AutoencoderKLConfig
 from walt_jax.tokenizer.autoencoder_kl_weights import DIFFUSERS
 from walt_jax.training.run import Run
@@ -52,7 +52,7 @@ def write(folder: pathlib.Path, run: Run) -> int:
         found["vae"] = (autoencoder_config(model.config), autoencoder_tensors(params, model.config))
     for name, (knobs, weights) in found.items():
         write_atomically(folder / name / "config.json", json.dumps(knobs, indent=1) + "\n")
-        safetensors.numpy.save_file(weights, folder / name / WEIGHTS, {"format": "pt"})
+        save(folder / name / WEIGHTS, weights, "pt")
     return sum(tensor.size for _, weights in found.values() for tensor in weights.values())
 
 

@@ -24,17 +24,25 @@ def write(folder: pathlib.Path, tensors: Tensors) -> list[str]:
             shards.append({})
         shards[-1][name] = tensors[name]
     if len(shards) == 1:
-        safetensors.numpy.save_file(tensors, folder / FILE, {"format": "np"})
+        save(folder / FILE, tensors)
         return [FILE]
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        safetensors.numpy.save_file(shard, folder / file, {"format": "np"})
+        save(folder / file, shard)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
     }
     write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
     return [INDEX, *files]
+
+
+def save(path: pathlib.Path, tensors: Tensors, framework: str = "np") -> None:
+    """Writes a file, readable as other new files are: safetensors makes it its owner's only."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(tensors, path, {"format": framework})
+    path.chmod(mode)
 
 
 def read(folder: pathlib.Path, wanted: Shapes) -> Tensors:

@@ -58,7 +58,7 @@ def _described(values: dict[str, Any]) -> dict[str, Any]:
         return {"dtype": value.dtype.name, "shape": [d if isinstance(d, int) else str(d) for d in value.shape]}
 
     return {
-        name: f"what the {name.split('_')[0]} program before returned" if name == "cache" else jax.tree.map(one, value)
+        name: "as the program returns it for the next chunk" if name == "cache" else jax.tree.map(one, value)
         for name, value in values.items()
     }
 
