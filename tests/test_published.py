@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import walt_jax
+from walt_jax import main
 from walt_jax.data.video import read_clip
+from walt_jax.tokenizer.autoencoder_kl_weights import load_weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = """
@@ -100,3 +103,27 @@ def test_training_starts_from_them_and_goes_back_to_such_a_file(files, tmp_path,
     assert set(before) == set(after)
     for name, tensor in before.items():
         np.testing.assert_allclose(after[name], tensor, rtol=1e-5, atol=1e-6)
+    # As folders of diffusers' classes, of the denoiser and of the autoencoder.
+    folder = tmp_path / "diffusers"
+    assert main.main([f"--workdir={tmp_path / 'run'}", "--mode=export", "--format=diffusers", f"--out={folder}"]) == 0
+    weights = "diffusion_pytorch_model.safetensors"
+    again = load_file(folder / "transformer" / weights)
+    assert set(again) == set(after) and all((again[name] == after[name]).all() for name in after)
+    autoencoder, there = load_file(files / "autoencoder.safetensors"), load_file(folder / "vae" / weights)
+    assert set(there) == set(autoencoder)
+    for name, tensor in autoencoder.items():
+        np.testing.assert_array_equal(there[name], tensor.astype(np.float32).reshape(there[name].shape))
+    stated = json.loads((folder / "transformer" / "config.json").read_text())
+    sizes = {"num_layers": 2, "attention_head_dim": 12, "sample_size": 8, "num_embeds_ada_norm": 5, "out_channels": 8}
+    assert stated["_class_name"] == "DiTTransformer2DModel" and sizes.items() <= stated.items()
+    config, _ = load_weights(folder / "vae" / weights)
+    assert config == load_weights(files / "autoencoder.safetensors")[0]
+    assert "AutoencoderKL" in (folder / "vae" / "config.json").read_text() and (folder / "README.md").exists()
+    # And as this project's own, which needs neither of the files it came from.
+    assert main.main([f"--workdir={tmp_path / 'run'}", "--mode=export", f"--out={tmp_path / 'own'}"]) == 0
+    (files / "autoencoder.safetensors").rename(files / "gone")
+    try:
+        model = walt_jax.load(tmp_path / "own")
+        assert model.reconstruct(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 32, 32, 3)
+    finally:
+        (files / "gone").rename(files / "autoencoder.safetensors")
