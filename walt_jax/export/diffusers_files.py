@@ -17,6 +17,7 @@ from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig, read_autoencoder
 from walt_jax.workdir import write_atomically
 
+DIT_WINDOWS, LATTE_WINDOWS = ((None, None, None),), ((1, None, None), (None, 1, 1))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -68,9 +69,24 @@ def transformer_config(config: RunConfig) -> dict[str, Any]:
             "diffusers has classes for DiT with config.denoiser.time_frequencies='diffusers' and for Latte with text, "
             "and this is neither; --format=safetensors and orbax hold any, --out=FILE.safetensors the original layouts."
         )
-    frames, height, _, channels = config.tokenizer.latent_shape(
+    frames, height, width, channels = config.tokenizer.latent_shape(
         config.data.frames, config.data.height, config.data.width
     )
+    wanted = {
+        "denoiser.windows": (denoiser.windows, DIT_WINDOWS if denoiser.block == "dit" else LATTE_WINDOWS),
+        "denoiser.split": (denoiser.split, "blocks"),
+        "denoiser.positions": (denoiser.positions, "sincos"),
+        "denoiser.relative": (denoiser.relative, "none"),
+        "denoiser.mlp_ratio": (denoiser.mlp_ratio, 4.0),
+        "denoiser.patch_size": (denoiser.patch_size, (1, *denoiser.patch_size[1:2] * 2)),
+        "data.frames": (frames, 1 if denoiser.block == "dit" else frames),
+        "data.width": (width, height),
+    }
+    if denoiser.block == "dit":
+        wanted["denoiser.conditioning"] = (denoiser.conditioning, "adaln_zero")
+    for knob, (value, only) in wanted.items():
+        if value != only:
+            raise UserError(f"diffusers' class has config.{knob} as {only!r}, not {value!r}; use --format=safetensors.")
     knobs = {
         "num_attention_heads": denoiser.heads,
         "attention_head_dim": denoiser.dim // denoiser.heads,
