@@ -8,6 +8,7 @@ import pytest
 
 from walt_jax import main
 from walt_jax.config import build
+from walt_jax.config_file import with_config_path
 from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.media import write_video
 from walt_jax.training.run_config import RunConfig
@@ -35,6 +36,7 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--mode=trian"], ["mode", "train"]),
         ([TINY, "--workdir=W", "train"], ["'train'"]),
         (["--config=configs/none.py", "--workdir=W"], ["none.py"]),
+        (["--config=walt_none", "--workdir=W"], ["walt_none", "walt_demo", "path of a file"]),
         (["--workdir=W"], ["--config"]),
         (["--config.seed=1", "--workdir=W"], ["config.seed"]),
         ([TINY, "--workdir=W", "--config.data.widht=3"], ["widht", "width"]),
@@ -57,7 +59,9 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--mode=sample", "--prompt=a", "--num_samples=0"], ["num_samples"]),
         ([TINY, "--workdir=W", "--mode=evaluate"], ["W", "--mode=train"]),
         ([TINY, "--workdir=W", "--mode=encode"], ["W holds no run", "--workdir"]),
-        ([TINY, "--workdir=W", "--mode=export"], ["--out=FILE.safetensors"]),
+        ([TINY, "--workdir=W", "--mode=export"], ["--out=FOLDER", "--out=FILE.safetensors"]),
+        ([TINY, "--workdir=W", "--mode=export", "--out=new"], ["W", "--mode=train"]),
+        ([TINY, "--workdir=W", "--mode=export", "--out=new", "--format=pickle"], ["pickle", "safetensors"]),
         ([TINY, "--workdir=W", "--mode=export", "--out=x.safetensors"], ["W", "--mode=train"]),
         ([TINY, "--workdir=W", "--config.tokenizer_from=nowhere"], ["nowhere", "--workdir"]),
         ([TINY, "--workdir=W", "--config.init_from=nowhere"], ["config.init_from", "nowhere", "--workdir"]),
@@ -97,6 +101,18 @@ def test_a_knob_that_the_file_leaves_out_can_be_set():
     assert (config.data.captions, config.data.limits.pixels, config.data.fps) == ("label*2", 9, 4.0)
     assert config.data.limits.longest_side == DecodeLimits().longest_side
     assert values.mode == "plan"
+
+
+def test_a_config_is_found_by_its_name(tmp_path, monkeypatch):
+    """From any folder; a file of that name in it precedes."""
+    monkeypatch.chdir(tmp_path)
+    by_path = main.parse([TINY, "--config.data.fps=4"]).config
+    assert main.parse(["--config=walt_tiny", "--config.data.fps=4"]).config == by_path
+    heads = [main.parse([f"--config=tokenizer_clips:{head}"]).config.tokenizer.head.name for head in ("fsq", "vq")]
+    assert heads == ["fsq", "vq"]
+    (tmp_path / "walt_tiny").write_text("")
+    assert with_config_path("--config=walt_tiny") == "--config=walt_tiny"
+    assert with_config_path("--mode=walt_tiny") == "--mode=walt_tiny"
 
 
 def test_a_knob_that_nothing_reads(tmp_path, capsys):

@@ -31,7 +31,7 @@ def with_config_path(argument: str) -> str:
         UserError: if there is no config of that name.
     """
     found = re.fullmatch(r"(--?config=)(\w+)(:.*)?", argument)
-    if found is None or pathlib.Path(found[2]).exists():
+    if found is None or pathlib.Path(found[2]).is_file():
         return argument
     # In a wheel configs are part of the package; in a clone they are next to it.
     folders = [folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir()]
