@@ -42,7 +42,7 @@ from walt_jax.data.batches import Batches
 from walt_jax.data.order import Order
 from walt_jax.data.pipeline import Clips, Data, DataConfig
 from walt_jax.data.shapes import ClipShape
-from walt_jax.data.stream import DECODE_THREADS
+from walt_jax.data.stream import READ_THREADS
 from walt_jax.data.video import RESIZE, covering
 
 SEED = 0
@@ -153,7 +153,7 @@ def pyav(work: Work) -> Callable[[], int]:
         return count
 
     def run() -> int:
-        with futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
+        with futures.ThreadPoolExecutor(READ_THREADS) as pool:
             return sum(pool.map(decode, work.windows))
 
     return run
@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         "clips_a_round": len(work.windows),
         "files": len({window.path for window in work.windows}),
         "pixels_a_token": TOKEN,
-        "decode_threads": DECODE_THREADS,
+        "decode_threads": READ_THREADS,
         "rows": rows,
         "resident_bytes_after_epochs": resident,
     }

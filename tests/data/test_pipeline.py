@@ -14,7 +14,7 @@ from walt_jax.data.batches import Batches
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.media import write_video
-from walt_jax.data.order import Progress, Share, redistribute
+from walt_jax.data.order import WHOLE, Part
 from walt_jax.data.pipeline import Clips, Data, DataConfig, Mixture, weighted
 from walt_jax.data.shapes import ClipShape
 from walt_jax.errors import UserError
@@ -22,10 +22,14 @@ from walt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Numbered:
-    """Clips whose first pixel is their index and the second is drawn from the generator; some are unusable."""
+    """Clips whose first pixel is their index and the second is drawn from the generator.
+
+    Some are known to be unusable, others turn out to be when they are read.
+    """
 
     count: int
     unusable: tuple[int, ...] = ()
+    broken: tuple[int, ...] = ()
 
     def __len__(self):
         return self.count
@@ -34,8 +38,11 @@ class Numbered:
     def captions(self):
         return [str(index) for index in range(self.count)]
 
+    def kind(self, index, rng):
+        return None if index in self.unusable else (0, 1, 1, 2)
+
     def sample(self, index, rng):
-        if index in self.unusable:
+        if index in self.unusable + self.broken:
             return None
         return {
             "video": np.array([index, rng.integers(256)], np.uint8).reshape(1, 1, 2, 1),
@@ -48,15 +55,20 @@ class Numbered:
 class Several(Numbered):
     """The same, a clip in one of three sizes that its generator draws."""
 
+    def kind(self, index, rng):
+        clip = Numbered.sample(self, index, rng) if index not in self.broken else rng.integers(256) is not None
+        shape = int(rng.integers(3))
+        return clip and (shape, 1, shape + 1, 2)
+
     def sample(self, index, rng):
         clip = Numbered.sample(self, index, rng)
         shape = int(rng.integers(3))
         return clip and {**clip, "video": np.repeat(clip["video"], shape + 1, axis=1), "shape": shape}
 
 
-def batches(source, batch_size, seed, encode=None, caption_dropout=0.0, share=Share()):  # noqa: B008
+def batches(source, batch_size, seed, encode=None, caption_dropout=0.0, part=WHOLE):
     sizes = (batch_size,) if isinstance(batch_size, int) else batch_size
-    return Batches(Clips(Mixture((source,), (1.0,)), seed, encode, caption_dropout), sizes, share)
+    return Batches(Clips(Mixture((source,), (1.0,)), seed, encode, caption_dropout), sizes, part)
 
 
 def encode(captions):
@@ -183,40 +195,55 @@ def test_clips_wait_until_a_batch_of_their_shape_is_full_and_a_state_has_them(be
         np.testing.assert_array_equal(batch["video"][:, 0, 0, 0, 0] + 1, batch["text"][:, 0])
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 3, 8])
-def test_hosts_together_have_each_clip_once_an_epoch(hosts):
-    shares = [Share(host, hosts) for host in range(hosts)]
-    several = [taken(batches(Numbered(24), 1, 5, encode, share=share), 48 // hosts) for share in shares]
-    assert collections.Counter(itertools.chain.from_iterable(map(indices, several))) == dict.fromkeys(range(24), 2)
+def planned_by_hand(clips, sizes, count):
+    """The slow twin of batches without broken clips: (shape, numbers) each, from clips that are read in order."""
+    waiting, found = {}, []
+    for number in itertools.count():
+        clip = clips[number]
+        if clip is None:
+            continue
+        alike = waiting.setdefault(clip["shape"], [])
+        alike.append(number)
+        if len(alike) == sizes[clip["shape"]]:
+            found.append(waiting.pop(clip["shape"]))
+        if len(found) == count:
+            return found
 
 
-def test_another_number_of_hosts_goes_on_with_what_is_left():
-    """Three hosts stop with waiting clips; two resume. A clip depends only on its number."""
-    source = Several(30)
-    whole = {}
-    clips = Clips(Mixture((source,), (1.0,)), 7, encode)
-    seen = []
-    progress = []
-    for share in (Share(host, 3) for host in range(3)):
-        iterator = iter(batches(source, (2, 3, 4), 7, encode, share=share))
-        seen += [next(iterator) for _ in range(3)]
-        state = iterator.get_state()
-        progress.append(Progress(Share.from_json(state["share"]), state["stream"]["next_index"], state["waiting"]))
-    for share in redistribute(progress, 2):
-        iterator = iter(batches(source, (1, 1, 1), 7, encode, share=share))
-        count = (60 - sum(len(batch["text"]) for batch in seen)) // 2
-        whole[share.host] = [next(iterator) for _ in range(count + 1)]
-    got = collections.Counter(
-        bytes([len(row), *row.ravel()[:4]]) for batch in [*seen, *whole[0], *whole[1]] for row in batch["video"][:, 0]
-    )
-    want = collections.Counter(
-        bytes([len(clips[number]["video"][0]), *clips[number]["video"].ravel()[:4]]) for number in range(80)
-    )
-    assert not got - want
-    first = collections.Counter(
-        bytes([len(clips[number]["video"][0]), *clips[number]["video"].ravel()[:4]]) for number in range(58)
-    )
-    assert not first - got
+@pytest.mark.parametrize("source", [Numbered(11, (2,)), Several(11, (2,)), Several(11, (2,), (3, 5))])
+@pytest.mark.parametrize("parts", [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0,), (1,), (2,), (3,)]])
+def test_batches_are_the_same_for_any_number_of_processes_and_restarts(source, parts):
+    """Of one source and of a mixture with fewer clips than processes; each goes on from the first one's state."""
+    few = Several(3)
+    sizes = (4, 8, 4)
+    for mixture in (Mixture((source,), (1.0,)), Mixture((source, few), (1.0, 2.0))):
+        clips = Clips(mixture, 5, encode)
+        whole = taken(Batches(clips, sizes), 9)
+        if not source.broken:
+            for batch, numbers in zip(whole, planned_by_hand(clips, sizes, 9), strict=True):
+                np.testing.assert_array_equal(batch["video"], [clips[number]["video"] for number in numbers])
+        processes = [iter(Batches(clips, sizes, Part(shards, 4))) for shards in parts]
+        for step, batch in enumerate(whole):
+            if step == 5:
+                (state,) = {json.dumps(process.get_state()) for process in processes}
+                processes = [iter(Batches(clips, sizes, Part(shards, 4))) for shards in parts]
+                for process in processes:
+                    process.set_state(json.loads(state))
+            rows = [Part(shards, 4).rows(len(batch["text"])) for shards in parts]
+            for process, mine in zip(processes, rows, strict=True):
+                assert same([next(process)], [{name: array[mine] for name, array in batch.items()}])
+
+
+def test_broken_clips_are_replaced_by_others_of_their_batch_and_batches_of_them_are_passed_over():
+    several = taken(batches(Numbered(10, broken=(0, 3, 9)), 5, 1, encode), 6)
+    plain = taken(batches(Numbered(10), 5, 1, encode), 6)
+    for batch, all_of_them in zip(several, plain, strict=True):
+        expected, every = [], all_of_them["video"][:, 0, 0, 0, 0].tolist()
+        for row in range(5):
+            expected.append(next(index for index in every[row:] + every[:row] if index not in (0, 3, 9)))
+        assert batch["video"][:, 0, 0, 0, 0].tolist() == expected
+    order = indices(taken(batches(Numbered(4, broken=(0, 2)), 1, 1, encode), 10))
+    assert collections.Counter(order) == {1: 5, 3: 5}
 
 
 def test_several_sources_are_one_and_take_turns_by_weight(tmp_path):

@@ -11,10 +11,11 @@ import pytest
 
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.latents import Encoded
-from walt_jax.data.order import Order
+from walt_jax.data.order import WHOLE, Order, Part
 from walt_jax.denoiser.layout import from_tokens, to_tokens
 from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.errors import UserError
+from walt_jax.parallel.processes import merged
 from walt_jax.training import latent_batches, pack_batches
 from walt_jax.training.latent_batches import dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
@@ -279,6 +280,9 @@ class Videos:
     def __init__(self, seed, unusable=()):
         self.order, self.unusable = Order([len(CACHED)], [1.0], seed), unusable
 
+    def kind(self, number):
+        return 0, *CACHED[self.order[number].index].latents.shape[:3]
+
     def __getitem__(self, number):
         clip = CACHED[self.order[number].index]
         if clip.caption in self.unusable:
@@ -327,6 +331,45 @@ def test_videos_that_cannot_be_used_are_in_no_pack():
     )
     seen = set(itertools.chain.from_iterable(map(clip_numbers, taken(packs, 8))))
     assert seen == set(LATENTS) - set(map(int, left_out))
+
+
+PARTS = [[(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0,), (1,), (2,), (3,)]]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_batches_of_latents_are_the_same_for_any_number_of_processes(parts):
+    """Of which there may be more than clips."""
+
+    def batches(part=WHOLE):
+        return dense_batches(Clips(CACHED[:5]), read, 0.3, dict.fromkeys(SHAPES, 4), 0, part)
+
+    whole = taken(batches(), 6)
+    for shards in parts:
+        part = Part(shards, 4)
+        for batch, mine in zip(whole, taken(batches(part), 6), strict=True):
+            jax.tree.map(lambda a, b, part=part: np.testing.assert_array_equal(a[part.rows(4)], b), batch, mine)
+
+
+@pytest.mark.parametrize("packers", [1, 4])
+@pytest.mark.parametrize("parts", PARTS)
+def test_packs_are_the_same_for_any_number_of_processes_and_restarts(parts, packers, monkeypatch):
+    """With tokens dropped and clips deferred; from the middle on from the states that the processes have together."""
+    monkeypatch.setattr(pack_batches, "TRIED", 1)
+    packing = Packing(CONFIG, 8, TOKENS, CLIPS, 5, 0.3, DropConfig(kind="beta", rate=0.3), 4, packers)
+    whole = taken(packs_of_latents(CACHED, read, packing), 6)
+    processes = [dataclasses.replace(packing, part=Part(shards, 4)) for shards in parts]
+    iterators = [iter(packs_of_latents(CACHED, read, process)) for process in processes]
+    for step, batch in enumerate(whole):
+        if step == 3:
+            state = merged([json.loads(json.dumps(iterator.get_state())) for iterator in iterators])
+            iterators = [iter(packs_of_latents(CACHED, read, process)) for process in processes]
+            for iterator in iterators:
+                iterator.set_state(state)
+        for iterator, process in zip(iterators, processes, strict=True):
+            mine = next(iterator)
+            jax.tree.map(
+                lambda a, b, part=process.part: np.testing.assert_array_equal(a[part.rows(len(a))], b), batch, mine
+            )
 
 
 def test_clips_that_suit_neither_are_refused():

@@ -1,74 +1,98 @@
 """Batches of clips of equal shape; an iterator's state is JSON."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 
-from walt_jax.data.order import Share
-from walt_jax.data.stream import Numbered, Stream
+from walt_jax.data.order import WHOLE, Part
+from walt_jax.data.stream import Kind, Numbered, ReadAhead, check_state
 
 Clip = dict[str, Any]
 
 
-class Batches(grain.IterDataset):
+class BatchPlan(NamedTuple):
+    """The clips of a batch: their kind, and their numbers in the order."""
+
+    kind: Kind
+    numbers: list[int]
+
+
+class Batches(ReadAhead):
     """Endless batches of clips of equal shape, with the clips' arrays stacked.
 
     Clips of each shape are collected until they fill a batch. Order and randomness depend on the seed and the position
-    only: an iterator restored with `set_state` continues with the same bytes.
+    only: an iterator restored with `set_state` continues with the same bytes. A clip that turns out to be unusable when
+    it is read is replaced by the next one of its batch; a batch without any usable clip is passed over.
 
     Args:
-        clips: {"number", "shape": its index, and arrays} by number, see `pipeline.Clips`.
+        clips: {"number", "shape": its index, "video" or "latents", and other arrays} by number, see `pipeline.Clips`.
         batch_sizes: clips per batch, for each shape.
-        share: this host's part of the order.
+        part: the rows of each batch that are read.
     """
 
-    def __init__(self, clips: Numbered, batch_sizes: Sequence[int], share: Share = Share()):  # noqa: B008 (it is frozen)
+    def __init__(self, clips: Numbered, batch_sizes: Sequence[int], part: Part = WHOLE):
+        self._clips, self._part = clips, part
+        super().__init__(_Plans(clips, tuple(batch_sizes)), self._reads, self._join)
+
+    def _reads(self, plan: BatchPlan) -> list[Callable[[], Clip | None]]:
+        return [functools.partial(self._read, plan, row) for row in self._part.rows(len(plan.numbers))]
+
+    def _read(self, plan: BatchPlan, row: int) -> Clip | None:
+        for number in plan.numbers[row:] + plan.numbers[:row]:
+            clip = self._clips[number]
+            if clip is not None and _kind(clip) == plan.kind:
+                return {name: value for name, value in clip.items() if name not in ("number", "shape")}
+        return None
+
+    def _join(self, plan: BatchPlan, clips: list[Clip | None]) -> Clip | None:
+        """None if no clip of the batch is usable: then all processes have only None."""
+        return None if clips[0] is None else jax.tree.map(lambda *arrays: np.stack(arrays), *clips)
+
+
+class _Plans(grain.IterDataset):
+    def __init__(self, clips: Numbered, batch_sizes: tuple[int, ...]):
         super().__init__()
-        self.clips, self.batch_sizes, self.share = clips, tuple(batch_sizes), share
+        self.clips, self.batch_sizes = clips, batch_sizes
 
-    def __iter__(self) -> "_BatchesIterator":
-        return _BatchesIterator(self)
+    def __iter__(self) -> "_PlansIterator":
+        return _PlansIterator(self)
 
 
-class _BatchesIterator(grain.DatasetIterator):
-    def __init__(self, dataset: Batches):
+class _PlansIterator(grain.DatasetIterator):
+    def __init__(self, plans: _Plans):
         super().__init__()
-        self._batch_sizes, self._stream = dataset.batch_sizes, Stream(dataset.clips, dataset.share)
-        self._waiting: dict[tuple[Any, ...], list[Clip]] = {}
+        self._clips, self._batch_sizes = plans.clips, plans.batch_sizes
+        self._next, self._waiting = 0, {}
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> BatchPlan:
         while True:
-            clip = next(self._stream)
-            alike = self._join(clip)
-            if len(alike) == self._batch_sizes[clip["shape"]]:
-                del self._waiting[_kind(clip)]
-                return jax.tree.map(lambda *arrays: np.stack(arrays), *map(_content, alike))
-
-    def _join(self, clip: Clip) -> list[Clip]:
-        alike = self._waiting.setdefault(_kind(clip), [])
-        alike.append(clip)
-        return alike
-
-    def close(self) -> None:
-        super().close()
-        self._stream.close()
+            number, self._next = self._next, self._next + 1
+            kind = self._clips.kind(number)
+            if kind is None:
+                continue
+            alike = self._waiting.setdefault(kind, [])
+            alike.append(number)
+            if len(alike) == self._batch_sizes[kind[0]]:
+                return BatchPlan(kind, self._waiting.pop(kind))
 
     def get_state(self) -> dict[str, Any]:
-        return self._stream.get_state(clip["number"] for alike in self._waiting.values() for clip in alike)
+        """The number that is drawn next, and those that wait for others of their kind."""
+        return {"next": self._next, "waiting": [number for alike in self._waiting.values() for number in alike]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        clips, self._waiting = self._stream.set_state(state), {}
-        for clip in clips:
-            self._join(clip)
+        check_state(state, "next", "waiting")
+        self._next, self._waiting = state["next"], {}
+        for number in state["waiting"]:
+            kind = self._clips.kind(number)
+            if kind is not None:  # files may have been removed meanwhile
+                self._waiting.setdefault(kind, []).append(number)
 
 
-def _content(clip: Clip) -> Clip:
-    return {name: value for name, value in clip.items() if name not in ("number", "shape")}
-
-
-def _kind(clip: Clip) -> tuple[Any, ...]:
-    """A key that is equal for clips that can be stacked."""
-    return (clip["shape"], *(np.shape(array) for array in jax.tree.leaves(_content(clip))))
+def _kind(clip: Clip) -> Kind:
+    """As `Numbered.kind`, of a clip that has been read."""
+    content = clip["video"] if "video" in clip else clip["latents"]
+    return clip["shape"], *content.shape[:3]

@@ -42,6 +42,8 @@ class StoredClips:
         self.store, self.split, self.shapes, self.fps = store, split, tuple(shapes), fps
         self._rows = _of_split(store.rows, split)
         self._skipped: set[str] = set()
+        self._removed: frozenset[str] = frozenset()
+        self._spans: dict[str, int] = {}  # frames that files have, where their headers say too few
         if not self._rows:
             skipped = "".join(f" ({file}: {reason})" for file, reason in list(store.reasons.items())[:1])
             raise UserError(
@@ -80,7 +82,8 @@ class StoredClips:
         rows = dict(zip(self.names, self._rows, strict=True))
         other = copy.copy(self)
         other._rows = [rows.get(name, Row(name)) for name in names]
-        other._skipped = self._skipped | {name for name in names if name not in rows}
+        other._removed = frozenset(name for name in names if name not in rows)
+        other._skipped = self._skipped | other._removed
         return other
 
     @property
@@ -106,6 +109,28 @@ class StoredClips:
         for index, row in enumerate(self._rows):
             if self.store.length(row.file, self.fps) < span:
                 self.sample(index, np.random.default_rng(0))
+
+    def kind(self, index: int, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
+        """See `pipeline.Source`. A clip that is too short by its header is read, once."""
+        file = self._rows[index].file
+        if file in self._removed:
+            return None
+        info, length = self.store.info[file], self.store.length(file, self.fps)
+        for number in drawn_order(self.shapes, rng):
+            shape = self.shapes[number]
+            if length >= shape.span or self._span(file) >= shape.span:
+                return number, shape.frames, *shape.size(info.height, info.width)
+        return None
+
+    def _span(self, file: str) -> int:
+        """The number of frames of a file, at most as many as a clip can span; 0 where it can't be read."""
+        if file not in self._spans:
+            span = max(shape.span for shape in self.shapes)
+            try:
+                self._spans[file] = len(self.store.read(file, (1, 1), self.fps, 0, span))
+            except ClipError:
+                self._spans[file] = 0
+        return self._spans[file]
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
         """A random window and crop of a clip in one of the shapes; equal states of `rng` give equal bytes.

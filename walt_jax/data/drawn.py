@@ -121,6 +121,12 @@ class DrawnClips:
     def captions(self) -> list[str]:
         return [c.caption for c in combinations(self.split)]
 
+    def kind(self, index: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """See `pipeline.Source`."""
+        number = drawn_order(self.shapes, rng)[0]
+        shape = self.shapes[number]
+        return number, shape.frames, *shape.size(1, 1)
+
     def sample(self, index: int, rng: np.random.Generator) -> dict:
         """Returns {"video": uint8 [frames, size, size, 3], "caption": str, "shape": its index}."""
         combination = combinations(self.split)[index]

@@ -1,12 +1,13 @@
-"""The global order of clips: one shuffled sequence for all hosts, which can be resumed on any number of hosts.
+"""The global order of clips, and which rows of a batch a process reads.
 
-Each draw has a number, counted over all hosts and epochs; its randomness is a function of the seed and this number.
-Numbers are interleaved over hosts: host h of n reads h, h + n, h + 2n, …
+Each draw has a number, counted over all epochs; its randomness is a function of the seed and this number. Which numbers
+make a batch is planned from what is known without reading clips, so every process plans the same batches, and reads
+only its own rows of them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import grain
 
@@ -47,62 +48,21 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A host's part of the order.
+class Part:
+    """The part of each batch that a process reads.
 
     Attributes:
-        host: index of this host.
-        hosts: number of hosts.
-        start: first number that is interleaved over these hosts.
-        leftovers: numbers below `start` that this host reads first, left by another number of hosts.
+        shards: ascending indices of the data shards that its devices compute.
+        of: number of data shards, which have equal and consecutive parts of a batch.
     """
 
-    host: int = 0
-    hosts: int = 1
-    start: int = 0
-    leftovers: tuple[int, ...] = ()
+    shards: tuple[int, ...] = (0,)
+    of: int = 1
 
-    def number(self, position: int) -> int:
-        """The number of the host's `position`-th draw, from 0."""
-        if position < len(self.leftovers):
-            return self.leftovers[position]
-        return self.start + self.host + self.hosts * (position - len(self.leftovers))
-
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "leftovers": list(self.leftovers)}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        return cls(**{**fields, "leftovers": tuple(fields["leftovers"])})
+    def rows(self, count: int) -> list[int]:
+        """Ascending indices of its rows of `count`."""
+        each = count // self.of
+        return [row for shard in self.shards for row in range(shard * each, (shard + 1) * each)]
 
 
-class Progress(NamedTuple):
-    """A host's position: its share, how many numbers it has read, and which of these still wait."""
-
-    share: Share
-    taken: int
-    waiting: Sequence[int]
-
-
-def redistribute(progress: Iterable[Progress], hosts: int) -> list[Share]:
-    """Shares for another number of hosts, which together read every unused number once.
-
-    Args:
-        progress: of all previous hosts, at the same step.
-        hosts: the new number of hosts.
-
-    Raises:
-        ValueError: if a previous host is missing or listed twice.
-    """
-    progress = list(progress)
-    shares = [each.share for each in progress]
-    if sorted(share.host for share in shares) != list(range(shares[0].hosts)) or len({s.start for s in shares}) > 1:
-        raise ValueError(f"{len(shares)} states of {shares[0].hosts} hosts don't belong together")
-    fresh = max(max(0, each.taken - len(each.share.leftovers)) for each in progress)
-    start = shares[0].start + fresh * shares[0].hosts
-    left: list[int] = []
-    for share, taken, waiting in progress:
-        left += waiting
-        left += [share.number(position) for position in range(taken, len(share.leftovers) + fresh)]
-    left.sort()
-    return [Share(host, hosts, start, tuple(left[host::hosts])) for host in range(hosts)]
+WHOLE = Part()

@@ -1,13 +1,12 @@
 """Packing: clips of any size concatenated into sequences of one length (NaViT, Dehghani et al. 2023)."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from walt_jax.data.order import Share
-from walt_jax.data.stream import Numbered, Stream
+from walt_jax.data.stream import check_state
 
 
 class Item(NamedTuple):
@@ -61,10 +60,17 @@ class PackedBatch(NamedTuple):
     deferred: list[int]
 
 
+class Items(Protocol):
+    """Clips that are to be packed, by their number in the order; None for unusable ones."""
+
+    def __getitem__(self, number: int) -> Any: ...
+
+
 class Packed(grain.IterDataset):
     """Endless batches of packs.
 
-    The state of an iterator includes the clips that wait.
+    Packers work independently, each on its own numbers of the order and with clips of its own that wait. A process
+    needs only those that make its rows. The state of an iterator has the clips that wait, by packer.
 
     Args:
         items: by number.
@@ -72,26 +78,29 @@ class Packed(grain.IterDataset):
         tokens: length of a pack.
         clips: maximum number of clips in a pack.
         buffer: number of waiting clips from which a pack is chosen.
-        share: this host's part of the order.
-        shards: data shards, which have equal parts of the packs.
+        shards: data shards, which have equal parts of the packs; a multiple of `packers`.
         hold: whether a shard can have these clips, as it can have any clip without others. While it can't, the last
             clip of the last pack goes back to those that wait.
+        packers: how many there are; packer k of n reads the numbers k, k + n, k + 2n, …
+        mine: indices of the packers that work here; None is all. Other packs are empty.
     """
 
     def __init__(
         self,
-        items: Numbered,
+        items: Items,
         batch_size: int,
         tokens: int,
         clips: int,
         buffer: int,
-        share: Share = Share(),  # noqa: B008 (it is frozen)
         shards: int = 1,
         hold: Callable[[list[Item]], bool] = lambda clips: True,
+        packers: int = 1,
+        mine: Sequence[int] | None = None,
     ):
         super().__init__()
-        self.items, self.share, self.shards, self.hold = items, share, shards, hold
+        self.items, self.shards, self.hold = items, shards, hold
         self.batch_size, self.tokens, self.clips, self.buffer = batch_size, tokens, clips, buffer
+        self.packers, self.mine = packers, tuple(range(packers) if mine is None else mine)
 
     def __iter__(self) -> "_PackedIterator":
         return _PackedIterator(self)
@@ -100,19 +109,45 @@ class Packed(grain.IterDataset):
 class _PackedIterator(grain.DatasetIterator):
     def __init__(self, dataset: Packed):
         super().__init__()
-        self._dataset, self._stream = dataset, Stream(dataset.items, dataset.share)
-        self._waiting: list[Item] = []
+        self._dataset, self._packers = dataset, {index: _Packer(dataset, index) for index in dataset.mine}
 
     def __next__(self) -> PackedBatch:
-        shards = [self._shard() for _ in range(self._dataset.shards)]
-        return PackedBatch([pack for packs, _ in shards for pack in packs], [deferred for _, deferred in shards])
+        data = self._dataset
+        each, size = data.shards // data.packers, data.batch_size // data.shards
+        batch = PackedBatch([], [])
+        for index in range(data.packers):
+            for _ in range(each):
+                packs, deferred = self._packers[index].shard(size) if index in self._packers else ([[]] * size, 0)
+                batch.packs.extend(packs)
+                batch.deferred.append(deferred)
+        return batch
 
-    def _shard(self) -> tuple[list[list[Item]], int]:
-        """The packs of a data shard, and how many clips went back."""
+    def get_state(self) -> dict[str, Any]:
+        return {"packers": {str(index): packer.get_state() for index, packer in self._packers.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        check_state(state, "packers")
+        for index, packer in self._packers.items():
+            packer.set_state(state["packers"][str(index)])
+
+
+class _Packer:
+    """Makes the packs of some data shards."""
+
+    def __init__(self, dataset: Packed, index: int):
+        self._dataset, self._index = dataset, index
+        self._position = 0  # of the next clip among this packer's
+        self._waiting: list[Item] = []
+
+    def shard(self, size: int) -> tuple[list[list[Item]], int]:
+        """So many packs, those of a data shard, and how many clips went back."""
         packs, deferred = [], []
-        for _ in range(self._dataset.batch_size // self._dataset.shards):
+        for _ in range(size):
             while len(self._waiting) < self._dataset.buffer:
-                self._waiting.append(next(self._stream))
+                item = self._dataset.items[self._index + self._position * self._dataset.packers]
+                self._position += 1
+                if item is not None:
+                    self._waiting.append(item)
             pack, self._waiting = fill(self._waiting, self._dataset.tokens, self._dataset.clips)
             packs.append(pack)
         while not self._dataset.hold([item for pack in packs for item in pack]):
@@ -121,12 +156,10 @@ class _PackedIterator(grain.DatasetIterator):
             self._waiting = sorted(self._waiting + deferred, key=lambda item: item.number)
         return packs, len(deferred)
 
-    def close(self) -> None:
-        super().close()
-        self._stream.close()
-
     def get_state(self) -> dict[str, Any]:
-        return self._stream.get_state(item.number for item in self._waiting)
+        return {"next": self._position, "waiting": [item.number for item in self._waiting]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._waiting = self._stream.set_state(state)
+        self._position = state["next"]
+        waiting = (self._dataset.items[number] for number in state["waiting"])
+        self._waiting = [item for item in waiting if item is not None]  # files may have been removed meanwhile

@@ -16,6 +16,7 @@ from walt_jax.data.listing import check_reachable
 from walt_jax.data.order import Order
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.store import Store
+from walt_jax.data.stream import Kind
 from walt_jax.errors import UserError
 
 
@@ -25,6 +26,13 @@ class Source(Protocol):
     captions: list[str]
 
     def __len__(self) -> int: ...
+
+    def kind(self, index: int, rng: np.random.Generator) -> Kind | None:
+        """(index of the shape, t, h, w) of what `sample` gives; None for a clip that is known to be unusable.
+
+        It depends on files, not on what has been read before, so that all processes know the same. With an `rng` in the
+        state that `sample` gets, a clip that proves shorter than its header says may be of another kind.
+        """
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
         """{"video": uint8 [t, h, w, 3], "caption": str, "shape": its index}, or None for an unusable clip."""
@@ -49,11 +57,20 @@ class Mixture:
     def captions(self) -> list[str]:
         return [caption for source in self.sources for caption in source.captions]
 
+    def kind(self, index: int, rng: np.random.Generator) -> Kind | None:
+        """See `Source`; by its index over all sources."""
+        source, index = self._find(index)
+        return source.kind(index, rng)
+
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
         """A clip by its index over all sources."""
+        source, index = self._find(index)
+        return source.sample(index, rng)
+
+    def _find(self, index: int) -> tuple[Source, int]:
         for source in self.sources:
             if index < len(source):
-                return source.sample(index, rng)
+                return source, index
             index -= len(source)
         raise IndexError(index)
 
@@ -238,6 +255,11 @@ class Clips:
         self._mixture, self._seed, self._encode, self._dropout = mixture, seed, encode, caption_dropout
         self._flips = flips
         self._order = Order([len(source) for source in mixture.sources], mixture.weights, seed)
+
+    def kind(self, number: int) -> Kind | None:
+        """See `stream.Numbered`: (index of the shape, t, h, w)."""
+        draw = self._order[number]
+        return self._mixture.sources[draw.source].kind(draw.index, np.random.default_rng([self._seed, number]))
 
     def __getitem__(self, number: int) -> Clip | None:
         """{"number", "shape", "video": uint8 [t, h, w, 3]}, and "text": int32 [n] if captions are encoded."""

@@ -1,76 +1,115 @@
-"""A host's clips in order, prefetched; the stream's state is JSON."""
+"""Clips by their number in the order: read one after the other, or for batches that are planned beforehand."""
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Callable, Hashable, Sequence
+from concurrent import futures
 from typing import Any, Protocol
 
 import grain
 
-from walt_jax.data.order import Share
 from walt_jax.errors import UserError
 
-DECODE_THREADS = 2
+READ_THREADS = 2
 PREFETCHED = 16  # clips
 ENDLESS = 2**62
 
+Kind = tuple[Hashable, ...]
+
 
 class Numbered(Protocol):
-    """Clips by their number in the order, None for unusable ones. Equal numbers give equal clips."""
+    """Clips by their number in the order. Equal numbers give equal clips, in all processes."""
 
-    def __getitem__(self, number: int) -> Any: ...
+    def kind(self, number: int) -> Kind | None:
+        """The index of a clip's shape and its size, without reading it; None for one that is known to be unusable."""
 
-
-def numbered(clips: Numbered, numbers: range) -> grain.IterDataset:
-    """The usable clips of some numbers of the order, prefetched."""
-    return _ahead(grain.MapDataset.range(numbers.start, numbers.stop).map(lambda number: clips[int(number)]))
-
-
-def stream(clips: Numbered, share: Share) -> grain.IterDataset:
-    """A host's usable clips, prefetched."""
-    return _ahead(grain.MapDataset.range(ENDLESS).map(lambda position: clips[share.number(int(position))]))
+    def __getitem__(self, number: int) -> Any:
+        """The clip, or None if it turns out to be unusable."""
 
 
-def _ahead(clips: grain.MapDataset) -> grain.IterDataset:
-    return clips.to_iter_dataset(grain.ReadOptions(num_threads=DECODE_THREADS, prefetch_buffer_size=PREFETCHED))
+def numbered(clips: Numbered, numbers: range = range(ENDLESS)) -> grain.IterDataset:
+    """The usable clips of some numbers of the order, by default of all, prefetched."""
+    read = grain.MapDataset.range(numbers.start, numbers.stop).map(lambda number: clips[int(number)])
+    return read.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCHED))
 
 
-class Stream:
-    """A host's clips, for consumers that hold some of them back; `order.redistribute` reads its states.
+class ReadAhead(grain.IterDataset):
+    """Batches whose clips are read by threads ahead of time.
+
+    The state of an iterator is that of the plan after the last batch that was taken.
 
     Args:
-        clips: by number.
-        share: this host's part of the order.
+        plan: endless plans of batches; its iterators' states are JSON.
+        reads: of a plan, what is to be called in the threads.
+        join: makes a batch of a plan and the results; None passes it over.
     """
 
-    def __init__(self, clips: Numbered, share: Share):
-        self._clips = clips
-        self._begin(share)
+    def __init__(
+        self,
+        plan: grain.IterDataset,
+        reads: Callable[[Any], Sequence[Callable[[], Any]]],
+        join: Callable[[Any, list[Any]], Any],
+    ):
+        super().__init__()
+        self.plan, self.reads, self.join = plan, reads, join
 
-    def _begin(self, share: Share) -> None:
-        self._share, self._iterator = share, iter(stream(self._clips, share))
+    def __iter__(self) -> "_ReadAheadIterator":
+        return _ReadAheadIterator(self)
+
+
+class _ReadAheadIterator(grain.DatasetIterator):
+    def __init__(self, dataset: ReadAhead):
+        super().__init__()
+        self._dataset, self._pool = dataset, futures.ThreadPoolExecutor(READ_THREADS)
+        self._begin()
+
+    def _begin(self, state: dict[str, Any] | None = None) -> None:
+        self._plan = iter(self._dataset.plan)
+        if state is not None:
+            self._plan.set_state(state)
+        self._state = self._plan.get_state()
+        # (plan, its state after it, results to come) of the next batches
+        self._ahead: collections.deque[tuple[Any, Any, list[futures.Future]]] = collections.deque()
 
     def __next__(self) -> Any:
-        return next(self._iterator)
+        while True:
+            self._submit(1)
+            plan, state, reads = self._ahead.popleft()
+            self._submit(PREFETCHED)
+            batch = self._dataset.join(plan, [read.result() for read in reads])
+            self._state = state
+            if batch is not None:
+                return batch
+
+    def _submit(self, clips: int) -> None:
+        """Has at least so many clips of later batches read."""
+        while not self._ahead or sum(len(reads) for _, _, reads in self._ahead) < clips:
+            plan = next(self._plan)
+            reads = [self._pool.submit(read) for read in self._dataset.reads(plan)]
+            self._ahead.append((plan, self._plan.get_state(), reads))
 
     def close(self) -> None:
-        """Stops prefetching."""
-        self._iterator.close()
+        """Stops reading."""
+        super().close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def get_state(self, waiting: Iterable[int]) -> dict[str, Any]:
-        """The position, and the numbers of the clips that were read and still wait."""
-        return {"share": self._share.to_json(), "stream": self._iterator.get_state(), "waiting": list(waiting)}
+    def get_state(self) -> dict[str, Any]:
+        return self._state
 
-    def set_state(self, state: dict[str, Any]) -> list[Any]:
-        """Continues from a position; returns the clips that waited.
+    def set_state(self, state: dict[str, Any]) -> None:
+        for _, _, reads in self._ahead:
+            for read in reads:
+                read.cancel()
+        self._begin(state)
 
-        Raises:
-            UserError: if the state is of an older version.
-        """
-        if "share" not in state:
-            raise UserError(
-                "The checkpoint's position in the data is of an older version of walt_jax; go on with that version, or "
-                "train in a new --workdir."
-            )
-        self._begin(Share.from_json(state["share"]))
-        self._iterator.set_state(state["stream"])
-        waiting = (self._clips[number] for number in state["waiting"])
-        return [clip for clip in waiting if clip is not None]  # files may have been removed meanwhile
+
+def check_state(state: dict[str, Any], *names: str) -> None:
+    """Checks that the state of a plan has these entries.
+
+    Raises:
+        UserError: if it is of an older version.
+    """
+    if not all(name in state for name in names):
+        raise UserError(
+            "The checkpoint's position in the data is of an older version of walt_jax; go on with that version, or "
+            "train in a new --workdir."
+        )

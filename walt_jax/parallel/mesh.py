@@ -104,6 +104,13 @@ def data_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def local_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Ascending indices of the parts of a batch that this process's devices compute; parts as in `data_shards`."""
+    by_shard = mesh.devices.reshape(data_shards(mesh), -1)
+    here = jax.process_index()
+    return tuple(shard for shard, devices in enumerate(by_shard) if any(d.process_index == here for d in devices))
+
+
 def described(sizes: Mapping[str, int]) -> str:
     """A mesh's axes and sizes, such as "data 2 × fsdp 4"; "1 device" where that is all."""
     return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
@@ -166,10 +173,21 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a batch onto the mesh; each process has its own rows of it.
 
     Args:
-        batch: NumPy arrays, this process's part of the batch.
+        batch: NumPy arrays, of the rows of `local_shards`.
         mesh: see `make_mesh`.
 
     Raises:
         UserError: as `batch_shardings`.
     """
-    return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(batch, mesh), batch)
+    mine, count = len(local_shards(mesh)), data_shards(mesh)
+
+    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((np.shape(leaf)[0] * count // mine, *np.shape(leaf)[1:]), leaf.dtype)
+
+    shapes = jax.tree.map(whole, batch)
+    return jax.tree.map(
+        lambda sharding, leaf, shape: jax.make_array_from_process_local_data(sharding, leaf, shape.shape),
+        batch_shardings(shapes, mesh),
+        batch,
+        shapes,
+    )

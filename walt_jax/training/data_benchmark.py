@@ -16,10 +16,10 @@ import numpy as np
 from etils import epath
 
 from walt_jax.data.clips import StoredClips
-from walt_jax.data.order import Draw, Order, Share
+from walt_jax.data.order import Draw, Order
 from walt_jax.data.pipeline import Clips, Data, DataConfig
 from walt_jax.data.shapes import ClipShape, drawn_order
-from walt_jax.data.stream import DECODE_THREADS, stream
+from walt_jax.data.stream import READ_THREADS, numbered
 from walt_jax.data.video import RESIZE
 
 CLIPS, ROUNDS = 64, 3
@@ -56,14 +56,14 @@ def benchmark_decoding(
     def pipeline() -> int:
         frames = 0
         tokens_read.clear()
-        for clip in itertools.islice(stream(Clips(mixture, seed), Share()), count):
+        for clip in itertools.islice(numbered(Clips(mixture, seed)), count):
             video = jax.block_until_ready(jax.device_put(clip["video"]))
             frames += len(video)
             tokens_read.append(tokens(video.shape[:3]))
         return frames
 
     def bare() -> int:
-        with futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
+        with futures.ThreadPoolExecutor(READ_THREADS) as pool:
             return sum(pool.map(lambda draw: _bare(mixture.sources[draw.source], draw, config.fps, seed), draws))
 
     seconds: dict[str, list[float]] = {"decode_pipeline": [], "decode_bare_pyav": []}
@@ -80,7 +80,7 @@ def benchmark_decoding(
             "seconds_median": statistics.median(values),
             "clips_per_second": count / statistics.median(values),
             "frames_per_second": frames[name] / statistics.median(values),
-            "threads": DECODE_THREADS,
+            "threads": READ_THREADS,
         }
         for name, values in seconds.items()
     ]

@@ -17,10 +17,9 @@ from PIL import Image
 
 from walt_jax.data.clips import StoredClips
 from walt_jax.data.media import contact_sheet, stack
-from walt_jax.data.order import Share
 from walt_jax.data.packing import Item, fill
 from walt_jax.data.pipeline import Clips, Data, Mixture
-from walt_jax.data.stream import stream
+from walt_jax.data.stream import numbered
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.pack_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
@@ -53,7 +52,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     shown, sizes, timed = [], [], None
     began = time.perf_counter()
     # Texts instead of ids.
-    clips = stream(Clips(source, config.seed + len(config.stages) - 1, encode=list), Share())
+    clips = numbered(Clips(source, config.seed + len(config.stages) - 1, encode=list))
     for clip in tqdm.tqdm(itertools.islice(clips, count), "reading clips", count, unit="clip", dynamic_ncols=True):
         sizes.append(clip["video"].shape[:3])
         if len(shown) < min(SHOWN_CLIPS, len(source)):

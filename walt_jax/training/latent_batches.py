@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 
 from walt_jax.data.batches import Batches
 from walt_jax.data.latents import Encoded, LatentClips
-from walt_jax.data.order import Order, Share
+from walt_jax.data.order import WHOLE, Order, Part
+from walt_jax.data.stream import Kind
 from walt_jax.errors import UserError
 
 ENCODED_AT_ONCE = 8
@@ -79,7 +80,7 @@ def dense_batches(
     caption_dropout: float,
     batch_sizes: dict[Size, int],
     seed: int,
-    share: Share = Share(),  # noqa: B008 (it is frozen)
+    part: Part = WHOLE,
 ) -> grain.IterDataset:
     """Endless batches of clips of one size each, with each clip once an epoch.
 
@@ -91,7 +92,7 @@ def dense_batches(
         caption_dropout: probability of an empty caption.
         batch_sizes: clips in a batch, for each size (t, h, w) of latents.
         seed: of the order and of the dropped captions.
-        share: which clips are this host's.
+        part: the rows of each batch that are read.
 
     Raises:
         UserError: if there are clips of other sizes.
@@ -104,7 +105,7 @@ def dense_batches(
             f"{' or '.join(map(_size, batch_sizes))}; give the stage the shapes that were encoded."
         )
     latents = _Latents(clips, owners, read_caption, caption_dropout, seed)
-    return Batches(latents, [batch_sizes[size] for size in sizes], share)
+    return Batches(latents, [batch_sizes[size] for size in sizes], part)
 
 
 def clip_sizes(clips: LatentClips) -> tuple[list[Size], Int[np.ndarray, " n"]]:
@@ -126,6 +127,10 @@ class _Latents:
     @functools.cached_property
     def order(self) -> Order:
         return Order([len(self.clips)], [1.0], self.seed)
+
+    def kind(self, number: int) -> Kind:
+        index = self.order[number].index
+        return int(self.owners[index]), *self.clips.sizes[index].tolist()
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         index = self.order[number].index

@@ -46,11 +46,15 @@ class PackConfig:
         tokens: length of a pack.
         clips: maximum number of clips in a pack.
         drop: which tokens of a clip are dropped in training; None drops none.
+        packers: how many choose packs, independently, each from its own clips; divides the batch size. Which packs come
+            depends on it. Each process does the work of those that make its rows, so with one of them all processes
+            choose the packs of the whole batch: let each process have one where that takes longer than a step.
     """
 
     tokens: Positive
     clips: Positive
     drop: DropConfig | None = None
+    packers: Positive = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,8 @@ class StageConfig:
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
+        if self.pack and self.batch_size % self.pack.packers:
+            raise ValueError(f"pack.packers={self.pack.packers} does not divide batches of {self.batch_size} packs")
         if self.task == "denoiser" and self.pack and not self.shapes:
             raise ValueError("pack needs shapes: those of the clips that share a pack")
 

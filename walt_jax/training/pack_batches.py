@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -12,9 +13,9 @@ from jaxtyping import Int
 
 from walt_jax.data.dropping import DropConfig, drop_rate, kept_tokens
 from walt_jax.data.latents import Encoded, LatentClips
-from walt_jax.data.order import Order, Share
+from walt_jax.data.order import WHOLE, Order, Part
 from walt_jax.data.packing import Packed, PackedBatch, fill
-from walt_jax.data.stream import Numbered
+from walt_jax.data.stream import Numbered, ReadAhead
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Needs, PackRows, make_pack, place_clips, to_tokens
 from walt_jax.errors import UserError
@@ -37,6 +38,8 @@ class Packing:
         caption_dropout: probability of an empty caption.
         drop: which tokens of a clip are dropped; None drops none.
         shards: data shards: parts of the batch that a device each computes.
+        packers: how many make packs, see `Packed`.
+        part: the packs of each batch that are read.
     """
 
     config: DenoiserConfig
@@ -47,6 +50,13 @@ class Packing:
     caption_dropout: float = 0.0
     drop: DropConfig | None = None
     shards: int = 1
+    packers: int = 1
+    part: Part = WHOLE
+
+    @property
+    def groups(self) -> int:
+        """Parts of a batch with rows of their own: one or several of a data shard, all of one packer."""
+        return math.lcm(self.shards, self.packers)
 
 
 class _Item(NamedTuple):
@@ -57,21 +67,18 @@ class _Item(NamedTuple):
         number: in the order.
         grid: its tokens along (t, h, w), dropped ones included.
         needs: the rows that it takes.
-        clip: what `_packs` gets its latents from.
     """
 
     tokens: int
     number: int
     grid: Grid
     needs: Needs
-    clip: Any
 
 
 def packs_of_latents(
     clips: LatentClips,
     read_caption: ReadCaption,
     packing: Packing,
-    share: Share = Share(),  # noqa: B008 (it is frozen)
 ) -> grain.IterDataset:
     """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
 
@@ -79,7 +86,6 @@ def packs_of_latents(
         clips: encoded clips of any sizes.
         read_caption: see `ReadCaption`.
         packing: see `Packing`.
-        share: which clips are this host's.
 
     Raises:
         UserError: if a clip has more tokens than a pack.
@@ -94,16 +100,15 @@ def packs_of_latents(
         )
     order = Order([len(owners)], [1.0], packing.seed)
 
-    def index_of(number: int) -> tuple[int, Grid]:
-        index = order[number].index
-        return index, grids[owners[index]]
+    def grid_of(number: int) -> Grid:
+        return grids[owners[order[number].index]]
 
-    def encoded(indices: Iterable[int]) -> list[Encoded]:
-        return [clips[index] for index in indices]
+    def read(item: _Item) -> Encoded:
+        return clips[order[item.number].index]
 
     channels = clips[0].latents.shape[-1]
     weights = np.bincount(owners) / len(owners)
-    return _packs(_Numbered(index_of, packing, most), encoded, grids, weights, channels, read_caption, packing, share)
+    return _packs(_Items(grid_of, packing, most), read, list, grids, weights, channels, read_caption, packing)
 
 
 def packs_of_clips(
@@ -114,62 +119,63 @@ def packs_of_clips(
     channels: int,
     read_caption: ReadCaption,
     packing: Packing,
-    share: Share = Share(),  # noqa: B008 (it is frozen)
 ) -> grain.IterDataset:
     """Packs as `packs_of_latents` makes them, of clips that are encoded each time.
 
-    The clips of a batch are encoded by the thread that makes it, between steps of training.
+    The clips of a batch are encoded by the thread that makes it, between steps of training. One that turns out to be
+    unusable when it is read leaves its tokens as padding.
 
     Args:
-        clips: {"number", "video", "text": the caption} by number.
+        clips: {"number", "video", "text": the caption} by number, of the kinds (shape, frames, height, width).
         latent_size: of a video of (frames, height, width).
         sizes: (t, h, w) that latents may have, and how often; tokens of none exceed a pack's.
         encode: clips of any sizes to latents, captions and their embeddings.
         channels: of latents.
         read_caption: see `ReadCaption`.
         packing: see `Packing`.
-        share: which clips are this host's.
     """
     config = packing.config
 
-    def clip_of(number: int) -> tuple[dict[str, Any], Grid] | None:
-        clip = clips[number]
-        return None if clip is None else (clip, config.grid(latent_size(clip["video"].shape[:3])))
+    def grid_of(number: int) -> Grid | None:
+        kind = clips.kind(number)
+        return None if kind is None else config.grid(latent_size(kind[1:]))
+
+    def read(item: _Item) -> dict[str, Any] | None:
+        clip = clips[item.number]
+        fits = clip is not None and config.grid(latent_size(clip["video"].shape[:3])) == item.grid
+        return clip if fits else None
 
     grids = [config.grid(size) for size in sizes]
     most = max(int(np.prod(grid)) for grid in grids)
     weights = np.array(list(sizes.values())) / sum(sizes.values())
-    return _packs(_Numbered(clip_of, packing, most), encode, grids, weights, channels, read_caption, packing, share)
+    return _packs(_Items(grid_of, packing, most), read, encode, grids, weights, channels, read_caption, packing)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbered:
+class _Items:
     """Items by number, for `Packed`.
 
     Attributes:
-        clip_of: a clip by its number in the order, and its grid; None for one that can't be used.
+        grid_of: the tokens of a clip along (t, h, w), by its number in the order; None for one that can't be used.
         packing: see `Packing`.
         most: tokens of the largest clip.
     """
 
-    clip_of: Callable[[int], tuple[Any, Grid] | None]
+    grid_of: Callable[[int], Grid | None]
     packing: Packing
     most: int
 
     def __getitem__(self, number: int) -> _Item | None:
-        found = self.clip_of(number)
-        if found is None:
-            return None
-        clip, grid = found
-        return self.item(number, grid, clip)
+        grid = self.grid_of(number)
+        return None if grid is None else self.item(number, grid)
 
-    def item(self, number: int, grid: Grid, clip: Any) -> _Item:
+    def item(self, number: int, grid: Grid) -> _Item:
         """A clip to be packed."""
         config = self.packing.config
         if self.packing.drop is None:
-            return _Item(int(np.prod(grid)), number, grid, _whole_needs(config, grid), clip)
+            return _Item(math.prod(grid), number, grid, _whole_needs(config, grid))
         kept = self.kept(number, grid)
-        return _Item(len(kept), number, grid, _needs(config, grid, kept), clip)
+        return _Item(len(kept), number, grid, _needs(config, grid, kept))
 
     def kept(self, number: int, grid: Grid) -> Int[np.ndarray, " k"]:
         """Which of a clip's tokens are kept."""
@@ -180,38 +186,44 @@ class _Numbered:
 
 
 def _packs(
-    items: _Numbered,
-    encoded: Callable[[list[Any]], list[Encoded]],
+    items: _Items,
+    read: Callable[[_Item], Any],
+    encode: Callable[[list[Any]], list[Encoded]],
     grids: Sequence[Grid],
     weights: Sequence[float],
     channels: int,
     read_caption: ReadCaption,
     packing: Packing,
-    share: Share,
 ) -> grain.IterDataset:
     """Batches of packs.
 
     Args:
-        items: see `_Numbered`.
-        encoded: the clips of items to latents and captions.
+        items: see `_Items`.
+        read: an item's clip; None if it turns out to be unusable.
+        encode: clips that were read to latents and captions.
         grids: all that clips may have.
         weights: how often each is.
         channels: of latents.
-        read_caption, packing, share: see `packs_of_latents`.
+        read_caption, packing: see `packs_of_latents`.
     """
-    config, tokens = packing.config, packing.tokens
+    config, tokens, part = packing.config, packing.tokens, packing.part
     width = channels * int(np.prod(config.patch_size))
     blank = jax.tree.map(np.zeros_like, read_caption(None, True))
-    windows, isolate, shards = config.attention_windows, config.isolate_images, packing.shards
+    windows, isolate, groups = config.attention_windows, config.isolate_images, packing.groups
     rows = pack_rows(trial_shards(grids, weights, packing), grids, packing)
 
     def hold(clips: list[_Item]) -> bool:
         return rows.hold(Needs.sum(item.needs for item in clips))
 
-    def arrays_of(packed: PackedBatch) -> dict[str, Any]:
-        packs = packed.packs
-        together = [item for pack in packs for item in pack]
-        clips = iter(encoded([item.clip for item in together]))
+    mine = part.rows(packing.batch_size)
+
+    def reads(packed: PackedBatch) -> list[Callable[[], Any]]:
+        return [functools.partial(read, item) for row in mine for item in packed.packs[row]]
+
+    def join(packed: PackedBatch, found: list[Any]) -> dict[str, Any]:
+        clips = iter(encode([clip for clip in found if clip is not None]))
+        usable = iter(clip is not None for clip in found)
+        packs = [[item for item in packed.packs[row] if next(usable)] for row in mine]
         chosen = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
         positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, chosen)
         batch = np.zeros((len(packs), tokens, width), np.float32)
@@ -225,14 +237,16 @@ def _packs(
                 start += len(content)
                 rng = np.random.default_rng([packing.seed, item.number, 1])
                 text[row][segment] = read_caption(clip, bool(rng.random() < packing.caption_dropout))
-        pack = make_pack(positions, sizes, windows, rows, isolate, shards).replace(
-            deferred=np.array(packed.deferred, np.int32)
+        local = part.rows(groups)
+        pack = make_pack(positions, sizes, windows, rows, isolate, len(local)).replace(
+            deferred=np.array([packed.deferred[group] for group in local], np.int32)
         )
         stacked = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
         return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *stacked), "pack": pack}
 
-    batches = Packed(items, packing.batch_size, tokens, packing.clips, WAITING, share, shards, hold)
-    return batches.map(arrays_of)
+    packers = sorted({row * packing.packers // packing.batch_size for row in mine})
+    plan = Packed(items, packing.batch_size, tokens, packing.clips, WAITING, groups, hold, packing.packers, packers)
+    return ReadAhead(plan, reads, join)
 
 
 def trial_shards(grids: Sequence[Grid], weights: Sequence[float], packing: Packing) -> list[list[_Item]]:
@@ -245,15 +259,15 @@ def trial_shards(grids: Sequence[Grid], weights: Sequence[float], packing: Packi
         weights: how often each is.
         packing: see `Packing`.
     """
-    items = _Numbered(lambda number: None, packing, max(int(np.prod(grid)) for grid in grids))
+    items = _Items(lambda number: None, packing, max(int(np.prod(grid)) for grid in grids))
     rng = np.random.default_rng(0)
     waiting, shards = [], []
     for _ in range(TRIED):
         clips = []
-        for _ in range(packing.batch_size // packing.shards):
+        for _ in range(packing.batch_size // packing.groups):
             while len(waiting) < WAITING:
                 grid = grids[rng.choice(len(grids), p=weights)]
-                waiting.append(items.item(int(rng.integers(2**31)), grid, None))
+                waiting.append(items.item(int(rng.integers(2**31)), grid))
             pack, waiting = fill(waiting, packing.tokens, packing.clips)
             clips += pack
         shards.append(clips)

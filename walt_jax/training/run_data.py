@@ -16,16 +16,18 @@ import jax
 import numpy as np
 import tqdm
 from etils import epath
+from jax.sharding import Mesh
 
 from walt_jax.data.batches import Batches
 from walt_jax.data.latents import REMEDY, Encoded, LatentClips, write_latents
+from walt_jax.data.order import Part
 from walt_jax.data.pipeline import Clips, Data, Mixture, Source
 from walt_jax.data.recorded import RecordedClips
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
-from walt_jax.parallel.mesh import data_shards, make_mesh
+from walt_jax.parallel.mesh import data_shards, local_shards, make_mesh
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
@@ -124,7 +126,7 @@ class RunData:
 
     def batches(self, name: str) -> grain.IterDataset:
         """A stage's batches of clips of equal shape."""
-        batches = Batches(self.clips(name), self._config.batch_sizes(name))
+        batches = Batches(self.clips(name), self._config.batch_sizes(name), self._part())
         if self._config.stages[name].task == "tokenizer":
             return batches
         text, low_res = self._text.frozen(), self._low_res()
@@ -216,7 +218,8 @@ class RunData:
         )
         read_caption = self._text.reader(clips.empty)
         if stage.pack is None:
-            return dense_batches(clips, read_caption, config.data.caption_dropout, self._sizes(name), self._seed(name))
+            dropout, seed = config.data.caption_dropout, self._seed(name)
+            return dense_batches(clips, read_caption, dropout, self._sizes(name), seed, self._part())
         t, h, w = (bound * size for bound, size in zip(config.bounds(name), config.denoiser.patch_size, strict=True))
         if (clips.sizes > np.array([t, h, w])).any():
             raise UserError(
@@ -262,8 +265,18 @@ class RunData:
             self._seed(name),
             config.data.caption_dropout,
             stage.pack.drop,
-            data_shards(make_mesh(config.mesh, jax.devices())) * stage.accumulate,  # micro-batches have their own
+            data_shards(self._mesh) * stage.accumulate,  # micro-batches have their own
+            stage.pack.packers,
+            self._part(),
         )
+
+    @property
+    def _mesh(self) -> Mesh:
+        return make_mesh(self._config.mesh, jax.devices())
+
+    def _part(self) -> Part:
+        """The rows of each batch that this process's devices need."""
+        return Part(local_shards(self._mesh), data_shards(self._mesh))
 
     def _sizes(self, name: str) -> dict[Size, int]:
         """Clips per batch for each size of a stage's latents; of shapes with equal sizes, the first one's."""

@@ -1,0 +1,239 @@
+"""Several processes as one program: how they find each other, wait for each other, and end together.
+
+What they exchange goes through JAX's coordination service, which process 0 runs, and not through devices: a thread of
+one process never waits for a program of another.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from walt_jax.errors import UserError
+
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 40.0  # after which a process counts as lost; a busy one still beats, from a thread
+JOIN_SECONDS = 300
+PATIENCE_MS = 24 * 3600 * 1000  # of those that wait for a slow process; a lost one ends them all sooner
+RESTART = 42  # exit code for launchers: the same command goes on
+
+_client: Any = None  # JAX's, None for one process
+_ended = threading.Event()
+_numbers = itertools.count()  # of exchanges, which all processes have in the same order
+
+
+def initialise(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+    """Joins the other processes, before JAX touches a device. One process needs nothing.
+
+    Args:
+        coordinator: HOST:PORT of process 0; without, they are found on Cloud TPU, GKE and Slurm, as JAX does.
+        count: number of processes.
+        index: of this one.
+
+    Raises:
+        UserError: if only some are given, they can't be, or the others can't be joined.
+    """
+    _check(coordinator, count, index)
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            initialization_timeout=JOIN_SECONDS,
+            # A process that has done its part waits for the others, which may still write.
+            shutdown_timeout_seconds=PATIENCE_MS // 1000,
+        )
+    except ValueError:
+        if coordinator is not None:
+            raise
+        return  # none of the environments that JAX knows
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"Process {index} of {count} could not join the others at --coordinator={coordinator} ({reason}); start "
+            "all of them with the same address, which process 0 can listen on, and a --process_id each."
+        ) from error
+    if jax.process_count() > 1:
+        _begin(jax.process_index(), jax.process_count())
+
+
+def _check(coordinator: str | None, count: int | None, index: int | None) -> None:
+    flags = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [flag for flag, value in flags.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise UserError(f"{' and '.join(missing)} missing; a process has all of {', '.join(flags)}, or none of them.")
+    if coordinator is None:
+        return
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator} is no HOST:PORT, such as 10.0.0.2:1234.")
+    if not 0 <= index < count:
+        raise UserError(f"--process_id={index} should be from 0 to {count - 1}, as --num_processes is {count}.")
+
+
+def _begin(index: int, count: int) -> None:
+    from jax._src.distributed import global_state  # JAX has no public name for it
+
+    global _client
+    _client = global_state.client
+    threading.Thread(target=_watch, args=(_client, index, count), daemon=True).start()
+
+
+def _watch(client: Any, index: int, count: int) -> None:
+    """Beats; ends this process with a sentence when another one has failed or is lost."""
+    seen: dict[str, tuple[str, float]] = {}
+    for beat in itertools.count():
+        if _ended.wait(BEAT_SECONDS if beat else 0.0):
+            return
+        try:
+            client.key_value_set(f"walt/alive/{index}", str(beat), allow_overwrite=True)
+            failed = client.key_value_dir_get("walt/failed/")
+            beats = dict(client.key_value_dir_get("walt/alive/")) if index == 0 else {}
+        except Exception:  # whatever the lost connection is called
+            if _ended.is_set():
+                return
+            _end(
+                "process 0, which the others need, is gone; the same command resumes from the last checkpoint", RESTART
+            )
+        if failed:
+            who, (code, sentence) = failed[0][0].rsplit("/", 1)[-1], json.loads(failed[0][1])
+            _end(f"process {who} stopped: {sentence}", code)
+        now = time.monotonic()
+        for name, value in beats.items():
+            if seen.get(name, ("", 0.0))[0] != value:
+                seen[name] = (value, now)
+        for name, (value, since) in seen.items():
+            if value != "done" and now - since > SILENT_SECONDS:
+                who = name.rsplit("/", 1)[-1]
+                sentence = f"it has not been heard of for {SILENT_SECONDS:.0f} s; its host or itself was killed"
+                _publish_failure(who, sentence, RESTART)
+                _end(f"process {who} is lost: {sentence}", RESTART)
+
+
+def _end(sentence: str, code: int) -> None:
+    """Ends this process at once: its main thread may wait for a program that will never be done."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _publish_failure(who: str, sentence: str, code: int) -> None:
+    with contextlib.suppress(Exception):  # the coordinator may be gone, or another sentence there
+        _client.key_value_set(f"walt/failed/{who}", json.dumps([code, sentence]))
+
+
+def leave(code: int, sentence: str = "") -> int:
+    """Called last: a process that failed tells the others why, and does not wait for them. Returns the exit code."""
+    if _client is None:
+        return code
+    import jax
+
+    _ended.set()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if code:
+        _publish_failure(str(jax.process_index()), sentence or f"its exit code is {code}", code)
+        if jax.process_index() == 0:
+            time.sleep(2 * BEAT_SECONDS)  # the others read it from here
+        os._exit(code)
+    with contextlib.suppress(Exception):
+        _client.key_value_set(f"walt/alive/{jax.process_index()}", "done", allow_overwrite=True)
+    return code
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints results; one process always does."""
+    if _client is None:
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def exchanged(value: Any) -> list[Any]:
+    """The JSON values that all processes pass, by their index. They wait for each other."""
+    if _client is None:
+        return [value]
+    import jax
+
+    key = f"walt/exchange/{next(_numbers)}"
+    _client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(_client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(jax.process_count())]
+
+
+@contextlib.contextmanager
+def one_after_the_first() -> Iterator[bool]:
+    """Within, process 0 gets True and the others False; they leave it when process 0 has."""
+    yield is_first()
+    exchanged(None)
+
+
+def agreed_stop(requested: int, stage: str, step: int) -> int:
+    """The signal for which all processes stop after this step, or 0. Called by all, once a step, before it begins.
+
+    The first one with a signal names the third step from here. No process begins that one before all have begun the one
+    before the last, which this process does only after the others can see it: metrics are waited for a step late.
+
+    Args:
+        requested: the signal that this process has got, or 0.
+        stage: its name.
+        step: that begins.
+    """
+    if _client is None:
+        return requested
+    key = f"walt/stop/{stage}"
+    if requested:
+        with contextlib.suppress(Exception):  # another process was first
+            _client.key_value_set(key, json.dumps([step + 2, requested]))
+    try:
+        at, signal = json.loads(_client.key_value_try_get(key))
+    except Exception:  # it is not there
+        return 0
+    return signal if step >= at else 0
+
+
+def merged(states: Sequence[Any]) -> Any:
+    """JSON objects of several processes as one, which has the entries of all.
+
+    Raises:
+        RuntimeError: if two differ where both have something: processes that should do the same have not.
+    """
+    first, *others = states
+    for other in others:
+        if isinstance(first, dict) and isinstance(other, dict):
+            names = {**first, **other}
+            first = {name: merged([state[name] for state in (first, other) if name in state]) for name in names}
+        elif first != other:
+            raise RuntimeError(f"processes disagree: {first!r} and {other!r}")
+    return first
+
+
+def fetched(array: Any) -> np.ndarray:
+    """All of an array, in each process; called by all of them if it is divided over several."""
+    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Runs a program; where one process fails with a traceback, the others end too."""
+    try:
+        return run()
+    except Exception as error:
+        if _client is None:
+            raise
+        import traceback
+
+        traceback.print_exc()
+        return leave(1, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
