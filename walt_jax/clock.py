@@ -86,7 +86,7 @@ class Account:
         """The goodput and what the rest of the time went into."""
         seconds = self.seconds()
         total = sum(seconds.values())
-        others = sorted((part for part in PARTS[1:] if seconds[part] >= 0.005 * total), key=seconds.get, reverse=True)
+        others = sorted((part for part in PARTS[1:] if seconds[part] > 0.005 * total), key=seconds.get, reverse=True)
         rest = "".join(f", {part.replace('_', ' ')} {seconds[part] / total:.0%}" for part in others)
         count = len(self.attempts)
         return f"goodput {self.goodput():.0%} of {total:.0f} s in {count} attempt{'s' * (count > 1)}{rest}"
