@@ -31,9 +31,13 @@ LOSSES = {
     "kl": {"kl": 1e-4},
 }
 
+# (steps, peak learning rate). The signs of "lfq" have no slope, and long training undoes more than it improves.
+TRAINING = {"lfq": (300, 1e-5)}
+
 
 def get_config(head: str = "continuous") -> ConfigDict:
     """`--config=configs/tokenizer_clips.py:fsq` chooses the head."""
+    steps, learning_rate = TRAINING.get(head, (1500, 5e-4))
     return ConfigDict(
         {
             "seed": 0,
@@ -62,14 +66,14 @@ def get_config(head: str = "continuous") -> ConfigDict:
                 {
                     "video": {
                         "task": "tokenizer",
-                        "steps": 1500,
+                        "steps": steps,
                         "batch_size": 4,
                         "ema_decay": 0.98,
                         "log_every": 10,
                         "checkpoint_every": 300,
                         "optimizer": {
                             "name": "adamw",
-                            "learning_rate": 5e-4,
+                            "learning_rate": learning_rate,
                             "warmup_steps": 50,
                             "final_fraction": 0.02,
                         },
