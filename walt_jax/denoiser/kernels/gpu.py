@@ -10,8 +10,8 @@ of the bias and passes through all rows, so nothing is added atomically and a su
 programs run. With `places`, a row's tokens are visited in the order of their places, so that those of a block are
 consecutive, and a product with one-hot matrices adds each pair where it belongs.
 
-Never run on a GPU yet. What is known is that it computes the right numbers when interpreted, and that Triton's compiler
-and NVIDIA's assembler take it, see docs/attention.md.
+Never run on a GPU yet. What is known is that it computes the right numbers when interpreted, and that XLA and Triton
+compile it for GPUs, see docs/attention.md.
 """
 
 import functools
