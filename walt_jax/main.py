@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from walt_jax.config_file import with_config_path
 from walt_jax.errors import UserError
 from walt_jax.malloc import keep_freed_memory
+from walt_jax.parallel import processes
 from walt_jax.training.stopping import RESTART, Stopped, stop_at_once
 from walt_jax.workdir import local
 
@@ -138,6 +139,14 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "from the first step that the command does",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "of several processes: HOST:PORT of process 0; on Cloud TPU, GKE and Slurm they find each other without",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "index of this process, from 0", flag_values=values, lower_bound=0)
     flags.DEFINE_bool("gif", False, "sample: also write each video as a GIF", flag_values=values)
     return values
 
@@ -262,6 +271,7 @@ def train(values: flags.FlagValues) -> None:
         run, knobs = _on_best_mesh(run)
     start = time.monotonic()
     with locked(run.workdir):
+        processes.exchanged(None)  # the folder is there
         before = knobs_before(run.workdir)
         if before is None:
             check_empty(run.workdir)
@@ -271,8 +281,10 @@ def train(values: flags.FlagValues) -> None:
         run.check()
         files = run.data.report_files()
         vocab = run.make_vocabulary()
-        claim(run.workdir, knobs)
-        run.text.keep(vocab)
+        processes.exchanged(None)  # all have looked at the workdir before it is written to
+        with processes.one_after_the_first():
+            claim(run.workdir, knobs)
+            run.text.keep(vocab)
         print(run.summary(), flush=True)
         for line in sentences(files):
             print(line, flush=True)
@@ -325,7 +337,8 @@ def _evaluate(run: Any, clock: Any = None) -> pathlib.Path:
         print(f"{metric['name']:26} {metric['value']:8.4g} {metric['unit']}{target}")
     if clock is not None:
         clock.row("evaluation")
-    return write_report(run.workdir)
+    with processes.one_after_the_first() as first:
+        return write_report(run.workdir) if first else run.workdir / "report.html"
 
 
 def sample(values: flags.FlagValues) -> None:
@@ -560,6 +573,9 @@ RUN = {
 }
 
 
+ALONE = ("data", "prepare", "plan")  # modes of one process
+
+
 def usage() -> str:
     """What `--help` says."""
     values = _defined([])
@@ -585,28 +601,30 @@ def main(argv: list[str]) -> int:
         values = parse(argv)
         if not values.workdir:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
+        if values.mode not in ALONE:
+            processes.initialise(values.coordinator, values.num_processes, values.process_id)
         RUN[values.mode](values)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        print(f"error: out of memory ({reason}); make batch_size or the models' sizes smaller.", file=sys.stderr)
-        return 1
+        return _failed(f"out of memory ({reason}); make batch_size or the models' sizes smaller.")
     except OSError as error:  # a full disk, missing permissions
-        print(
-            f"error: {error.filename or values.workdir}: {error.strerror}; check path and free space.", file=sys.stderr
-        )
-        return 1
+        return _failed(f"{error.filename or values.workdir}: {error.strerror}; check path and free space.")
     except Stopped as stopped:
         print(f"\nstopped; {stopped.saved}: the same command resumes from there.", file=sys.stderr)
-        return RESTART
+        return processes.leave(RESTART, "" if stopped.together else "a signal stopped it")
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
-        return RESTART
-    return 0
+        return processes.leave(RESTART, "a signal stopped it")
+    return processes.leave(0)
+
+
+def _failed(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return processes.leave(1, sentence)
 
 
 if __name__ == "__main__":
@@ -614,4 +632,4 @@ if __name__ == "__main__":
     stop_at_once()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(processes.guarded(lambda: main(sys.argv[1:])))

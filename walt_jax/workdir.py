@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from walt_jax.errors import UserError
+from walt_jax.parallel.processes import is_first
 
 CONFIG = "config.json"
 OURS = (
@@ -51,7 +52,12 @@ def local(workdir: str) -> pathlib.Path:
 
 
 def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
-    """The file is there with all of its content, or as it was before; its folder is made where it isn't there."""
+    """The file is there with all of its content, or as it was before; its folder is made where it isn't there.
+
+    Of several processes the first one writes.
+    """
+    if not is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -60,7 +66,7 @@ def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
-    """Refuses a second writer. The lock goes with its process, however that ends.
+    """Refuses a second writer. The lock goes with its process, however that ends; of several the first one has it.
 
     Args:
         workdir: the folder, local; it is made where it isn't there.
@@ -69,6 +75,9 @@ def locked(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
     Raises:
         UserError: if another process writes to the folder, or it can't be made.
     """
+    if not is_first():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("w")

@@ -27,6 +27,7 @@ from walt_jax.evaluation.reconstruction import (
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import shrunk
 from walt_jax.generation.sample import Generator, write_samples
+from walt_jax.parallel.processes import is_first
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.workdir import write_atomically
 
@@ -95,7 +96,7 @@ def evaluate(
         prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
         seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
         rows = write_samples(workdir / "samples", generator.generate(prompts, seeds), prompts, seeds, data.fps)
-        if data.source == "drawn":
+        if data.source == "drawn" and is_first():
             combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
             files = [f"samples/{row['file']}" for row in rows]
             # The compressed files are judged, not the arrays: they are what users see.
@@ -135,7 +136,8 @@ def _super_resolution(
         title = f"{caption} ({row['psnr_db']:.1f} dB)".strip()
         large = small.repeat(scale, axis=1).repeat(scale, axis=2)
         shown.append((title, [("low resolution", large), ("upscaled", sample), ("original", clip)]))
-    compare_sheet(shown[:SHEET_CLIPS]).save(workdir / "super_resolution.png")
+    if is_first():
+        compare_sheet(shown[:SHEET_CLIPS]).save(workdir / "super_resolution.png")
     explained = {
         "psnr_db": "upscaled clips against the originals",
         "low_res_psnr_db": "upscaled clips, shrunk again, against the shrunk originals",
@@ -174,10 +176,12 @@ def _reconstruction(
     reconstructions, rows, codes = measure(codec, tokenizer, clips, captions, features)
     shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)
     sheet = reconstruction_sheet(*([values[i] for i in shown] for values in (clips, reconstructions, captions)))
-    sheet.save(workdir / "reconstructions.png")
+    if is_first():
+        sheet.save(workdir / "reconstructions.png")
     some = clips[:RATE_CLIPS]
     points = rate_distortion(codec, tokenizer, some) + h264_points(some, data.fps)
-    plot(points).save(workdir / "rate_distortion.png")
+    if is_first():
+        plot(points).save(workdir / "rate_distortion.png")
 
     where = f"{len(clips)} unseen clips of {data.frames} × {data.height} × {data.width} pixels from {data.source}"
     protocols = {

@@ -16,6 +16,7 @@ from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import Source
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer, to_float
+from walt_jax.parallel.processes import fetched
 from walt_jax.tokenizer.perceptual import FeatureWeights, feature_distance
 from walt_jax.tokenizer.quantizers import code_statistics, joint_index
 
@@ -61,7 +62,7 @@ def in_batches(function: Callable[[np.ndarray], np.ndarray], items: Sequence[np.
     results: list[np.ndarray] = []
     for first in range(0, len(items), BATCH):
         rows = np.minimum(np.arange(first, first + BATCH), len(items) - 1)
-        results.extend(np.asarray(function(np.stack([items[row] for row in rows])))[: len(items) - first])
+        results.extend(fetched(function(np.stack([items[row] for row in rows])))[: len(items) - first])
     return results
 
 

@@ -16,6 +16,7 @@ from walt_jax.data.media import contact_sheet, write_video
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
 from walt_jax.generation.low_res import LowRes
+from walt_jax.parallel.processes import fetched, is_first
 from walt_jax.text.frozen import FrozenText
 from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
@@ -69,7 +70,7 @@ class Generator:
                 batch = self.model.sample(
                     self.params, self.tokenizer, some, empty, seeds[rows], self.config, low_res=small
                 )
-                clips.append(np.asarray(batch)[: len(prompts) - first])
+                clips.append(fetched(batch)[: len(prompts) - first])
                 progress.update(len(clips[-1]))
         return np.concatenate(clips)
 
@@ -82,7 +83,7 @@ def write_samples(
     fps: float,
     suffixes: Sequence[str] = (".mp4",),
 ) -> list[dict]:
-    """Writes each clip as a video file, and `samples.json` and `contact_sheet.png`.
+    """Writes each clip as a video file, and `samples.json` and `contact_sheet.png`; of several processes, the first.
 
     Args:
         out: the folder; it is created if it does not exist, and other files in it are kept.
@@ -94,15 +95,17 @@ def write_samples(
     Returns:
         What `samples.json` holds: {"file", "prompt", "seed"} for each clip, files relative to `out`.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
     rows = []
     for index, (clip, prompt, seed) in enumerate(zip(clips, prompts, seeds, strict=True)):
         name = f"{index:03d}_{slug(prompt)}_seed{seed}"
-        for suffix in suffixes:
+        for suffix in suffixes if is_first() else ():
             write_video(out / f"{name}{suffix}", clip, fps)
         rows.append({"file": f"{name}{suffixes[0]}", "prompt": prompt, "seed": int(seed)})
     write_atomically(out / "samples.json", json.dumps(rows, indent=1) + "\n")
-    contact_sheet(list(clips), list(prompts)).save(out / "contact_sheet.png")
+    if is_first():
+        contact_sheet(list(clips), list(prompts)).save(out / "contact_sheet.png")
     return rows
 
 

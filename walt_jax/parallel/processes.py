@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -44,6 +45,7 @@ def initialise(coordinator: str | None = None, count: int | None = None, index: 
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -63,6 +65,7 @@ def initialise(coordinator: str | None = None, count: int | None = None, index: 
             f"Process {index} of {count} could not join the others at --coordinator={coordinator} ({reason}); start "
             "all of them with the same address, which process 0 can listen on, and a --process_id each."
         ) from error
+    signal.signal(signal.SIGTERM, ours)  # JAX has put its own there
     if jax.process_count() > 1:
         _begin(jax.process_index(), jax.process_count())
 
@@ -86,6 +89,8 @@ def _begin(index: int, count: int) -> None:
 
     global _client
     _client = global_state.client
+    if index:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (results are printed once)
     threading.Thread(target=_watch, args=(_client, index, count), daemon=True).start()
 
 
@@ -132,7 +137,11 @@ def _publish_failure(who: str, sentence: str, code: int) -> None:
 
 
 def leave(code: int, sentence: str = "") -> int:
-    """Called last: a process that failed tells the others why, and does not wait for them. Returns the exit code."""
+    """Called last. A process that failed says why to the others in a sentence, and does not wait for them.
+
+    Returns:
+        The exit code.
+    """
     if _client is None:
         return code
     import jax
@@ -140,8 +149,8 @@ def leave(code: int, sentence: str = "") -> int:
     _ended.set()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    if code:
-        _publish_failure(str(jax.process_index()), sentence or f"its exit code is {code}", code)
+    if sentence:
+        _publish_failure(str(jax.process_index()), sentence, code)
         if jax.process_index() == 0:
             time.sleep(2 * BEAT_SECONDS)  # the others read it from here
         os._exit(code)
@@ -178,15 +187,16 @@ def one_after_the_first() -> Iterator[bool]:
 
 
 def agreed_stop(requested: int, stage: str, step: int) -> int:
-    """The signal for which all processes stop after this step, or 0. Called by all, once a step, before it begins.
+    """The signal for which all processes stop after this step, or 0. Called by all, once a step.
 
-    The first one with a signal names the third step from here. No process begins that one before all have begun the one
-    before the last, which this process does only after the others can see it: metrics are waited for a step late.
+    Called when a step has been started and the one before is complete. The first process with a signal names the step
+    after the next. Where another one asks for that step, the next one is complete, so this process has started it,
+    which it does after the name is there.
 
     Args:
         requested: the signal that this process has got, or 0.
         stage: its name.
-        step: that begins.
+        step: that has been started.
     """
     if _client is None:
         return requested
@@ -195,10 +205,10 @@ def agreed_stop(requested: int, stage: str, step: int) -> int:
         with contextlib.suppress(Exception):  # another process was first
             _client.key_value_set(key, json.dumps([step + 2, requested]))
     try:
-        at, signal = json.loads(_client.key_value_try_get(key))
+        at, number = json.loads(_client.key_value_try_get(key))
     except Exception:  # it is not there
         return 0
-    return signal if step >= at else 0
+    return number if step >= at else 0
 
 
 def merged(states: Sequence[Any]) -> Any:

@@ -18,7 +18,8 @@ from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.generation.latent_diffusion import unboxed
-from walt_jax.parallel.mesh import place_batch
+from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
+from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first
 from walt_jax.parallel.rules import Rules
 from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
 from walt_jax.training.init_from import completed
@@ -216,6 +217,8 @@ def run_stage(
             stop_signals() as stop,
         ):
             clock.row("other")
+            everywhere = data_shards(mesh) // max(1, len(local_shards(mesh)))
+            together = jax.process_count() > 1  # nothing is left out that other processes may do
             sheet = None
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
@@ -236,17 +239,24 @@ def run_stage(
                 if pending:
                     log.report(*pending)
                 tokens, valid = tokens_of(task, batch)
-                pending = step, Work(clips_of(batch), valid, waited, programs.flops * valid / tokens), metrics
+                pending = (
+                    step,
+                    Work(clips_of(batch) * everywhere, valid, waited, programs.flops * valid / tokens),
+                    metrics,
+                )
                 last = step == stage.steps
-                if last or stop.signal or step % stage.checkpoint_every == 0:
+                signal = 0 if last else agreed_stop(stop.signal, name, step)
+                if last or signal or step % stage.checkpoint_every == 0:
                     log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
                     with clock.span("evaluation"):
                         outcome = finish(state.served(task)) if last else {}
+                    if last:
+                        signal = max(exchanged(stop.signal))
                     mean = log.mean_of_scored()
                     better = mean if stage.keep_metric.startswith("+") or mean is None else -mean
                     with clock.span("checkpoint"):
-                        checkpoints.save(state, iterator.get_state(), outcome, better)
+                        checkpoints.save(state, merged(exchanged(iterator.get_state())), outcome, better)
                     stop.unsaved = False
                     log.paused()
                     if later_stages:
@@ -254,12 +264,12 @@ def run_stage(
                         for later in later_stages:
                             _set_aside(workdir, later, log)
                         later_stages = ()
-                    if stop.signal:
+                    if signal:
                         with clock.span("checkpoint"):
                             checkpoints.wait()
-                        raise Stopped(stop.signal, name, step)
-                if preview and not stop.signal and due(step, stage.preview_every):
-                    with stop.skipped(), clock.span("evaluation"):
+                        raise Stopped(signal, name, step)
+                if preview and (together or not stop.signal) and due(step, stage.preview_every):
+                    with contextlib.nullcontext() if together else stop.skipped(), clock.span("evaluation"):
                         sheet = sheet or preview()
                         write_preview(workdir, sheet(state.served(task)))
                     log.paused()
@@ -270,11 +280,13 @@ def run_stage(
 
 def _set_aside(workdir: pathlib.Path, stage: str, log: "StageLog") -> None:
     """Renames what a stage left; its lines of `metrics.jsonl` go with it."""
-    aside = set_aside(workdir / "checkpoints" / stage, "set-aside")
-    set_aside(latents_path(workdir, stage), "set-aside")
-    lines = log.remove(stage)
-    if aside is not None:
-        write_atomically(aside / "metrics.jsonl", lines)
+    with one_after_the_first() as first:
+        if first:
+            aside = set_aside(workdir / "checkpoints" / stage, "set-aside")
+            set_aside(latents_path(workdir, stage), "set-aside")
+            lines = log.remove(stage)
+            if aside is not None:
+                write_atomically(aside / "metrics.jsonl", lines)
 
 
 def made_ahead(dataset: grain.IterDataset, position: dict | None) -> grain.DatasetIterator:

@@ -8,11 +8,12 @@ from typing import Any
 
 import tensorboardX
 
+from walt_jax.parallel.processes import is_first
 from walt_jax.workdir import write_atomically
 
 
 class MetricsLog:
-    """Appends to `workdir/metrics.jsonl` and to `workdir/tensorboard/STAGE`.
+    """Appends to `workdir/metrics.jsonl` and to `workdir/tensorboard/STAGE`; of several processes the first one does.
 
     Args:
         workdir: the run's folder.
@@ -23,13 +24,17 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, stage: str, step: int, constant: dict[str, Any] | None = None):
         self.stage, self._constant = stage, constant or {}
-        self._path = workdir / "metrics.jsonl"
+        self._path, self._writes = workdir / "metrics.jsonl", is_first()
+        if not self._writes:
+            return
         remove_lines(self._path, lambda row: row["stage"] == stage and row["step"] > step)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float], warnings: Sequence[str] = ()) -> None:
         """A line with the values and, where there are any, a list of `warnings`."""
+        if not self._writes:
+            return
         said = {"warnings": list(warnings)} if warnings else {}
         self._file.write(json.dumps({"stage": self.stage, "step": step, **values, **self._constant, **said}) + "\n")
         self._file.flush()
@@ -38,12 +43,16 @@ class MetricsLog:
 
     def remove(self, stage: str) -> str:
         """Takes another stage's lines out of the file and returns them."""
+        if not self._writes:
+            return ""
         self._file.close()
         removed = remove_lines(self._path, lambda row: row["stage"] == stage)
         self._file = self._path.open("a")
         return removed
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._board.close()
 

@@ -13,6 +13,7 @@ from walt_jax.data.pipeline import Source
 from walt_jax.evaluation.reconstruction import reconstruction_sheet, usable_clips
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.sample import Generator
+from walt_jax.parallel.processes import fetched
 from walt_jax.workdir import write_atomically
 
 PREVIEW = "preview.png"
@@ -48,7 +49,7 @@ def reconstructions(codec: Codec, trained: Callable[[Any], TrainedTokenizer], un
 
     def sheet(served: Any) -> Image.Image:
         tokenizer = trained(served)
-        decoded = np.asarray(codec.decode(tokenizer, codec.encode(tokenizer, clips)[0])[0])
+        decoded = fetched(codec.decode(tokenizer, codec.encode(tokenizer, clips)[0])[0])
         return reconstruction_sheet(list(clips), list(decoded), captions)
 
     return sheet

@@ -10,7 +10,6 @@ import shutil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -30,6 +29,7 @@ from walt_jax.generation.sample import Generator
 from walt_jax.parallel import hardware
 from walt_jax.parallel.memory import device_bytes, memory_bytes
 from walt_jax.parallel.mesh import check_rows, described, make_mesh, on, replicated
+from walt_jax.parallel.processes import is_first
 from walt_jax.parallel.rules import check_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
@@ -406,8 +406,8 @@ class Run:
         served = jax.device_put(trained.served, replicated(self.mesh))
         if not self.config.normalise_latents:
             return TrainedTokenizer.unnormalised(served, self.config.tokenizer.latent_channels)
-        mean, std = (jnp.asarray(trained.outcome[name], jnp.float32) for name in ("latent_mean", "latent_std"))
-        return TrainedTokenizer(served, mean, std)
+        channels = (np.asarray(trained.outcome[name], np.float32) for name in ("latent_mean", "latent_std"))
+        return TrainedTokenizer(served, *jax.device_put(tuple(channels), replicated(self.mesh)))
 
     def encode(
         self, out: epath.PathLike, tokenizer: TrainedTokenizer, clips: int = 0, stage: str | None = None
@@ -519,7 +519,7 @@ class Run:
 
         `stage` is the one that trained it; None where that run uses a published autoencoder.
         """
-        if other.workdir == copy or not self.workdir.exists():
+        if other.workdir == copy or not self.workdir.exists() or not is_first():
             return
         temporary = copy.with_name(f"{copy.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)

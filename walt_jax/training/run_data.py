@@ -1,6 +1,7 @@
 """The data of a run: the clips of its stages, as pixels or as latents."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,7 +28,8 @@ from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
-from walt_jax.parallel.mesh import data_shards, local_shards, make_mesh
+from walt_jax.parallel.mesh import MeshConfig, data_shards, local_shards, make_mesh, on
+from walt_jax.parallel.processes import one_after_the_first
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
@@ -177,6 +179,7 @@ class RunData:
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
         identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
         identity["clips"] = recorded.digest
+        tokenizer = _here(tokenizer)
         read = embed = empty = None
         if (text := self._text.digest()) is not None:
             identity["text"] = text
@@ -186,7 +189,10 @@ class RunData:
         if small is not None:
             identity["low_res"] = digest(small.tokenizer)
         low_res = None if small is None else small.encode
-        with tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress:
+        with (
+            _on_own_devices(),
+            tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress,
+        ):
 
             def encoded(numbers: range) -> Iterable[Encoded]:
                 progress.update(numbers.start - progress.n)  # also counts clips that were done before or are unusable
@@ -207,7 +213,9 @@ class RunData:
         config, stage = self._config, self._config.stages[name]
         path = stage.latents or latents_path(self._workdir, name)
         if stage.caches:
-            self.encode(path, name, stage.cached_clips or 0, tokenizer)
+            with one_after_the_first() as first:
+                if first:
+                    self.encode(path, name, stage.cached_clips or 0, tokenizer)
         low_res = self._low_res()
         clips = LatentClips(
             path,
@@ -230,7 +238,7 @@ class RunData:
 
     def packs(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """A stage's batches of packs of clips that are encoded for each batch."""
-        config, text = self._config, self._text.frozen()
+        config, text, tokenizer = self._config, self._text.frozen(), _here(tokenizer)
         embed = empty = None
         if text is not None:
             embed, empty = text.each, text.each([""])[0]
@@ -292,6 +300,18 @@ def _warn(changes: list[str], since: str, added: str) -> None:
     """Prints what has changed, and what follows."""
     for change in changes:
         print(f"warning: {change} {since}; the order is kept: removed clips are skipped, {added}.", file=sys.stderr)
+
+
+def _here(tokenizer: TrainedTokenizer) -> TrainedTokenizer:
+    """As each process has it for itself, where there are several: they encode different clips at different times."""
+    return tokenizer if jax.process_count() == 1 else jax.device_get(tokenizer)
+
+
+def _on_own_devices() -> contextlib.AbstractContextManager[None]:
+    """Within, programs run on this process's devices."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return on(make_mesh(MeshConfig(), jax.local_devices()))
 
 
 def digest(tokenizer: TrainedTokenizer) -> str:

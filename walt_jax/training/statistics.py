@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from walt_jax.parallel.processes import fetched
+
 
 def latent_statistics(
     encode: Callable[[UInt8[np.ndarray, "b t h w 3"]], Float[np.ndarray, "b t h w c"]],
@@ -14,7 +16,7 @@ def latent_statistics(
     """{"latent_mean", "latent_std"}: a value a channel, over at least `clips` clips of `batches`."""
     latents, done = [], 0
     for batch in batches:
-        encoded = np.asarray(encode(batch["video"]), np.float64)
+        encoded = fetched(encode(batch["video"])).astype(np.float64)
         latents.append(encoded.reshape(-1, encoded.shape[-1]))
         done += len(batch["video"])
         if done >= clips:

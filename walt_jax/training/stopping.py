@@ -32,10 +32,11 @@ class Stopped(KeyboardInterrupt):
     Attributes:
         signal: its number.
         saved: what has been saved, for a message.
+        together: whether all processes have stopped after the same step.
     """
 
     def __init__(self, number: int, stage: str = "", step: int = 0):
-        self.signal = number
+        self.signal, self.together = number, bool(stage)
         self.saved = f"step {step} of {stage} is saved" if stage else "the last checkpoint is complete"
         super().__init__(self.saved)
 
