@@ -200,8 +200,12 @@ def test_a_signal_while_clips_are_encoded_stops_at_once(tmp_path):
             time.sleep(1)
             raise AssertionError("it went on")
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Encoding())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, Encoding())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_previews_are_renewed_and_change_nothing(undisturbed, tmp_path, monkeypatch):
