@@ -43,7 +43,10 @@ def initialise(coordinator: str | None = None, count: int | None = None, index: 
     """
     _check(coordinator, count, index)
     import jax
+    from jax._src import xla_bridge  # JAX has no public name for it
 
+    if coordinator is None and xla_bridge.backends_are_initialized():
+        return  # called by a program that computes already: one process
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     ours = signal.getsignal(signal.SIGTERM)
     try:
