@@ -5,8 +5,10 @@ manifest is not read.
 """
 
 import contextlib
+import errno
 import dataclasses
 import itertools
+import os
 import pathlib
 import re
 import sys
@@ -120,6 +122,8 @@ class Checkpoints:
         items |= {"data": ocp.args.JsonSave(position), "outcome": ocp.args.JsonSave(outcome)}
         with self._writing():
             self._manager.wait_until_finished()
+            if not os.access(self.directory, os.W_OK):  # Orbax's threads may wait minutes for a folder that is not made
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
             self._saving = int(state.step)
             metrics = None if score is None else {"score": score}
             self._manager.save(self._saving, args=ocp.args.Composite(**items), metrics=metrics)
