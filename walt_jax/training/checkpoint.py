@@ -5,8 +5,8 @@ manifest is not read.
 """
 
 import contextlib
-import errno
 import dataclasses
+import errno
 import itertools
 import os
 import pathlib
