@@ -20,7 +20,7 @@ from walt_jax.config_file import with_config_path
 from walt_jax.errors import UserError
 from walt_jax.malloc import keep_freed_memory
 from walt_jax.parallel import processes
-from walt_jax.training.stopping import RESTART, Stopped, stop_at_once
+from walt_jax.training.stopping import Stopped, stop_at_once
 from walt_jax.workdir import local
 
 MAX_SEED = 2**31 - 1
@@ -615,10 +615,10 @@ def main(argv: list[str]) -> int:
         return _failed(f"{error.filename or values.workdir}: {error.strerror}; check path and free space.")
     except Stopped as stopped:
         print(f"\nstopped; {stopped.saved}: the same command resumes from there.", file=sys.stderr)
-        return processes.leave(RESTART, "" if stopped.together else "a signal stopped it")
+        return processes.leave(processes.RESTART, "" if stopped.together else "a signal stopped it")
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
-        return processes.leave(RESTART, "a signal stopped it")
+        return processes.leave(processes.RESTART, "a signal stopped it")
     return processes.leave(0)
 
 

@@ -23,7 +23,7 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 40.0  # after which a process counts as lost; a busy one still beats, from a thread
 JOIN_SECONDS = 300
 PATIENCE_MS = 24 * 3600 * 1000  # of those that wait for a slow process; a lost one ends them all sooner
-RESTART = 42  # exit code for launchers: the same command goes on
+RESTART = 42  # exit code after a signal or a lost process: launchers start the same command again; a mistake's is 1
 
 _client: Any = None  # JAX's, None for one process
 _ended = threading.Event()

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from walt_jax.parallel.processes import RESTART
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-RESTART = 42  # the exit code after a signal: launchers start the same command again. That of a user's mistake is 1.
 
 # Launchers kill a process 30 s after SIGTERM, unless they are configured otherwise.
 GRACE_SECONDS = 25.0  # at most so long a step that is not saved yet is waited for
