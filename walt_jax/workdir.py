@@ -2,14 +2,18 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from walt_jax.errors import UserError
 from walt_jax.parallel.processes import is_first
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONFIG = "config.json"
 OURS = (
@@ -62,6 +66,13 @@ def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def write_picture(path: pathlib.Path, picture: "Image.Image") -> None:
+    """Writes a PNG as `write_atomically` does: a viewer never sees half of it."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_atomically(path, content.getvalue())
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from walt_jax.generation.low_res import shrunk
 from walt_jax.generation.sample import Generator, write_samples
 from walt_jax.parallel.processes import is_first
 from walt_jax.tokenizer.perceptual import load_features
-from walt_jax.workdir import write_atomically
+from walt_jax.workdir import write_atomically, write_picture
 
 SHEET_CLIPS = 8
 RATE_CLIPS = 16
@@ -136,8 +136,7 @@ def _super_resolution(
         title = f"{caption} ({row['psnr_db']:.1f} dB)".strip()
         large = small.repeat(scale, axis=1).repeat(scale, axis=2)
         shown.append((title, [("low resolution", large), ("upscaled", sample), ("original", clip)]))
-    if is_first():
-        compare_sheet(shown[:SHEET_CLIPS]).save(workdir / "super_resolution.png")
+    write_picture(workdir / "super_resolution.png", compare_sheet(shown[:SHEET_CLIPS]))
     explained = {
         "psnr_db": "upscaled clips against the originals",
         "low_res_psnr_db": "upscaled clips, shrunk again, against the shrunk originals",
@@ -176,12 +175,10 @@ def _reconstruction(
     reconstructions, rows, codes = measure(codec, tokenizer, clips, captions, features)
     shown = np.linspace(0, len(clips) - 1, min(SHEET_CLIPS, len(clips))).astype(int)
     sheet = reconstruction_sheet(*([values[i] for i in shown] for values in (clips, reconstructions, captions)))
-    if is_first():
-        sheet.save(workdir / "reconstructions.png")
+    write_picture(workdir / "reconstructions.png", sheet)
     some = clips[:RATE_CLIPS]
     points = rate_distortion(codec, tokenizer, some) + h264_points(some, data.fps)
-    if is_first():
-        plot(points).save(workdir / "rate_distortion.png")
+    write_picture(workdir / "rate_distortion.png", plot(points))
 
     where = f"{len(clips)} unseen clips of {data.frames} × {data.height} × {data.width} pixels from {data.source}"
     protocols = {

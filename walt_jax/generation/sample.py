@@ -20,7 +20,7 @@ from walt_jax.parallel.processes import fetched, is_first
 from walt_jax.text.frozen import FrozenText
 from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
-from walt_jax.workdir import write_atomically
+from walt_jax.workdir import write_atomically, write_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,7 @@ def write_samples(
             write_video(out / f"{name}{suffix}", clip, fps)
         rows.append({"file": f"{name}{suffixes[0]}", "prompt": prompt, "seed": int(seed)})
     write_atomically(out / "samples.json", json.dumps(rows, indent=1) + "\n")
-    if is_first():
-        contact_sheet(list(clips), list(prompts)).save(out / "contact_sheet.png")
+    write_picture(out / "contact_sheet.png", contact_sheet(list(clips), list(prompts)))
     return rows
 
 

@@ -23,6 +23,7 @@ from walt_jax.data.stream import numbered
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.pack_batches import WAITING, kept
 from walt_jax.training.run_config import RunConfig
+from walt_jax.workdir import write_picture
 
 LEAST, MOST = 1024, 4096  # bounds of the number of clips that are read: enough packs, but no hours for large data sets
 SHOWN_CLIPS, SHOWN_PACKS = 24, 24
@@ -74,7 +75,7 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     labels = [f"{' × '.join(map(str, clip['video'].shape[:3]))}  {clip['text']}" for clip in shown]
     pictures = [contact_sheet([clip["video"] for clip in shown], labels, frames_per_clip=4, columns=3, scale=1)]
     pictures.append(_plots(packs, sizes, stage.pack.tokens if stage.pack else 0, (source, held_out)))
-    stack(pictures).save(sheet)
+    write_picture(sheet, stack(pictures))
     kinds = {size: sizes.count(size) for size in sorted(set(sizes))}
     return {
         **report_files(data, (source, held_out)),

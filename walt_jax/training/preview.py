@@ -1,6 +1,5 @@
 """A sheet in the workdir that shows what a stage has learned so far, renewed while it trains."""
 
-import io
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from walt_jax.evaluation.reconstruction import reconstruction_sheet, usable_clip
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.sample import Generator
 from walt_jax.parallel.processes import fetched
-from walt_jax.workdir import write_atomically
+from walt_jax.workdir import write_picture
 
 PREVIEW = "preview.png"
 CLIPS = 8
@@ -29,10 +28,8 @@ def due(step: int, every: int) -> bool:
 
 
 def write_preview(workdir: pathlib.Path, sheet: Image.Image) -> None:
-    """Writes `preview.png`; a viewer never sees half of it."""
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    write_atomically(workdir / PREVIEW, content.getvalue())
+    """Writes `preview.png`."""
+    write_picture(workdir / PREVIEW, sheet)
 
 
 def reconstructions(codec: Codec, trained: Callable[[Any], TrainedTokenizer], unseen: Source, images: bool) -> Preview:
