@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from walt_jax.errors import UserError
+from walt_jax.errors import UserError, reason_of
 from walt_jax.export.contents import Tensors
 from walt_jax.export.untrusted import Shapes, check_names, check_shape, inside
 
@@ -44,6 +44,5 @@ def read(folder: pathlib.Path, wanted: Shapes) -> Tensors:
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}); restore it from a copy, or export again.") from error
+        raise UserError(f"{path} is damaged ({reason_of(error)}); restore it from a copy, or export again.") from error
     return jax.tree.map(np.asarray, flatten_dict(restored, sep="/"))
