@@ -7,6 +7,7 @@ import pathlib
 import runpy
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from walt_jax.data.latents import LatentClips
 from walt_jax.data.media import write_video
 from walt_jax.errors import UserError
 from walt_jax.evaluation.reconstruction import usable_clips
+from walt_jax.parallel.mesh import make_mesh
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_data import RunData
 
@@ -52,7 +54,14 @@ def run_data(folder, **data):
     knobs["data"].update(source=str(folder), frames=5, height=16, width=16, fps=8.0, cache_bytes=0, **data)
     config = build(RunConfig, knobs, "config")
     text = types.SimpleNamespace(digest=lambda: None)
-    return RunData(config, folder.parent / "run", Codec(), text, low_res=lambda: None)
+    return RunData(
+        config,
+        folder.parent / "run",
+        Codec(),
+        text,
+        low_res=lambda: None,
+        mesh=lambda: make_mesh(config.mesh, jax.devices()),
+    )
 
 
 def levels(batches, count):

@@ -123,7 +123,7 @@ def test_training_reports_short_clips_of_both_splits(tmp_path):
             rows.append(f"{split}_{name}.gif,a,{split}")
     (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
     config = config_of(tmp_path, shapes={}, pack=None)
-    found = RunData(config, tmp_path / "run", codec=None, text=None, low_res=None).report_files()
+    found = RunData(config, tmp_path / "run", codec=None, text=None, low_res=None, mesh=None).report_files()
     skipped = {pathlib.Path(entry["file"]).name: entry["reason"] for entry in found["clips_skipped"]}
     assert set(skipped) == {"train_short.gif", "val_short.gif"}
     assert set(skipped.values()) == {"too short: 3 of 5 frames at 10 fps"} and found["clips_kept"] == 2

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig
 
@@ -48,10 +49,8 @@ def card(run: Run, kind: str, count: int) -> str:
     lines += ["", "## Training", "", "| stage | trains | steps done | of | batch |", "|---|---|---|---|---|"]
     for name in config.trained_stages:
         stage = config.stages[name]
-        unit = "packs" if stage.pack else "clips"
-        lines.append(
-            f"| {name} | {stage.task} | {_steps(workdir, name):,} | {stage.steps:,} | {stage.batch_size} {unit} |"
-        )
+        unit, done = "packs" if stage.pack else "clips", max(saved_steps(workdir, name), default=0)
+        lines.append(f"| {name} | {stage.task} | {done:,} | {stage.steps:,} | {stage.batch_size} {unit} |")
     if config.tokenizer_from:
         lines += ["", f"The tokenizer is that of `{config.tokenizer_from}`."]
     lines += ["", "## Metrics", ""]
@@ -98,13 +97,6 @@ def _limits(config: RunConfig) -> str:
     if config.pretrained_text is not None:
         limits += " The published T5 that reads captions is not part of this export."
     return limits + " The licence is that of walt_jax; the training data may have one of its own."
-
-
-def _steps(workdir: pathlib.Path, stage: str) -> int:
-    """The newest checkpoint's."""
-    folder = workdir / "checkpoints" / stage
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ def _exported(folder: pathlib.Path, knobs: dict[str, Any]) -> TrainedModel:
         return Generator(model, jax.device_put(params), tokenizer, captions, config.sampling)
 
     def unseen() -> Source:
-        return RunData(config, folder, codec, text, lambda: None).unseen()
+        return RunData(config, folder, codec, text, lambda: None, lambda: mesh).unseen()
 
     mesh = make_mesh(config.mesh, jax.devices())
     return TrainedModel(config, codec, mesh, lambda: tokenizer, generator, unseen)

@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from walt_jax.errors import UserError
+from walt_jax.errors import UserError, reason_of
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
@@ -151,7 +151,7 @@ class Checkpoints:
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError, by who meets it first
             complete = max(self.steps(), default=None)
             kept = f"the checkpoint of step {complete} is complete" if complete else "there is no checkpoint yet"
-            reason = _reason(error)
+            reason = reason_of(error)
             remedy = "make it writable" if NOT_WRITABLE.search(reason) else "free some space"
             raise UserError(
                 f"A checkpoint can't be written to {self.directory} ({reason}); {kept}: {remedy}, then start the same "
@@ -203,7 +203,7 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
-                damaged[step] = _reason(error)
+                damaged[step] = reason_of(error)
                 continue
             for other, reason in damaged.items():
                 print(
@@ -232,10 +232,10 @@ class Checkpoints:
             WRITING.remove(self._manager.is_saving_in_progress)
 
 
-def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
-    """Whether a stage of a run has saved a step."""
+def saved_steps(workdir: pathlib.Path, stage: str) -> list[int]:
+    """The steps of a run's stage that have a checkpoint, in ascending order, without opening Orbax's manager."""
     folder = workdir / "checkpoints" / stage
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -254,10 +254,6 @@ def set_aside(path: pathlib.Path, why: str) -> pathlib.Path | None:
     names = (path.with_name(f"{path.name}.{why}{f'-{number}' if number > 1 else ''}") for number in itertools.count(1))
     free = next(name for name in names if not name.exists())
     return path.rename(free)
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:200]
 
 
 def on_our_devices(like: Any) -> Any:

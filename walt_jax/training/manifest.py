@@ -15,7 +15,6 @@ from etils import epath
 MANIFEST = "manifest.json"
 # Written by Orbax after the manifest, when it commits a checkpoint.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
-BLOCK_BYTES = 2**20
 THREADS = 8
 
 
@@ -74,11 +73,8 @@ def _entry(path: epath.Path) -> dict[str, Any]:
 
 
 def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

@@ -1,6 +1,5 @@
 """Shapes of a stage's batches of packs, from its config only: they depend on no clip."""
 
-import collections
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +34,8 @@ def pack_batch(config: RunConfig, name: str, shards: int) -> PackBatch:
         shards: parts of the batch that a device each computes, micro-batches counted.
     """
     stage, denoiser = config.stages[name], config.denoiser_of(name)
-    sizes: dict[Any, float] = collections.Counter()
-    for shape in config.clip_shapes(name):
-        each = config.latent_shapes(shape)
-        for latents in each:
-            sizes[denoiser.grid(latents[:3])] += shape.weight / len(each)
-    grids, weights = list(sizes), np.array(list(sizes.values())) / sum(sizes.values())
+    sizes = config.latent_sizes(name)
+    grids, weights = [denoiser.grid(size) for size in sizes], np.array(list(sizes.values())) / sum(sizes.values())
     packing = Packing(denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, 0, 0.0, stage.pack.drop, shards)
     trials = trial_shards(grids, weights, packing)
     clips, tokens = (

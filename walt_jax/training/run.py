@@ -35,7 +35,7 @@ from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training import preview
-from walt_jax.training.checkpoint import Checkpoints, has_checkpoint
+from walt_jax.training.checkpoint import Checkpoints, saved_steps
 from walt_jax.training.init_from import LEAST, take
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
@@ -80,7 +80,7 @@ class Run:
         self.config, self.workdir = config, workdir
         self.codec = make_codec(config)
         self.text = RunText(config, workdir)
-        self.data = RunData(config, workdir, self.codec, self.text, self.low_res)
+        self.data = RunData(config, workdir, self.codec, self.text, self.low_res, lambda: self.mesh)
         self._low_res: LowRes | None = None  # read from its checkpoint once
 
     @functools.cached_property
@@ -304,7 +304,7 @@ class Run:
         for name in reversed(self.config.trained_stages):
             firsts[self.config.stages[name].task] = name
         # Once a stage has begun, the other run is not needed any more.
-        firsts = {task: name for task, name in firsts.items() if not has_checkpoint(self.workdir, name)}
+        firsts = {task: name for task, name in firsts.items() if not saved_steps(self.workdir, name)}
         if not self.config.init_from or not firsts:
             return {}
         knobs = read_config(source)

@@ -1,5 +1,6 @@
 """What a run is made of: a config file's knobs, and the modules that they describe."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -322,6 +323,15 @@ class RunConfig:
         sizes = [both * statistics.mean(map(math.prod, self.latent_shapes(shape))) for shape in shapes]
         weights = [shape.weight for shape in shapes]
         return sum(size * weight for size, weight in zip(sizes, weights, strict=True)) / sum(weights)
+
+    def latent_sizes(self, stage: str) -> dict[tuple[int, int, int], float]:
+        """(t, h, w) that the latents of a stage's clips may have, and how often, by the weights of its shapes."""
+        sizes: dict[tuple[int, int, int], float] = collections.Counter()
+        for shape in self.clip_shapes(stage):
+            each = self.latent_shapes(shape)
+            for latents in each:
+                sizes[latents[:3]] += shape.weight / len(each)
+        return sizes
 
     def latent_shapes(self, shape: ClipShape) -> list[tuple[int, int, int, int]]:
         """(t, h, w, c) of the latents of clips of a shape, for each size that they may have.

@@ -1,6 +1,5 @@
 """The data of a run: the clips of its stages, as pixels or as latents."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,6 +29,7 @@ from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
 from walt_jax.parallel.mesh import MeshConfig, data_shards, local_shards, make_mesh, on
 from walt_jax.parallel.processes import one_after_the_first
+from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
 from walt_jax.training.pack_batches import Packing, packs_of_clips, packs_of_latents
@@ -49,6 +49,7 @@ class RunData:
         codec: encodes clips.
         text: encodes captions.
         low_res: reads the base stage's tokenizer, if the denoiser upscales; returns None if it doesn't.
+        mesh: the run's devices; called where batches are made.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class RunData:
         codec: Codec,
         text: RunText,
         low_res: Callable[[], LowRes | None],
+        mesh: Callable[[], Mesh],
     ):
         self._config, self._workdir, self._codec, self._text, self._low_res = config, workdir, codec, text, low_res
+        self._mesh = mesh
         self.files = Data(config.data)
 
     def check(self) -> None:
@@ -110,7 +113,7 @@ class RunData:
         """
         mixture, folder = self.source(name), self._workdir / "checkpoints" / name
         file = folder / RECORDED
-        if not (file.exists() and any(path.name.isdigit() for path in folder.iterdir())):
+        if not (file.exists() and saved_steps(self._workdir, name)):
             write_atomically(file, RecordedClips.of(mixture).to_json())
             return mixture
         remedy = "restore it, or remove it to go on with the files that are there now, in another order"
@@ -242,11 +245,6 @@ class RunData:
         embed = empty = None
         if text is not None:
             embed, empty = text.each, text.each([""])[0]
-        sizes: dict[Size, float] = collections.Counter()
-        for shape in config.clip_shapes(name):
-            each = config.latent_shapes(shape)
-            for latents in each:
-                sizes[latents[:3]] += shape.weight / len(each)
 
         def encode(clips: list[dict[str, Any]]) -> list[Encoded]:
             encoded = encoded_clips(self._encode(tokenizer), clips, lambda count: None, embed, smallest=1)
@@ -256,7 +254,7 @@ class RunData:
         return packs_of_clips(
             Clips(self._recorded(name), self._seed(name), encode=list),  # texts instead of ids
             lambda size: config.tokenizer.latent_shape(*size)[:3],
-            sizes,
+            config.latent_sizes(name),
             encode,
             config.tokenizer.latent_channels,
             self._text.reader(empty),
@@ -273,18 +271,15 @@ class RunData:
             self._seed(name),
             config.data.caption_dropout,
             stage.pack.drop,
-            data_shards(self._mesh) * stage.accumulate,  # micro-batches have their own
+            data_shards(self._mesh()) * stage.accumulate,  # micro-batches have their own
             stage.pack.packers,
             self._part(),
         )
 
-    @property
-    def _mesh(self) -> Mesh:
-        return make_mesh(self._config.mesh, jax.devices())
-
     def _part(self) -> Part:
         """The rows of each batch that this process's devices need."""
-        return Part(local_shards(self._mesh), data_shards(self._mesh))
+        mesh = self._mesh()
+        return Part(local_shards(mesh), data_shards(mesh))
 
     def _sizes(self, name: str) -> dict[Size, int]:
         """Clips per batch for each size of a stage's latents; of shapes with equal sizes, the first one's."""
