@@ -4,6 +4,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -40,6 +41,37 @@ def filled(module, *arguments, scale=0.3):
     shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *arguments))
     leaves, tree = jax.tree.flatten(shapes)
     return tree.unflatten([scale * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+def with_all_pairs(query, key, value, bias, places, segments):
+    """A kernel's arguments the obvious way: a bias and a mask for all pairs."""
+    if bias is not None and places is None:
+        bias = bias[None]
+    elif bias is not None:
+        bias = jnp.moveaxis(bias[:, places[0][:, :, None], places[1][:, None]], 1, 0)
+    mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None])[:, None]
+    return attend(query, key, value, bias, mask)
+
+
+def assert_near(ours, theirs, most):
+    """No array differs by more than this part of its norm."""
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.linalg.norm(one - other) < most * np.linalg.norm(other)
+
+
+def assert_nothing_seen_is_zero(fused):
+    """A query that sees no key has zeros, and nothing has a gradient through it."""
+    arguments = tuple(normal(i, 1, 3, 1, 8) for i in range(3))
+    segments = np.array([[0, 0, 5]]), np.array([[0, 0, 0]])
+
+    def weighed(q, k, v):
+        out, logsum = fused(q, k, v, segments=segments, interpret=True)
+        return out[:, 2].sum(), (out, logsum)
+
+    slopes, (out, logsum) = jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(*arguments)
+    assert not out[:, 2].any() and (logsum[:, 2] < -1e37).all()
+    assert not any(x.any() for x in slopes)
 
 
 def places_of(packs, tokens):

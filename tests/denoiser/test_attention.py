@@ -325,7 +325,7 @@ def plainly(q, k, v, bias, mask):
     """Attention and its sums as one would write them, for the gradient to be found by differentiation."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(HEAD_DIM)
     logits = logits if bias is None else logits + bias
-    logits = logits if mask is None else jnp.where(mask, logits, attention.NEVER)
+    logits = logits if mask is None else jnp.where(mask, logits, attention.MASKED)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, -1).swapaxes(1, 2)
 
 
@@ -335,7 +335,7 @@ def slopes(function):
 
     def weighed(arguments, mask, weights):
         out, logsum = function(*arguments, mask)
-        seen = logsum > attention.NEVER / 2  # of a row that sees nothing it is a huge number, which tells nothing
+        seen = logsum > attention.MASKED / 2  # of a row that sees nothing it is a huge number, which tells nothing
         return (out * weights[0]).sum() + jnp.where(seen, logsum * weights[1], 0).sum()
 
     return jax.jit(jax.grad(weighed))

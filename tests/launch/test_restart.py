@@ -72,7 +72,7 @@ def test_signal_handlers_are_put_back(starts, monkeypatch):
 
 
 def host(tmp_path, codes: str, pause: int = 0) -> subprocess.Popen:
-    """The launcher of one host of GPUs, on the fake trainer in the place of walt_jax.main."""
+    """The launcher of one host of GPUs, on the fake trainer instead of walt_jax.main."""
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {" ".join(TRAINER)} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "host.toml").write_text(

@@ -22,6 +22,7 @@ from walt_jax.denoiser.context import (
     whole,
 )
 from walt_jax.denoiser.grouping import Groups, TextRows
+from walt_jax.denoiser.kernels import MASKED
 from walt_jax.denoiser.kernels.sharded import holds, sharded
 from walt_jax.denoiser.layout import Grid, Layout, raster
 from walt_jax.denoiser.windows import Window, merge, partition
@@ -29,7 +30,6 @@ from walt_jax.layers import Initializer, Linear
 from walt_jax.parallel.rules import constrain
 
 Relative = Literal["bias", "rotary", "none"]
-NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # mask value; finite, so that fully masked rows do not give NaN
 
 
 def relative_index(
@@ -86,7 +86,7 @@ def _attend_forward(query, key, value, bias, mask):
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
-        logits = jnp.where(mask, logits, NEVER)
+        logits = jnp.where(mask, logits, MASKED)
     most = logits.max(-1, keepdims=True)
     exponentials = jnp.exp(logits - most)
     total = exponentials.sum(-1, keepdims=True)

@@ -25,14 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from walt_jax.denoiser.kernels import MASKED, Pair
+
 LARGEST = 128  # features of a head, for which the blocks below fit the shared memory of a multiprocessor
 PLACES = 2048  # the bias and its gradient are in memory, 0.3 GB in float32 for 16 heads
 SMALLEST = 16  # side of a matrix product
 PROGRAMS = 512  # to keep a GPU of 132 multiprocessors busy, where rows can be divided among programs
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that fully masked rows do not give NaN
 LOG2_E = math.log2(math.e)  # logits are in units of log 2: GPUs have an instruction for powers of 2
-
-Pair = tuple[Int[Array, "b q"], Int[Array, "b k"]]
 
 
 def fused(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from walt_jax.denoiser.kernels import gpu, tpu
+from walt_jax.denoiser.kernels import Pair, gpu, tpu
 from walt_jax.errors import UserError
 from walt_jax.layers import on_gpu, platform
 from walt_jax.parallel.rules import divided_along
@@ -25,8 +25,8 @@ def sharded(
     key: Float[Array, "b k heads d"],
     value: Float[Array, "b k heads d"],
     bias: Float[Array, "heads p p"] | None,
-    places: tpu.Pair | None,
-    segments: tpu.Pair | None,
+    places: Pair | None,
+    segments: Pair | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
     """The platform's kernel on the mesh in context, along its axes that no enclosing `jax.shard_map` divides.

@@ -21,14 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from walt_jax.denoiser.kernels import MASKED, Pair
+
 LANES, SUBLANES = 128, 16  # a tile of bfloat16; float32's has 8 sublanes
 PAIRS = 2**19  # at most so many pairs of tokens at once: 2 MiB in float32, of which the backward pass holds about four
 PROGRAM_BYTES, ROWS = 2**19, 8  # a program takes several short rows, or its start would cost more than its work
 VMEM_BYTES = 60 * 2**20  # v5p has 64 MiB, v5e and v6e 128 MiB
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that fully masked rows do not give NaN
 NOWHERE = np.iinfo(np.int32).min  # segment of keys that only fill a tile
-
-Pair = tuple[Int[Array, "b q"], Int[Array, "b k"]]
 
 
 def fused(
