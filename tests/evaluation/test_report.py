@@ -189,6 +189,14 @@ def test_stages_have_their_rows_and_curves_in_order_of_appearance(workdir):
     assert training.index("<h3>tokenizer") < training.index("<h3>denoiser")
 
 
+def test_sums_of_the_clock_have_no_curves(tmp_path):
+    """The section on time has them; goodput has one."""
+    lines = log("tokenizer", range(1, 9), loss=float, goodput=float, clock_useful_seconds=float, elapsed_seconds=float)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    training = Page(write_report(tmp_path)).section("Training")
+    assert re.findall("<b>(.*?)</b>", training) == ["loss", "goodput"]
+
+
 @pytest.mark.parametrize("starts", [(0, 60), (0, 0)])
 def test_time_adds_up_whether_or_not_the_clock_starts_anew(tmp_path, starts):
     lines = [log(stage, range(1, 61), loss=float, elapsed_seconds=lambda step, start=start: start + step)

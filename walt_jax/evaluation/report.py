@@ -37,7 +37,7 @@ COMPACT = (96, 160)
 
 FINAL = 0.05
 
-CLOCKS = ("elapsed_seconds", "clock_")  # no curves of their own
+CLOCKS = ("elapsed_seconds", "clock_")  # what begins so has no curve: the section on time has the sums
 
 COMPARISONS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge}
 
@@ -304,7 +304,9 @@ def _training(stages: Stages) -> str:
         name = html.escape(stage)
         final = _number(_final(_series(steps, "loss")[1]))
         rows.append([name, f"{max(steps):,}", final, _duration(seconds[stage])])
-        keys = [key for key in dict.fromkeys(key for row in steps.values() for key in row) if key != "elapsed_seconds"]
+        keys = [
+            key for key in dict.fromkeys(key for row in steps.values() for key in row) if not key.startswith(CLOCKS)
+        ]
         keys.sort(key=lambda key: key != "loss")
         modules = [key for key in keys if "/" in key]
         figures, folded = (
