@@ -41,6 +41,7 @@ EQUAL_TIME = frozenset(VARIANTS) - {"walt"}
 def get_config(variant: str = "walt") -> ConfigDict:
     """`--config=configs/demo_siblings.py:VARIANT`, one of `VARIANTS`."""
     config = parent(__file__, "walt_demo")
+    config.conditioning = {}
     config.denoiser = {**SIZES, **DENOISERS[variant]}
     config.diffusion.self_conditioning = 0.0 if "block" in DENOISERS[variant] else 0.9
     config.normalise_latents = True

@@ -51,8 +51,15 @@ def get_config() -> ConfigDict:
                 "relative": "rotary",
                 "patch_size": (1, 2, 2),
                 "self_conditioning": True,
+                "frame_prediction": True,
                 "scan": False,
                 "dtype": "float32",
+            },
+            # Every way of asking is drawn: most clips have a caption alone.
+            "conditioning": {
+                "frames": (1, 2),
+                "probability": 0.4,
+                "kinds": ("start", "start", "end", "ends", "one", "random", "rectangles", "inside"),
             },
             "diffusion": {
                 "schedule": {"name": "linear", "zero_terminal_snr": False},

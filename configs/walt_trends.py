@@ -34,9 +34,16 @@ EQUAL_TIME = frozenset({"full_attention"})
 def get_config(variant: str = "base") -> ConfigDict:
     """`--config=configs/walt_trends.py:VARIANT`, one of `VARIANTS`."""
     config = parent(__file__, "walt_demo")
+    config.conditioning = {}
     config.normalise_latents = True
     config.denoiser.update(
-        dim=128, heads=2, layers=4, windows=((1, None, None), (None, 2, 2)), positions="learned", relative="bias"
+        frame_prediction=False,
+        dim=128,
+        heads=2,
+        layers=4,
+        windows=((1, None, None), (None, 2, 2)),
+        positions="learned",
+        relative="bias",
     )
     config.diffusion.schedule.zero_terminal_snr = True
     config.diffusion.times = ConfigDict({"name": "uniform"})

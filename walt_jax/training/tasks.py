@@ -72,15 +72,16 @@ class ConditioningConfig:
             video, 2 is W.A.L.T's video prediction. At least one frame of each clip is generated.
         probability: that a clip has observed frames, W.A.L.T's p_fp.
         kinds: which tokens of a clip are observed; one kind is drawn for each clip, all equally likely; a kind listed
-            twice is twice as frequent. "start" and "end": the first or last `frames`; "every": every fourth frame;
-            "one": one random frame; "random": each frame independently; "rectangles": all outside of some rectangles
-            in a range of frames (VDT's unified masks, Lu et al. 2023).
+            twice is twice as frequent. "start" and "end": the first or last `frames`; "ends": the first `frames` and
+            the last one; "every": every fourth frame; "one": one random frame; "random": each frame independently;
+            "rectangles": all outside of some rectangles in a range of frames (VDT's unified masks, Lu et al. 2023);
+            "inside": one rectangle in all frames, for outpainting.
         low_res_noise: the low-resolution latents get noise of a random time in 0..low_res_noise, W.A.L.T's t_max.
     """
 
     frames: tuple[Positive, ...] = ()
     probability: Fraction = 0.0
-    kinds: tuple[Literal["start", "end", "every", "one", "random", "rectangles"], ...] = ("start",)
+    kinds: tuple[Literal["start", "end", "ends", "every", "one", "random", "rectangles", "inside"], ...] = ("start",)
     low_res_noise: Annotated[float, Range(0, 1)] = 0.0
 
 
@@ -260,13 +261,21 @@ class DenoiserTask:
             ]
             return ~(generated & jnp.stack(inside).any(0))
 
+        def inside_of_a_rectangle():
+            corner, opposite = rectangles(sizes[..., 1:], jax.random.fold_in(keys[2], 1))
+            inside = (place >= of_clip(corner[0])) & (place < of_clip(opposite[0]))
+            leaves_some = (opposite - corner)[0].prod(-1) < sizes[..., 1:].prod(-1)
+            return inside.all(-1, keepdims=True) & (of_clip(leaves_some) > 0)
+
         masks = {
             "start": lambda: frame < of_clip(count),
             "end": lambda: frame >= of_clip(sizes[..., 0] - count),
+            "ends": lambda: (frame < of_clip(count)) | (frame >= of_clip(jnp.maximum(sizes[..., 0] - 1, count + 1))),
             "every": lambda: (frame % EVERY == 0) & (of_clip(sizes[..., 0]) > 1),
             "one": lambda: (frame == of_clip(one)) & (of_clip(sizes[..., 0]) > 1),
             "random": lambda: (of_clip(each) * (frame == numbers)).sum(-1, keepdims=True) > 0,
             "rectangles": outside_of_rectangles,
+            "inside": inside_of_a_rectangle,
         }
         chosen = of_clip(jax.nn.one_hot(kind, len(cfg.kinds)) * whether[..., None])
         found = {name: masks[name]() for name in dict.fromkeys(cfg.kinds)}
