@@ -10,6 +10,7 @@ if typing.TYPE_CHECKING:
     import pathlib
 
     from walt_jax.api import TrainedModel
+    from walt_jax.generation.asking import Condition
 
 __version__ = "0.1.0"
 
@@ -23,3 +24,11 @@ def load(path: "str | pathlib.Path") -> "TrainedModel":
     from walt_jax.export.load import load  # imported here: walt_jax without it takes no time to import
 
     return load(path)
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name == "Condition":
+        from walt_jax.generation.asking import Condition
+
+        return Condition
+    raise AttributeError(f"module 'walt_jax' has no attribute {name!r}")

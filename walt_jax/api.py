@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,8 +20,11 @@ from walt_jax.data.pipeline import Source
 from walt_jax.data.video import ClipError, frame_rate, read_frames
 from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import evaluate
+from walt_jax.generation.asking import Ask, Condition, Extend, resolve
 from walt_jax.generation.codec import Codec, TrainedTokenizer
-from walt_jax.generation.sample import Generator
+from walt_jax.generation.generator import Generator
+from walt_jax.generation.long_video import make
+from walt_jax.generation.request import Request
 from walt_jax.parallel.mesh import on
 from walt_jax.training.run_config import RunConfig
 
@@ -91,18 +96,38 @@ class TrainedModel:
     def _on_mesh(self) -> contextlib.AbstractContextManager[None]:
         return on(self._mesh, self.config.rules)
 
-    def sample(self, prompt: str | Sequence[str] = "", seed: int | Sequence[int] = 0) -> Video:
+    def sample(
+        self,
+        prompt: str | Sequence[str] = "",
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str = "",
+        conditions: Sequence[Condition] = (),
+        mask: str | None = None,
+        extend: Extend | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Video:
         """Generates video of prompts. A video depends on its own prompt and seed only.
 
         Args:
             prompt: a caption or a class's name; several give several videos.
             seed: of each video, or one for all.
+            negative_prompt: what guidance leads away from.
+            conditions: pictures and clips that are given, see `walt_jax.Condition`.
+            mask: a file, white where the video is made anew.
+            extend: how the first condition goes on: "forward", "backward", "loop".
+            num_frames, height, width: of the video; those of the training clips by default.
+            steps, guidance: of the config by default.
 
         Returns:
             uint8 [t, h, w, 3]; of several prompts [n, t, h, w, 3].
 
         Raises:
-            UserError: if the model is only a tokenizer, or upscales clips; if a prompt is not one of its classes.
+            UserError: if the model is only a tokenizer, or upscales clips; if a prompt is not one of its classes; if
+                something that is given can't be read or does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
@@ -111,9 +136,22 @@ class TrainedModel:
         generator = self._generator
         if generator.low_res is not None:
             raise UserError("This model upscales clips, and a prompt has none; evaluate upscales unseen clips.")
+        config, data = generator.config, self.config.data
+        scale = config.guidance.scale if guidance is None else guidance
+        guided = dataclasses.replace(config.guidance, scale=scale)
+        config = dataclasses.replace(config, steps=steps or config.steps, guidance=guided)
+        generator = dataclasses.replace(generator, config=config)
+        ask = Ask(data.fps, conditions, mask, extend, num_frames, height, width)
         with self._on_mesh():
-            clips = generator.generate(prompts, seeds, bar=True)
-        return Video(clips[0] if isinstance(prompt, str) else clips, self.config.data.fps)
+            asked = resolve(generator, ask, (data.frames, data.height, data.width))
+            for note in asked.notes:
+                warnings.warn(note, stacklevel=2)
+            requests = [
+                Request(text, number, negative_prompt, asked.size, asked.given)
+                for text, number in zip(prompts, seeds, strict=True)
+            ]
+            clips = np.stack([clip[asked.shown] for clip in make(generator, requests)])
+        return Video(clips[0] if isinstance(prompt, str) else clips, data.fps)
 
     def reconstruct(self, video: str | pathlib.Path | UInt8[np.ndarray, "t h w 3"]) -> Video:
         """Encodes and decodes a video in chunks; any size and length.

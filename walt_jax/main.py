@@ -87,7 +87,34 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "seed", 0, "sample: of the first video of each prompt", flag_values=values, lower_bound=0, upper_bound=MAX_SEED
     )
     flags.DEFINE_integer("num_samples", 1, "sample: videos a prompt", flag_values=values, lower_bound=1)
-    flags.DEFINE_string("video", None, "reconstruct: the file to read", flag_values=values)
+    flags.DEFINE_string("negative_prompt", None, "sample: what guidance leads away from", flag_values=values)
+    flags.DEFINE_string("video", None, "reconstruct, sample: the clip to read; sample: it is given", flag_values=values)
+    flags.DEFINE_string("image", None, "sample: the first frame", flag_values=values)
+    flags.DEFINE_string("last_image", None, "sample: the last frame", flag_values=values)
+    flags.DEFINE_multi_string(
+        "condition",
+        [],
+        "sample: FILE[@FRAME[:STRENGTH]], a picture or clip that is given from a frame on, negative from the end; a "
+        "strength below 1 is followed part of the way; repeatable",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "mask", None, "sample: a picture or clip, white where the video is made anew", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "extend", None, ["forward", "backward", "loop"], "sample: how --video goes on", flag_values=values
+    )
+    for name, what in (("num_frames", "frames"), ("height", "pixels"), ("width", "pixels")):
+        flags.DEFINE_integer(name, None, f"sample: {what} of the video", flag_values=values, lower_bound=1)
+    flags.DEFINE_float("fps", None, "sample: frames a second of the files", flag_values=values, lower_bound=0.01)
+    flags.DEFINE_integer("steps", None, "sample: sampling steps", flag_values=values, lower_bound=1, upper_bound=1000)
+    flags.DEFINE_float("guidance", None, "sample: the scale of guidance; 1 is none", flag_values=values)
+    flags.DEFINE_bool(
+        "metadata",
+        True,
+        "sample: prompts, seeds and settings stand in the files' tags; --nometadata leaves them out",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "out",
         None,
@@ -367,19 +394,51 @@ def sample(values: flags.FlagValues) -> None:
     except OSError as error:
         raise UserError(f"--out={out} can't be made ({error.strerror}); name a folder.") from error
 
-    from walt_jax.generation.sample import write_samples
+    from walt_jax.generation.ask_files import sample_files
 
-    generator = run.generator()
+    generator = _as_asked(values, run.generator())
     if generator.low_res is not None:
         raise UserError("This run upscales clips, and a prompt has none; --mode=evaluate upscales unseen clips.")
-    for warning in run.text.cut_captions(prompts):
+    for warning in (*run.text.cut_captions(prompts), *run.text.unknown_words(prompts)):
         print(f"warning: {warning}", file=sys.stderr)
     seeds = [values.seed + index for _ in prompts for index in range(values.num_samples)]
     prompts = [prompt for prompt in prompts for _ in range(values.num_samples)]
     with run.on_mesh():
-        clips = generator.generate(prompts, seeds)
-    rows = write_samples(out, clips, prompts, seeds, run.config.data.fps, (".mp4", ".gif") if values.gif else (".mp4",))
-    print(f"wrote {len(rows)} videos, samples.json and contact_sheet.png to {out}")
+        count = sample_files(
+            generator,
+            _ask(values, run.config.data.fps),
+            (run.config.data.frames, run.config.data.height, run.config.data.width),
+            list(zip(prompts, seeds, strict=True)),
+            values.negative_prompt or "",
+            out,
+            gif=values.gif,
+            tags=values.metadata,
+        )
+    print(f"wrote {count} videos, samples.json and contact_sheet.png to {out}")
+
+
+def _as_asked(values: flags.FlagValues, generator: Any) -> Any:
+    """The generator with the flags' steps and guidance."""
+    config = generator.config
+    if values.steps is not None:
+        config = dataclasses.replace(config, steps=values.steps)
+    if values.guidance is not None:
+        config = dataclasses.replace(config, guidance=dataclasses.replace(config.guidance, scale=values.guidance))
+    return dataclasses.replace(generator, config=config)
+
+
+def _ask(values: flags.FlagValues, fps: float) -> Any:
+    """What the flags give of a video."""
+    from walt_jax.generation.asking import Ask, Condition
+
+    given = [Condition.parse(text) for text in values.condition]
+    if values.video:
+        given.insert(0, Condition(values.video))
+    if values.image:
+        given.insert(0, Condition(values.image, picture=True))
+    if values.last_image:
+        given.append(Condition(values.last_image, -1, picture=True))
+    return Ask(values.fps or fps, given, values.mask, values.extend, values.num_frames, values.height, values.width)
 
 
 def reconstruct(values: flags.FlagValues) -> None:

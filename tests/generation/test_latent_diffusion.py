@@ -13,7 +13,7 @@ from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.diffusion.guidance import GuidanceConfig
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.diffusion.schedule import Schedule
-from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig
 
 SHAPE = (3, 2, 2, 2)
 CONFIG = WaltConfig(
@@ -21,13 +21,6 @@ CONFIG = WaltConfig(
     cross_attention=False, classes=4, frame_prediction=True, self_conditioning=False,
 )  # fmt: skip
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-class Latents:
-    """In the codec's place: what is sampled comes out as it is."""
-
-    def decode(self, tokenizer, latents):
-        return latents, None
 
 
 class Recorder(LatentDiffusion):
@@ -56,26 +49,26 @@ class Labeller(Recorder):
         return jnp.broadcast_to(condition.label[..., None].astype(jnp.float32), noisy.shape)
 
 
-LABELS, EMPTY, SEEDS = jnp.array([[1], [2]]), jnp.array([4]), np.arange(2, dtype=np.uint32)
+LABELS, EMPTY, SEEDS = jnp.array([[1], [2]]), jnp.array([[4], [4]]), np.arange(2, dtype=np.uint32)
 
 
 def draw(kind, sampling, config=CONFIG, base_tokens=0, seeds=SEEDS, **conditions):
     """(what was noted of each evaluation, latents) of two clips."""
     Recorder.calls.clear()
     diffusion = DiffusionConfig(Schedule("cosine"), "x0", base_tokens=base_tokens)
-    model = kind(Latents(), None, Denoiser(config, SHAPE[:3]), diffusion, SHAPE)
-    out = model.sample({}, None, LABELS, EMPTY, seeds, sampling, **conditions)
+    model = kind(None, None, Denoiser(config, SHAPE[:3]), diffusion, SHAPE)
+    out = model.sample({}, LABELS, EMPTY, seeds, sampling, **conditions)
     jax.block_until_ready(out)
     jax.effects_barrier()
     return Recorder.calls[:], np.asarray(out)
 
 
 def observed_frames():
-    """(latents, mask) of which the clips' first one or two frames are observed."""
+    """(latents, until) of which the clips' first one or two frames are observed."""
     observed = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
-    mask = np.zeros((2, *SHAPE[:3], 1), np.float32)
-    mask[0, :1] = mask[1, :2] = 1
-    return observed, mask
+    until = np.full((2, *SHAPE[:3], 1), NEVER, np.float32)
+    until[0, :1] = until[1, :2] = 0
+    return observed, until
 
 
 def split(calls):
@@ -86,10 +79,10 @@ def split(calls):
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "unipc"])
 def test_observed_positions_follow_the_forward_process(sampler):
     """Their noise at each time is the first noise scaled, as in training, however wrong the denoiser is."""
-    observed, mask = observed_frames()
-    calls, out = draw(Recorder, SamplingConfig(6, sampler), observed=observed, mask=mask)
+    observed, until = observed_frames()
+    calls, out = draw(Recorder, SamplingConfig(6, sampler), observed=observed, until=until)
     calls.sort(key=lambda call: -call["time"].max())
-    where = np.broadcast_to(mask.reshape(2, 12, 1), (2, 12, 2)) == 1
+    where = np.broadcast_to(until.reshape(2, 12, 1), (2, 12, 2)) == 0
     clean, schedule, noises = observed.reshape(2, 12, 2), Schedule("cosine"), []
     for call in calls:
         alpha, sigma = (np.asarray(level)[..., None] for level in schedule(jnp.asarray(call["time"])))
@@ -101,9 +94,9 @@ def test_observed_positions_follow_the_forward_process(sampler):
 
 
 def test_what_is_not_observed_is_sampled():
-    observed, mask = observed_frames()
-    _, out = draw(Labeller, SamplingConfig(4), observed=observed, mask=mask)
-    expected = np.where(mask == 1, observed, np.asarray(LABELS).reshape(2, 1, 1, 1, 1))
+    observed, until = observed_frames()
+    _, out = draw(Labeller, SamplingConfig(4), observed=observed, until=until)
+    expected = np.where(until == 0, observed, np.asarray(LABELS).reshape(2, 1, 1, 1, 1))
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -115,13 +108,13 @@ def test_without_observed_frames_the_mask_is_empty():
 
 
 def test_guidance_leaves_observed_positions_out():
-    observed, mask = observed_frames()
-    calls, _ = draw(Recorder, SamplingConfig(6, "ddim", GuidanceConfig(scale=2.0)), observed=observed, mask=mask)
+    observed, until = observed_frames()
+    calls, _ = draw(Recorder, SamplingConfig(6, "ddim", GuidanceConfig(scale=2.0)), observed=observed, until=until)
     conditional, unconditional = split(calls)
     assert len(conditional) == len(unconditional) == len(calls) / 2 > 0
     for call in conditional:
-        np.testing.assert_array_equal(call["observed_mask"], mask.reshape(2, 12, 1))
-        np.testing.assert_allclose(call["observed"], (observed * mask).reshape(2, 12, 2))
+        np.testing.assert_array_equal(call["observed_mask"], until.reshape(2, 12, 1) == 0)
+        np.testing.assert_allclose(call["observed"], (observed * (until == 0)).reshape(2, 12, 2))
     for call in unconditional:
         assert not call["observed_mask"].any() and not call["observed"].any()
 

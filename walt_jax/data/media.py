@@ -4,7 +4,7 @@ import functools
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,7 +30,7 @@ BACKGROUND = (255, 255, 255)
 INK = (20, 20, 20)
 
 
-def write_video(path: epath.PathLike, frames: np.ndarray, fps: float) -> None:
+def write_video(path: epath.PathLike, frames: np.ndarray, fps: float, tags: Mapping[str, str] | None = None) -> None:
     """Writes a clip as H.264 (`.mp4`) or as a looping GIF (`.gif`); equal frames give equal bytes.
 
     H.264 needs even sizes: an odd side is padded by repeating the last line of pixels. GIF has 256 colours, one palette
@@ -40,6 +40,7 @@ def write_video(path: epath.PathLike, frames: np.ndarray, fps: float) -> None:
       path: local or remote; the suffix chooses the format.
       frames: uint8 [t, h, w, 3], RGB.
       fps: frames per second.
+      tags: of the file, such as "title" and "comment"; a GIF has the comment alone.
 
     Raises:
       UserError: another suffix.
@@ -48,7 +49,7 @@ def write_video(path: epath.PathLike, frames: np.ndarray, fps: float) -> None:
     write = {".mp4": _mp4, ".gif": _gif}.get(path.suffix.lower())
     if write is None:
         raise UserError(f"{path} can't be written as video: give it a name that ends in .mp4 or .gif.")
-    path.write_bytes(write(frames, fps))
+    path.write_bytes(write(frames, fps, tags or {}))
 
 
 def contact_sheet(
@@ -98,13 +99,21 @@ def compare_sheet(
     return _frame(stack(blocks, MARGIN))
 
 
-def write_video_stream(path: epath.PathLike, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
+def write_video_stream(
+    path: epath.PathLike,
+    frames: Iterable[np.ndarray],
+    fps: float | Fraction,
+    tags: Mapping[str, str] | None = None,
+    keeps_part: bool = False,
+) -> int:
     """Encodes an iterator of frames as H.264, with memory for a few frames; the file is written atomically.
 
     Args:
       path: a local path that ends in .mp4.
       frames: uint8 [h, w, 3], RGB, at least one; all of one size.
       fps: frames per second.
+      tags: of the file, such as "title" and "comment".
+      keeps_part: whether, if `frames` raises after some, the file has those, and the error goes on.
 
     Returns:
       The number of frames.
@@ -112,23 +121,41 @@ def write_video_stream(path: epath.PathLike, frames: Iterable[np.ndarray], fps: 
     path = Path(path)
     # In the same folder, so that renaming is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
-        count = _encode_mp4(Path(folder) / path.name, frames, fps)
-        os.replace(Path(folder) / path.name, path)
+        ended = _Ended(frames) if keeps_part else frames
+        count = _encode_mp4(Path(folder) / path.name, ended, fps, tags or {})
+        if count:
+            os.replace(Path(folder) / path.name, path)
+    if keeps_part and ended.error is not None:
+        raise ended.error
     return count
 
 
-def _mp4(frames: np.ndarray, fps: float) -> bytes:
+class _Ended:
+    """An iterator that ends where another raises, and keeps what that raised."""
+
+    def __init__(self, frames: Iterable[np.ndarray]):
+        self._frames, self.error = frames, None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        try:
+            yield from self._frames
+        except BaseException as error:  # also of a signal
+            self.error = error
+
+
+def _mp4(frames: np.ndarray, fps: float, tags: Mapping[str, str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
-        _encode_mp4(file, frames, fps)
+        _encode_mp4(file, frames, fps, tags)
         return file.read_bytes()
 
 
-def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction) -> int:
+def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction, tags: Mapping[str, str]) -> int:
     # To move the index to the front ("faststart"), FFmpeg reads its output again, which needs a real file.
     options = {"movflags": "faststart", "fflags": "bitexact"}
     stream, count = None, 0
     with av.open(str(file), "w", format="mp4", options=options) as container:
+        container.metadata.update(tags)
         for frame in frames:
             count += 1
             height, width, _ = frame.shape
@@ -151,7 +178,7 @@ def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction)
     return count
 
 
-def _gif(frames: np.ndarray, fps: float) -> bytes:
+def _gif(frames: np.ndarray, fps: float, tags: Mapping[str, str]) -> bytes:
     # One palette for all frames, since palettes per frame flicker; computed from a subset of frames, to be fast.
     chosen = frames[_evenly(len(frames), max(16, PALETTE_PIXELS // frames[0, ..., 0].size))]
     palette = Image.fromarray(np.concatenate(list(chosen))).quantize(256, dither=Image.Dither.NONE)
@@ -161,7 +188,14 @@ def _gif(frames: np.ndarray, fps: float) -> bytes:
     milliseconds = [int(10 * max(2, ticks)) for ticks in np.diff(times)]
     out = io.BytesIO()
     pictures[0].save(
-        out, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=False
+        out,
+        "GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=milliseconds,
+        loop=0,
+        optimize=False,
+        comment=tags.get("comment", ""),
     )
     return out.getvalue()
 

@@ -58,6 +58,49 @@ class TimeGrid(NamedTuple):
         return (i > 0) & jnp.isfinite(self.stride(i)) & jnp.isfinite(self.stride(i - 1))
 
 
+class Solver(NamedTuple):
+    """A sampler for one model and grid, evaluation by evaluation.
+
+    Attributes:
+        count: how many evaluations of the model there are.
+        start: (noise, what the model carries at first) -> state, a pytree of constant shapes.
+        step: (state, number of the evaluation) -> state after it.
+        result: state after the last evaluation -> clean latents.
+    """
+
+    count: int
+    start: Callable[[Latents, Any], Any]
+    step: Callable[[Any, Index], Any]
+    result: Callable[[Any], Latents]
+
+
+def time_grid(name: str, levels: Callable[[Float[Array, ""]], tuple[Level, Level]], steps: int) -> TimeGrid:
+    """The times that a sampler visits in so many steps; arguments as those of `sample`."""
+    times = np.linspace(1.0, 0.0, steps + 1)
+    if name == "ddpm":
+        times[:-1] = (1 + np.round(np.linspace(STEPS - 1, 0, steps))) / STEPS
+    time = jnp.asarray(times, jnp.zeros(()).dtype)
+    return TimeGrid(time, *jax.vmap(levels)(time))
+
+
+def solver(
+    name: str,
+    predict: Predict,
+    grid: TimeGrid,
+    key: PRNGKeyArray,
+    learned: Callable[[Any], Latents] | None = None,
+) -> Solver:
+    """A sampler that can be stopped, watched and continued between evaluations; arguments as those of `sample`."""
+    if name == "ddpm":
+        return ddpm(predict, grid, key, learned)
+    return SAMPLERS[name](predict, grid, key)
+
+
+def evaluations(name: str, steps: int) -> int:
+    """How often a sampler calls the model in so many steps."""
+    return 2 * steps - 1 if name == "heun" else steps
+
+
 def sample(
     name: str,
     predict: Predict,
@@ -68,7 +111,7 @@ def sample(
     carried: Any = None,
     learned: Callable[[Any], Latents] | None = None,
 ) -> Latents:
-    """Clean latents from noise.
+    """Clean latents from noise, all evaluations in one scan.
 
     Args:
         name: one of `SAMPLERS`.
@@ -82,48 +125,41 @@ def sample(
         carried: the first call's.
         learned: v of `learned_sigma`, from what `predict` returned as carried; read only by "ddpm".
     """
-    times = np.linspace(1.0, 0.0, steps + 1)
-    if name == "ddpm":
-        times[:-1] = (1 + np.round(np.linspace(STEPS - 1, 0, steps))) / STEPS
-    time = jnp.asarray(times, noise.dtype)
-    grid = TimeGrid(time, *jax.vmap(levels)(time))
-    if name == "ddpm":
-        return ddpm(predict, noise, grid, key, carried, learned)
-    return SAMPLERS[name](predict, noise, grid, key, carried)
+    chosen = solver(name, predict, time_grid(name, levels, steps), key, learned)
+    state = chosen.start(noise, carried)
+    state, _ = jax.lax.scan(lambda state, i: (chosen.step(state, i), None), state, jnp.arange(chosen.count))
+    return chosen.result(state)
 
 
-def ddim(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
+def ddim(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
     """DDIM (Song et al. 2020), η = 0, which is Euler's method along the flow's straight path too; order 1.
 
     With y = z / (α + σ) and s = σ / (α + σ) any schedule is the flow y = (1 − s) x + s ε, and Euler's step
     y' = y + (s' − s) (ε̂ − x̂) = (1 − s') x̂ + s' ε̂ is DDIM's over α' + σ'. So "ddim" and "euler" are one.
     """
 
-    def step(carry, i):
-        z, carried = carry
+    def step(state, i):
+        z, carried = state
         x, carried = predict(z, grid.time[i], carried)
-        return (grid.step(i, z, x), carried), None
+        return grid.step(i, z, x), carried
 
-    (z, _), _ = jax.lax.scan(step, (z, carried), jnp.arange(grid.steps))
-    return z
+    return Solver(grid.steps, lambda noise, carried: (noise, carried), step, _first)
 
 
 def ddpm(
     predict: Predict,
-    z: Latents,
     grid: TimeGrid,
     key: PRNGKeyArray,
-    carried: Any,
     learned: Callable[[Any], Latents] | None = None,
-) -> Latents:
+) -> Solver:
     """Ancestral sampling (Ho et al. 2020): each step draws from q(z' | z, x̂), DDIM with η = 1.
 
     With κ = (α/σ) / (α'/σ') = e^{−h} that posterior, for any schedule, is z' = α' x̂ + σ' (κ ε̂ + √(1 − κ²) n); where the
     variance is `learned`, that of n is.
     """
 
-    def step(carry, i):
-        z, carried = carry
+    def step(state, i):
+        z, carried = state
         x, carried = predict(z, grid.time[i], carried)
         kept = grid.alpha[i] * grid.sigma[i + 1] / (grid.sigma[i] * grid.alpha[i + 1])
         eps = (z - grid.alpha[i] * x) / grid.sigma[i]
@@ -134,10 +170,13 @@ def ddpm(
             own = jnp.exp(0.5 * log_variance(learned(carried), least, most))
             deviation = jnp.where(grid.sigma[i + 1] > 0, own, 0)
         fresh = deviation * _normal(key, i, z)
-        return (grid.alpha[i + 1] * x + grid.sigma[i + 1] * kept * eps + fresh, carried), None
+        return grid.alpha[i + 1] * x + grid.sigma[i + 1] * kept * eps + fresh, carried
 
-    (z, _), _ = jax.lax.scan(step, (z, carried), jnp.arange(grid.steps))
-    return z
+    return Solver(grid.steps, lambda noise, carried: (noise, carried), step, _first)
+
+
+def _first(state: tuple[Latents, Any]) -> Latents:
+    return state[0]
 
 
 def _normal(key: PRNGKeyArray, i: Index, like: Latents) -> Latents:
@@ -146,16 +185,15 @@ def _normal(key: PRNGKeyArray, i: Index, like: Latents) -> Latents:
     return draw(key.reshape(-1)).reshape(like.shape)
 
 
-def dpm_solver_2m(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
+def dpm_solver_2m(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x̂ is extrapolated from the last two evaluations; order 2."""
 
-    def step(carry, i):
-        z, before, carried = carry
+    def step(state, i):
+        z, before, carried = state
         x, carried = predict(z, grid.time[i], carried)
-        return (grid.step(i, z, _extrapolated(grid, i, x, before)), x, carried), None
+        return grid.step(i, z, _extrapolated(grid, i, x, before)), x, carried
 
-    (z, _, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z), carried), jnp.arange(grid.steps))
-    return z
+    return Solver(grid.steps, lambda noise, carried: (noise, jnp.zeros_like(noise), carried), step, _first)
 
 
 def _extrapolated(grid: TimeGrid, i: Index, x: Latents, before: Latents) -> Latents:
@@ -164,23 +202,24 @@ def _extrapolated(grid: TimeGrid, i: Index, x: Latents, before: Latents) -> Late
     return x + ahead * (x - before)
 
 
-def unipc(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
+def unipc(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
     """UniPC-2 with B₂(h) = e^h − 1 and x-prediction (Zhao et al. 2023); order 2, as a rule 3.
 
     Each evaluation serves twice: it corrects the step that led to it (UniC), then predicts the next one (UniP, which
     for order 2 and B₂ is DPM-Solver++(2M)). The last step has no evaluation after it and is not corrected.
     """
 
-    def step(carry, i):
-        z, start, before, long_before, carried = carry
+    def step(state, i):
+        z, start, before, long_before, carried = state
         x, carried = predict(z, grid.time[i], carried)
         last = jnp.maximum(i - 1, 0)
         z = jnp.where(i > 0, grid.step(last, start, _corrected(grid, last, before, long_before, x)), z)
-        return (grid.step(i, z, _extrapolated(grid, i, x, before)), z, x, before, carried), None
+        return grid.step(i, z, _extrapolated(grid, i, x, before)), z, x, before, carried
 
-    zeros = jnp.zeros_like(z)
-    (z, *_), _ = jax.lax.scan(step, (z, z, zeros, zeros, carried), jnp.arange(grid.steps))
-    return z
+    def start(noise, carried):
+        return noise, noise, jnp.zeros_like(noise), jnp.zeros_like(noise), carried
+
+    return Solver(grid.steps, start, step, _first)
 
 
 def _corrected(grid: TimeGrid, i: Index, x: Latents, before: Latents, after: Latents) -> Latents:
@@ -197,7 +236,7 @@ def _corrected(grid: TimeGrid, i: Index, x: Latents, before: Latents, after: Lat
     return x + jnp.where(full, rho_1 / r, 0) * (before - x) + jnp.where(full, b_1 - rho_1, 0.5) * (after - x)
 
 
-def heun(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carried: Any) -> Latents:
+def heun(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
     """Heun's method along the flow's straight path (see `ddim` for y and s): dy/ds = ε̂ − x̂ = (y − x̂) / s; order 2.
 
     For "flow" y is z and s is t. Other schedules are converted to that form, which unlike Karras et al.'s z/α and σ/α
@@ -206,10 +245,10 @@ def heun(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carrie
     total = grid.alpha + grid.sigma
     s = grid.sigma / total
 
-    # One scan over evaluations, not steps, so that a large model is compiled once and not three times. The even ones
-    # are made at a step's start, the odd ones at its end.
-    def evaluation(carry, j):
-        y, start, slope_at_start, carried = carry
+    # Evaluations, not steps, so that a large model is compiled once and not three times. The even ones are made at a
+    # step's start, the odd ones at its end.
+    def evaluation(state, j):
+        y, start, slope_at_start, carried = state
         i, here = j // 2, (j + 1) // 2
         x, carried = predict(y * total[here], grid.time[here], carried)
         slope = (y - x) / s[here]
@@ -217,14 +256,16 @@ def heun(predict: Predict, z: Latents, grid: TimeGrid, key: PRNGKeyArray, carrie
         start = jnp.where(at_start, y, start)
         slope_at_start = jnp.where(at_start, slope, slope_at_start)
         y = start + (s[i + 1] - s[i]) * (slope_at_start + slope) / 2
-        return (y, start, slope_at_start, carried), None
+        return y, start, slope_at_start, carried
 
-    y = z / total[0]
-    (y, _, _, _), _ = jax.lax.scan(evaluation, (y, y, jnp.zeros_like(y), carried), jnp.arange(2 * grid.steps - 1))
-    return y * total[-1]
+    def begin(noise, carried):
+        y = noise / total[0]
+        return y, y, jnp.zeros_like(y), carried
+
+    return Solver(evaluations("heun", grid.steps), begin, evaluation, lambda state: state[0] * total[-1])
 
 
-SAMPLERS: dict[str, Callable[[Predict, Latents, TimeGrid, PRNGKeyArray, Any], Latents]] = {
+SAMPLERS: dict[str, Callable[[Predict, TimeGrid, PRNGKeyArray], Solver]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpm++2m": dpm_solver_2m,

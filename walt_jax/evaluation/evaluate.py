@@ -25,8 +25,10 @@ from walt_jax.evaluation.reconstruction import (
     usable_clips,
 )
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.generator import Generator
 from walt_jax.generation.low_res import shrunk
-from walt_jax.generation.sample import Generator, write_samples
+from walt_jax.generation.request import Request
+from walt_jax.generation.sample import write_samples
 from walt_jax.parallel.processes import is_first
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.workdir import write_atomically, write_picture
@@ -95,7 +97,8 @@ def evaluate(
         captions = [c.caption for c in COMBINATIONS] if data.source == "drawn" else _distinct(unseen, config.prompts)
         prompts = [caption for caption in captions for _ in range(config.samples_per_prompt)]
         seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
-        rows = write_samples(workdir / "samples", generator.generate(prompts, seeds), prompts, seeds, data.fps)
+        sampled = generator.generate([Request(*one) for one in zip(prompts, seeds, strict=True)])
+        rows = write_samples(workdir / "samples", sampled, prompts, seeds, data.fps)
         if data.source == "drawn" and is_first():
             combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
             files = [f"samples/{row['file']}" for row in rows]
@@ -121,7 +124,8 @@ def _super_resolution(
     """
     scale, seeds = generator.low_res.scale, list(range(len(clips)))
     latents = np.stack(in_batches(generator.low_res.encode, clips))
-    upscaled = generator.generate(captions, seeds, latents)
+    requests = [Request(*one, low_res=small) for *one, small in zip(captions, seeds, latents, strict=True)]
+    upscaled = generator.generate(requests)
     write_samples(workdir / "samples", upscaled, captions, seeds, data.fps)
     rows, shown = [], []
     for clip, sample, caption in zip(clips, upscaled, captions, strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from walt_jax.diffusion.objective import Binned, diffusion_loss, draw, level_names
+from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import single_clips
-from walt_jax.generation.sample import Generator
 
 ROUNDS = 8  # times and noises of each clip
 

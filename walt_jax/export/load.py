@@ -14,7 +14,7 @@ from walt_jax.export import orbax_files, safetensors_files
 from walt_jax.export.contents import CAPTIONS, Manifest, read_json, shapes
 from walt_jax.export.untrusted import inside
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.sample import Generator
+from walt_jax.generation.generator import Generator
 from walt_jax.parallel.mesh import make_mesh
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig, make_model
@@ -70,7 +70,8 @@ def _exported(folder: pathlib.Path, knobs: dict[str, Any]) -> TrainedModel:
             raise UserError("This model is only a tokenizer, which can't sample; it can reconstruct.")
         model = make_model(config, vocab_size, manifest.stage, codec)
         captions = text.frozen() or text.captions()
-        return Generator(model, jax.device_put(params), tokenizer, captions, config.sampling)
+        packed = config.stages[manifest.stage].pack is not None
+        return Generator(model, jax.device_put(params), tokenizer, captions, config.sampling, packed=packed)
 
     def unseen() -> Source:
         return RunData(config, folder, codec, text, lambda: None, lambda: mesh).unseen()

@@ -19,7 +19,7 @@ from walt_jax.diffusion.sampler import TimeGrid
 from walt_jax.export.contents import Contents, Manifest
 from walt_jax.export.untrusted import Shapes
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig
 from walt_jax.layers import ANY_PLATFORM, compiling_for
 from walt_jax.text.frozen import Embedded
 from walt_jax.training.run_config import RunConfig, make_model
@@ -107,13 +107,15 @@ def _step(model: LatentDiffusion, sampling: SamplingConfig) -> Callable[..., Any
     """A step of DDIM with the config's guidance, from a time to the next, both 0..1."""
 
     def step(weights, latents, time, next_time, text, empty, estimates, observed=None, mask=None):
-        if observed is None:
-            observed, mask = jnp.zeros_like(latents), jnp.zeros_like(latents[..., :1])
+        until = None if mask is None else jnp.where(mask == 1, 0.0, NEVER)
         text, empty = (Embedded(**part) if isinstance(part, dict) else part for part in (text, empty))
         params = unflatten_dict(weights, sep="/")
-        predict, levels, (first, learned) = model.predictor(params, text, empty, sampling, observed, mask)
+        free = jax.tree.map(lambda one: jnp.broadcast_to(one[None], (len(latents), *one.shape)), empty)
+        seeds = jnp.zeros(len(latents), jnp.uint32)  # DDIM has no randomness
+        asked = model.asked(text, free, seeds, latents.shape[1:], observed, until)
+        predict, levels, (first, learned, guided) = model.predictor(params, asked, sampling)
         z, estimates = model.tokens(latents), [model.tokens(estimates[number]) for number in range(len(first))]
-        x, (estimates, _) = predict(z, time, (estimates, learned))
+        x, (estimates, _, _) = predict(z, time, (estimates, learned, guided))
         times = jnp.stack([time, next_time])
         z = TimeGrid(times, *jax.vmap(levels)(times)).step(0, z, x)
 

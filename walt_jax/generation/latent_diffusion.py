@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt, UInt8
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
 from walt_jax.config import Positive
 from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
@@ -17,8 +19,8 @@ from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, guide
 from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
-from walt_jax.diffusion.sampler import Level, Predict, sample
-from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.diffusion.sampler import Level, Predict, Solver, evaluations, solver, time_grid
+from walt_jax.generation.codec import Codec
 from walt_jax.parallel.rules import constrain
 from walt_jax.text.frozen import Embedded
 from walt_jax.text.t5 import T5Encoder
@@ -28,6 +30,9 @@ from walt_jax.text.vocabulary import PAD
 TextTokens = Int[Array, "b s m"] | Embedded
 
 Levels = Callable[[Float[Array, ""]], tuple[Level, Level]]  # α and σ at a time
+OnStep = Callable[[int, int, Float[Array, "b n p"]], None]  # see `LatentDiffusion.sample_tokens`
+
+NEVER = 2.0  # a time above all others, down to which a position follows what is given: it does not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,29 @@ class SamplingConfig:
     sampler: Literal["ddpm", "ddim", "dpm++2m", "unipc", "euler", "heun"] = "ddim"
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     batch_size: Positive = 8
+
+
+@flax.struct.dataclass
+class Asked:
+    """What a batch is sampled from: equal clips or packs of clips, as tokens.
+
+    Attributes:
+        layout: where the clips are.
+        text: captions or labels.
+        free: the same without: empty, or negative prompts. Guidance leads away from them.
+        keys: of each row, for samplers that add noise.
+        observed: clean latents that are given.
+        until: the time, 0..1, down to which each latent position follows them; `NEVER` where nothing is given.
+        low_res: low-resolution latents, if the denoiser upscales.
+    """
+
+    layout: Layout
+    text: TextTokens
+    free: TextTokens
+    keys: PRNGKeyArray
+    observed: Float[Array, "b n p"]
+    until: Float[Array, "b n q"]
+    low_res: Float[Array, "b t2 h2 w2 c"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,47 +181,60 @@ class LatentDiffusion:
 
         return apply
 
-    def predictor(
+    def noise(self, seeds: UInt[Array, " b"], shape: tuple[int, int, int, int]) -> Float[Array, "b t h w c"]:
+        """Standard normal latents of a size; a clip's depend on its own seed only."""
+        return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+
+    def asked(
         self,
-        params: dict[str, Any],
-        text_tokens: Int[Array, "b m"] | Embedded,
-        empty: Int[Array, " m"] | Embedded,
-        config: SamplingConfig,
-        observed: Float[Array, "b t h w c"],
-        mask: Float[Array, "b t h w 1"],
-        low_res: Float[Array, "b t h2 w2 c"] | None = None,
-    ) -> tuple[Predict, Levels, Any]:
-        """The guided denoiser of a batch of clips; arguments as those of `sample`.
+        text: Int[Array, "b m"] | Embedded,
+        free: Int[Array, "b m"] | Embedded,
+        seeds: UInt[Array, " b"],
+        shape: tuple[int, int, int, int],
+        observed: Float[Array, "b t h w c"] | None = None,
+        until: Float[Array, "b t h w 1"] | None = None,
+        low_res: Float[Array, "b t2 h2 w2 c"] | None = None,
+    ) -> Asked:
+        """What a batch of clips of one size is sampled from; arguments as those of `sample`."""
+        if observed is None:
+            observed = jnp.zeros((len(seeds), *shape))
+        if until is None:
+            until = jnp.full((*observed.shape[:-1], 1), NEVER)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(seeds)
+        layout = Layout(grid=self.denoiser.config.grid(shape[:3]))
+        texts = single_clips(text), single_clips(free)
+        return Asked(layout, *texts, keys, self.tokens(observed), self.tokens(until), low_res)
+
+    def predictor(self, params: dict[str, Any], asked: Asked, config: SamplingConfig) -> tuple[Predict, Levels, Any]:
+        """The guided denoiser of a batch.
 
         Returns:
-            (predict, levels, carried) for `diffusion.sampler.sample`. What is carried first is ([the last estimate of
-            each model, with the condition and without], v of `learned_sigma` or None).
+            (predict, levels, carried) for `diffusion.sampler`. What is carried is ([the last estimate of each model,
+            with the condition and without], v of `learned_sigma` or None, the last guided estimate).
         """
-        layout, kind = self.layout, self.diffusion.parameterization
-        clean, where, low_res_time = self.tokens(observed), self.tokens(mask), jnp.zeros((observed.shape[0], 1))
-        condition = self.condition(params, single_clips(text_tokens), clean, where, low_res, low_res_time)
+        layout, kind, clean = asked.layout, self.diffusion.parameterization, asked.observed
+        sizes = layout.clip_sizes()
+        clips = (len(clean), sizes.shape[1])
+        known = (asked.until == 0).astype(clean.dtype)
+        low_res_time = jnp.zeros(clips)
+        condition = self.condition(params, asked.text, clean, known, asked.low_res, low_res_time)
         models = [self.denoise(params, condition, layout)]
         if config.guidance.needs_unconditional:
-            free = jax.tree.map(
-                lambda one, all_of_them: jnp.broadcast_to(one[None], all_of_them.shape), empty, text_tokens
-            )
             # Without caption and without observed frames: guidance is on both.
-            nothing = jnp.zeros_like(clean), jnp.zeros_like(where)
-            condition = self.condition(params, single_clips(free), *nothing, low_res, low_res_time)
+            nothing = jnp.zeros_like(clean), jnp.zeros_like(known)
+            condition = self.condition(params, asked.free, *nothing, asked.low_res, low_res_time)
             models.append(self.denoise(params, condition, layout))
-        tokens = jnp.full((1, 1), clean.shape[1])
+        tokens = jnp.maximum(sizes.prod(-1), 1)
 
         def levels(time):
-            return tuple(
-                level[..., None] for level in self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
-            )
+            levels = self.diffusion.schedule(time[None, None], self.diffusion.shift(tokens))
+            return tuple(layout.spread(jnp.broadcast_to(level, tokens.shape)[..., None]) for level in levels)
 
-        pinned = self.per_value(where)
         channel = jnp.arange(clean.shape[-1]) % self.latent_shape[3]
 
         def predict(z, time, carried):
             # Self-conditioning: each model gets its own last estimate, as in training.
-            times, level = jnp.full((z.shape[0], 1), time), levels(time)
+            times, level = jnp.full(clips, time), levels(time)
             outputs = [model(z, times, estimate) for model, estimate in zip(models, carried[0], strict=True)]
             split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
             estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
@@ -202,54 +243,106 @@ class LatentDiffusion:
                 guided = guide(config.guidance, time, *estimates)
                 if config.guidance.channels:
                     guided = jnp.where(channel[None, None] < config.guidance.channels, guided, estimates[0])
-            # The clean latents of observed positions are known, so their noise stays that of training at each time.
-            guided = pinned * clean + (1 - pinned) * guided
-            return guided, (estimates, split_outputs[0][1])
+            # Where clean latents are given, and held at this time, their noise stays that of training at each time.
+            held = self.per_value((time > asked.until).astype(clean.dtype))
+            guided = held * clean + (1 - held) * guided
+            return guided, (estimates, split_outputs[0][1], guided)
 
         none = jnp.zeros_like(clean)
-        return predict, levels, ([none for _ in models], none if self.denoiser.config.learned_sigma else None)
+        return predict, levels, ([none for _ in models], none if self.denoiser.config.learned_sigma else None, none)
 
-    @functools.partial(jax.jit, static_argnums=(0, 6))
-    def sample(
+    def _solver(self, params: dict[str, Any], asked: Asked, config: SamplingConfig) -> tuple[Solver, Any]:
+        """(the sampler, what the model carries at first)"""
+        predict, levels, carried = self.predictor(params, asked, config)
+        learned = (lambda carried: carried[1]) if self.denoiser.config.learned_sigma else None
+        grid = time_grid(config.sampler, levels, config.steps)
+        return solver(config.sampler, predict, grid, asked.keys, learned), carried
+
+    @functools.partial(jax.jit, static_argnames=("self", "config"))
+    def _begin(self, params: dict[str, Any], noise: Float[Array, "b n p"], asked: Asked, config: SamplingConfig) -> Any:
+        chosen, carried = self._solver(params, asked, config)
+        return chosen.start(constrain(noise, "batch", "tokens"), carried)
+
+    @functools.partial(jax.jit, static_argnames=("self", "config"), donate_argnames=("state",))
+    def _step(
+        self, params: dict[str, Any], state: Any, i: Int[Array, ""], asked: Asked, config: SamplingConfig
+    ) -> tuple[Any, Float[Array, "b n p"]]:
+        """The state after evaluation i, and its estimate of the clean latents."""
+        chosen, _ = self._solver(params, asked, config)
+        state = chosen.step(state, i)
+        *_, (_, _, estimate) = state
+        return state, estimate
+
+    @functools.partial(jax.jit, static_argnames=("self", "config"))
+    def _end(self, params: dict[str, Any], state: Any, asked: Asked, config: SamplingConfig) -> Float[Array, "b n p"]:
+        """The sample, in which what is given to the end is exact."""
+        chosen, _ = self._solver(params, asked, config)
+        known = self.per_value((asked.until == 0).astype(asked.observed.dtype))
+        return known * asked.observed + (1 - known) * chosen.result(state)
+
+    def sample_tokens(
         self,
         params: dict[str, Any],
-        tokenizer: TrainedTokenizer,
-        text_tokens: Int[Array, "b m"] | Embedded,
-        empty: Int[Array, " m"] | Embedded,
-        seeds: UInt[Array, " b"],
+        noise: Float[Array, "b n p"],
+        asked: Asked,
         config: SamplingConfig,
-        observed: Float[Array, "b t h w c"] | None = None,
-        mask: Float[Array, "b t h w 1"] | None = None,
-        low_res: Float[Array, "b t h2 w2 c"] | None = None,
-    ) -> UInt8[Array, "b t h w 3"]:
-        """Samples videos, uint8.
+        on_step: OnStep | None = None,
+    ) -> Float[Array, "b n p"]:
+        """Clean latents, as tokens. One program for each evaluation, so that sampling can be watched and cancelled.
 
         Args:
             params: structured as `init` returns them.
-            tokenizer: the codec's trained variables.
-            text_tokens: a caption or a label for each video.
-            empty: the empty caption or label, for guidance.
-            seeds: one for each video; its randomness depends on its own seed only.
+            noise: standard normal.
+            asked: see `Asked`.
             config: see `SamplingConfig`.
-            observed: normalised latents of observed frames, if the denoiser predicts frames; the result has them
-                unchanged.
-            mask: 1 at observed latent positions, 0 elsewhere.
-            low_res: normalised low-resolution latents, if the denoiser upscales.
+            on_step: called after each evaluation with its number, from 1, how many there are, and its estimate of the
+                clean latents, as tokens. What it raises ends sampling.
         """
-        layout = self.layout
-        keys = jax.vmap(jax.random.key)(seeds)
-        noise = self.tokens(jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys))
-        noise = constrain(noise, "batch", "tokens")
-        if observed is None:
-            observed, mask = (jnp.zeros((len(noise), *self.latent_shape[:3], c)) for c in (self.latent_shape[3], 1))
-        predict, levels, carried = self.predictor(params, text_tokens, empty, config, observed, mask, low_res)
-        learns = self.denoiser.config.learned_sigma
-        learned = (lambda carried: carried[1]) if learns else None
-        key = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        latents = sample(config.sampler, predict, noise, levels, config.steps, key, carried, learned)
-        latents = from_tokens(latents, layout.grid, self.denoiser.config.patch_size)
-        latents = mask * observed + (1 - mask) * latents
-        return self.codec.decode(tokenizer, latents)[0]
+        count = evaluations(config.sampler, config.steps)
+        state = self._begin(params, noise, asked, config)
+        for number in range(count):
+            state, estimate = self._step(params, state, np.int32(number), asked, config)
+            if on_step is not None:
+                on_step(number + 1, count, estimate)
+        return self._end(params, state, asked, config)
+
+    def sample(
+        self,
+        params: dict[str, Any],
+        text: Int[Array, "b m"] | Embedded,
+        free: Int[Array, "b m"] | Embedded,
+        seeds: UInt[Array, " b"],
+        config: SamplingConfig,
+        shape: tuple[int, int, int, int] | None = None,
+        observed: Float[Array, "b t h w c"] | None = None,
+        until: Float[Array, "b t h w 1"] | None = None,
+        low_res: Float[Array, "b t2 h2 w2 c"] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Float[Array, "b t h w c"]:
+        """Samples normalised latents of clips of one size.
+
+        Args:
+            params: structured as `init` returns them.
+            text: a caption or a label for each clip.
+            free: the empty caption or label, or a negative prompt, for each clip; guidance leads away from it.
+            seeds: one for each clip; its randomness depends on its own seed only.
+            config: see `SamplingConfig`.
+            shape: (t, h, w, c) of the clips; `latent_shape` by default.
+            observed: normalised latents that are given.
+            until: the time, 0..1, down to which each position follows what is given: 0 where it is kept, and the
+                denoiser is told so if it predicts frames; `NEVER` where nothing is given.
+            low_res: normalised low-resolution latents, if the denoiser upscales.
+            on_step: see `sample_tokens`.
+        """
+        shape = shape or self.latent_shape
+        noise, asked = self._prepared(text, free, seeds, shape, observed, until, low_res)
+        tokens = self.sample_tokens(params, noise, asked, config, on_step)
+        return from_tokens(tokens, asked.layout.grid, self.denoiser.config.patch_size)
+
+    @functools.partial(jax.jit, static_argnames=("self", "shape"))
+    def _prepared(self, text, free, seeds, shape, observed, until, low_res):
+        asked = self.asked(text, free, seeds, shape, observed, until, low_res)
+        return self.tokens(self.noise(seeds, shape)), asked
 
 
 def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:

@@ -1,78 +1,114 @@
-"""Samples videos from prompts, and writes them to files."""
+"""Writes sampled videos to files, with what they were asked for."""
 
-import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import tqdm.auto
 from jaxtyping import Float, UInt8
 
-from walt_jax.data.media import contact_sheet, write_video
-from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
-from walt_jax.generation.low_res import LowRes
-from walt_jax.parallel.processes import fetched, is_first
-from walt_jax.text.frozen import FrozenText
-from walt_jax.text.labels import Labels
-from walt_jax.text.vocabulary import Vocabulary
+import walt_jax
+from walt_jax.data.media import contact_sheet, write_video, write_video_stream
+from walt_jax.generation.generator import Generator
+from walt_jax.generation.long_video import segments
+from walt_jax.generation.request import Request
+from walt_jax.parallel.processes import is_first
 from walt_jax.workdir import write_atomically, write_picture
 
+SHEET_FRAMES = 16  # frames of a long video that its sheet is chosen from
 
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A trained model with all that it needs to sample.
 
-    Attributes:
-        model: the modules.
-        params: of text encoder and denoiser.
-        tokenizer: decodes latents.
-        captions: encodes prompts.
-        config: see `SamplingConfig`.
-        low_res: of super-resolution: encodes low-resolution clips, without which the model can't sample.
+class Samples:
+    """A folder of sampled videos: their files, `samples.json`, which grows with them, and `contact_sheet.png`.
+
+    Of several processes the first writes. Other files of the folder are kept.
+
+    Args:
+        out: the folder; it is created if it does not exist.
+        fps: frames a second.
+        suffixes: file formats, ".mp4" or ".gif"; `samples.json` names the files of the first one.
+        settings: what all videos were asked for, beside prompt and seed; in `samples.json` and in the files' tags.
+        tags: whether files have tags.
     """
 
-    model: LatentDiffusion
-    params: Any
-    tokenizer: TrainedTokenizer
-    captions: Vocabulary | Labels | FrozenText
-    config: SamplingConfig
-    low_res: LowRes | None = None
-
-    def generate(
+    def __init__(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        low_res: Float[np.ndarray, "n t h2 w2 c"] | None = None,
-        bar: bool | None = None,
-    ) -> UInt8[np.ndarray, "n t h w 3"]:
-        """One video for each prompt and seed. A video depends on its own prompt and seed only.
+        out: pathlib.Path,
+        fps: float,
+        suffixes: Sequence[str] = (".mp4",),
+        settings: Mapping[str, Any] | None = None,
+        tags: bool = True,
+    ):
+        self.out, self._fps, self._suffixes, self._tags = out, fps, suffixes, tags
+        self._settings = dict(settings or {})
+        self.rows: list[dict[str, Any]] = []
+        self._shown: list[UInt8[np.ndarray, "t h w 3"]] = []
+        if is_first():
+            out.mkdir(parents=True, exist_ok=True)
 
-        Args:
-            prompts, seeds: one of each for a video.
-            low_res: latents of the low-resolution videos, for super-resolution.
-            bar: whether progress is shown; by default, where there are several batches.
-        """
-        text_tokens, seeds = self.captions.encode(prompts), np.asarray(seeds, np.uint32)
-        empty = jax.tree.map(lambda array: array[0], self.captions.encode([""]))
-        # Batches of one size: one program is compiled, and a video does not depend on how many there are.
-        size = self.config.batch_size
-        clips, hidden = [], len(prompts) <= size if bar is None else not bar
-        with tqdm.auto.tqdm(total=len(prompts), desc="sampling", unit="clip", disable=hidden) as progress:
-            for first in range(0, len(prompts), size):
-                rows = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-                some = jax.tree.map(lambda array, rows=rows: array[rows], text_tokens)
-                small = None if low_res is None else low_res[rows]
-                batch = self.model.sample(
-                    self.params, self.tokenizer, some, empty, seeds[rows], self.config, low_res=small
-                )
-                clips.append(fetched(batch)[: len(prompts) - first])
-                progress.update(len(clips[-1]))
-        return np.concatenate(clips)
+    def add(self, clip: UInt8[np.ndarray, "t h w 3"], prompt: str, seed: int, **own: Any) -> None:
+        """Writes a video; `own` are its settings."""
+        name, row = self._row(prompt, seed, clip.shape[:3], own)
+        for suffix in self._suffixes if is_first() else ():
+            write_video(self.out / f"{name}{suffix}", clip, self._fps, self._tags_of(row))
+        self._end(row, clip)
+
+    def add_stream(
+        self,
+        frames: Iterable[UInt8[np.ndarray, "h w 3"]],
+        size: tuple[int, int, int],
+        prompt: str,
+        seed: int,
+        **own: Any,
+    ) -> None:
+        """Writes a video while its frames are made; if that ends early, the file has those that were."""
+        name, row = self._row(prompt, seed, size, own)
+        shown: list[np.ndarray] = []
+
+        def watched() -> Iterator[np.ndarray]:
+            for number, frame in enumerate(frames):
+                if number % max(1, size[0] // SHEET_FRAMES) == 0:
+                    shown.append(frame)
+                yield frame
+
+        try:
+            if is_first():
+                write_video_stream(self.out / f"{name}.mp4", watched(), self._fps, self._tags_of(row), keeps_part=True)
+            else:
+                for _ in watched():
+                    pass
+        except BaseException:
+            if shown:
+                self._end({**row, "complete": False}, np.stack(shown))
+            raise
+        self._end(row, np.stack(shown))
+
+    def name(self, prompt: str, seed: int) -> str:
+        """Of the next video's files."""
+        return f"{len(self.rows):03d}_{slug(prompt)}_seed{seed}"
+
+    def _row(self, prompt: str, seed: int, size: tuple[int, ...], own: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        name, (frames, height, width) = self.name(prompt, seed), size
+        row = {"file": f"{name}{self._suffixes[0]}", "prompt": prompt, "seed": int(seed)}
+        return name, {**row, "num_frames": frames, "height": height, "width": width, **self._settings, **own}
+
+    def _tags_of(self, row: Mapping[str, Any]) -> dict[str, str]:
+        if not self._tags:
+            return {}
+        settings = {name: value for name, value in row.items() if name != "file"}
+        made = {"walt_jax": walt_jax.__version__, "generated": True, **settings}
+        return {"title": row["prompt"], "comment": json.dumps(made, ensure_ascii=False)}
+
+    def _end(self, row: dict[str, Any], clip: UInt8[np.ndarray, "t h w 3"]) -> None:
+        self.rows.append(row)
+        self._shown.append(clip)
+        write_atomically(self.out / "samples.json", json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n")
+
+    def sheet(self) -> None:
+        """Writes the contact sheet."""
+        write_picture(self.out / "contact_sheet.png", contact_sheet(self._shown, [row["prompt"] for row in self.rows]))
 
 
 def write_samples(
@@ -81,31 +117,43 @@ def write_samples(
     prompts: Sequence[str],
     seeds: Sequence[int],
     fps: float,
-    suffixes: Sequence[str] = (".mp4",),
-) -> list[dict]:
-    """Writes each clip as a video file, and `samples.json` and `contact_sheet.png`; of several processes, the first.
-
-    Args:
-        out: the folder; it is created if it does not exist, and other files in it are kept.
-        clips: the videos.
-        prompts, seeds: of each video.
-        fps: frames a second.
-        suffixes: file formats, ".mp4" or ".gif"; `samples.json` names the files of the first one.
+) -> list[dict[str, Any]]:
+    """Writes videos into a folder, see `Samples`.
 
     Returns:
-        What `samples.json` holds: {"file", "prompt", "seed"} for each clip, files relative to `out`.
+        What `samples.json` holds: {"file", "prompt", "seed", …} for each, files relative to `out`.
     """
-    if is_first():
-        out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index, (clip, prompt, seed) in enumerate(zip(clips, prompts, seeds, strict=True)):
-        name = f"{index:03d}_{slug(prompt)}_seed{seed}"
-        for suffix in suffixes if is_first() else ():
-            write_video(out / f"{name}{suffix}", clip, fps)
-        rows.append({"file": f"{name}{suffixes[0]}", "prompt": prompt, "seed": int(seed)})
-    write_atomically(out / "samples.json", json.dumps(rows, indent=1) + "\n")
-    write_picture(out / "contact_sheet.png", contact_sheet(list(clips), list(prompts)))
-    return rows
+    samples = Samples(out, fps)
+    for clip, prompt, seed in zip(clips, prompts, seeds, strict=True):
+        samples.add(clip, prompt, seed)
+    samples.sheet()
+    return samples.rows
+
+
+def long_frames(
+    generator: Generator,
+    request: Request,
+    shown: slice,
+    keep: Callable[[Float[np.ndarray, "t h w c"]], None],
+    progress: Callable[[int], None],
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of a video that is longer than the model's clips, as they are made.
+
+    Args:
+        generator, request: see `long_video.segments`.
+        shown: the frames that are kept.
+        keep: called with each segment's latents before its frames are given on.
+        progress: called with the number of frames of each segment.
+    """
+    start, stop, _ = shown.indices(request.size[0])
+    number = 0
+    for segment in segments(generator, request):
+        keep(segment.latents)
+        for frame in segment.frames:
+            if start <= number < stop:
+                yield frame
+            number += 1
+        progress(len(segment.frames))
 
 
 def slug(prompt: str) -> str:

@@ -11,7 +11,8 @@ from walt_jax.data.media import contact_sheet
 from walt_jax.data.pipeline import Source
 from walt_jax.evaluation.reconstruction import reconstruction_sheet, usable_clips
 from walt_jax.generation.codec import Codec, TrainedTokenizer
-from walt_jax.generation.sample import Generator
+from walt_jax.generation.generator import Generator
+from walt_jax.generation.request import Request
 from walt_jax.parallel.processes import fetched
 from walt_jax.workdir import write_picture
 
@@ -66,10 +67,12 @@ def samples(generator: Callable[[Any], Generator], unseen: Source) -> Preview:
     def sheet(served: Any) -> Image.Image:
         with_params = generator(served)
         if with_params.low_res is None:
-            return contact_sheet(list(with_params.generate(prompts, seeds)), prompts)
+            requests = [Request(*one) for one in zip(prompts, seeds, strict=True)]
+            return contact_sheet(with_params.generate(requests), prompts)
         clips, titles = _clips(unseen)
-        upscaled = with_params.generate(titles, seeds[: len(clips)], with_params.low_res.encode(clips))
-        return contact_sheet(list(upscaled), titles)
+        small = with_params.low_res.encode(clips)
+        requests = [Request(*one, low_res=latents) for *one, latents in zip(titles, seeds, small, strict=False)]
+        return contact_sheet(with_params.generate(requests), titles)
 
     return sheet
 

@@ -23,9 +23,9 @@ from walt_jax.data.pipeline import Clips
 from walt_jax.denoiser import published_weights
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
+from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.low_res import LowRes
-from walt_jax.generation.sample import Generator
 from walt_jax.parallel import hardware
 from walt_jax.parallel.memory import device_bytes, memory_bytes
 from walt_jax.parallel.mesh import check_rows, described, make_mesh, on, replicated
@@ -271,6 +271,7 @@ class Run:
             self.text.frozen() or self.text.captions(),
             self.config.sampling,
             self.low_res(),
+            packed=self.config.stages[stage or self.config.denoiser_stages[-1]].pack is not None,
         )
 
     def _samples(self, stage: str, tokenizer: TrainedTokenizer) -> preview.Preview:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from walt_jax.errors import UserError
-from walt_jax.text import t5_weights, vocabulary
+from walt_jax.text import t5_weights, vocabulary, words
 from walt_jax.text.frozen import FrozenText, padded
 from walt_jax.text.labels import Labels
 from walt_jax.text.t5 import T5Encoder
@@ -28,6 +28,7 @@ class RunText:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path):
         self._config, self._workdir = config, workdir
+        self._words: set[str] | None = None  # of the captions, once `make` has read them
 
     def check(self) -> None:
         """Looks at the published T5, where there is one, without reading it.
@@ -53,6 +54,8 @@ class RunText:
             UserError: if `text.vocab_size` or `denoiser.classes` does not suit them.
         """
         config = self._config
+        trained = list(trained)
+        self._words = None if config.text is None else words.of_captions(trained)
         if config.pretrained_text is not None:
             return t5_weights.vocabulary_path(config.pretrained_text.pretrained).read_bytes()
         if config.text is not None:
@@ -69,7 +72,9 @@ class RunText:
         return Labels(names).dump()
 
     def keep(self, made: bytes | None) -> None:
-        """Writes what `make` made, where there is none yet, and its digest."""
+        """Writes what `make` made and the captions' words, where there are none yet, and its digest."""
+        if self._words is not None and not self._words_path.exists():
+            write_atomically(self._words_path, "".join(f"{word}\n" for word in sorted(self._words)))
         if made is not None and not self._path.exists():
             write_atomically(self._digest_path, hashlib.sha256(made).hexdigest() + "\n")
             write_atomically(self._path, made)
@@ -77,6 +82,10 @@ class RunText:
     @property
     def _path(self) -> pathlib.Path:
         return self._workdir / ("labels.json" if self._config.text is None else "vocabulary.model")
+
+    @property
+    def _words_path(self) -> pathlib.Path:
+        return self._workdir / "words.txt"
 
     @property
     def _digest_path(self) -> pathlib.Path:
@@ -101,6 +110,12 @@ class RunText:
             for caption, count in counts.items()
             if count > length - 1
         ]
+
+    def unknown_words(self, prompts: Iterable[str]) -> list[str]:
+        """A sentence on each prompt with words that no caption of the training clips has; none of older runs."""
+        if not self._words_path.exists():
+            return []
+        return list(words.warnings(prompts, set(self._words_path.read_text(encoding="utf-8").split("\n"))))
 
     def captions(self) -> Vocabulary | Labels:
         """What makes ids of captions; of published classes, which have no names, their numbers."""

@@ -1,0 +1,134 @@
+"""Samples what was asked for into a folder: clips in batches, long videos as streams."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tqdm.auto
+from jaxtyping import Float
+
+from walt_jax.generation.asking import Ask, Resolved, resolve
+from walt_jax.generation.generator import Generator
+from walt_jax.generation.request import Request, Size
+from walt_jax.generation.sample import Samples, long_frames
+from walt_jax.parallel.processes import is_first
+
+
+def sample_files(
+    generator: Generator,
+    ask: Ask,
+    pixels: Size,
+    prompts: Sequence[tuple[str, int]],
+    negative_prompt: str,
+    out: pathlib.Path,
+    gif: bool = False,
+    tags: bool = True,
+) -> int:
+    """Writes a video for each prompt and seed; notes on what was fitted go to the standard error output.
+
+    Videos that are longer than the model's clips are made window by window; their latents are in `latents/` before
+    their frames are decoded.
+
+    Args:
+        generator, ask, pixels: as `asking.resolve` has them.
+        prompts: (prompt, seed) of each video.
+        negative_prompt: for all.
+        out: the folder, see `Samples`.
+        gif: whether files are written as GIFs too.
+        tags: whether files have tags.
+
+    Returns:
+        The number of videos.
+
+    Raises:
+        UserError: as `asking.resolve`.
+    """
+    asked = resolve(generator, ask, pixels)
+    for note in asked.notes:
+        print(f"note: {note}.", file=sys.stderr)
+    requests = [Request(prompt, seed, negative_prompt, asked.size, asked.given) for prompt, seed in prompts]
+    is_long = generator.shape(asked.size)[0] > generator.longest
+    suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
+    samples = Samples(out, ask.fps, suffixes, _settings(generator, ask, negative_prompt), tags)
+    try:
+        if is_long:
+            _long(generator, requests, asked, samples)
+        else:
+            for request, clip in _clips(generator, requests):
+                samples.add(clip[asked.shown], request.prompt, request.seed)
+    finally:
+        if samples.rows:
+            samples.sheet()
+    return len(samples.rows)
+
+
+def _settings(generator: Generator, ask: Ask, negative_prompt: str) -> dict:
+    """What `samples.json` and the files' tags say beside prompt and seed."""
+    config = generator.config
+    found = {"fps": ask.fps, "steps": config.steps, "sampler": config.sampler, "guidance": config.guidance.scale}
+    if negative_prompt:
+        found["negative_prompt"] = negative_prompt
+    if ask.conditions:
+        found["conditions"] = [
+            {**dataclasses.asdict(one), "file": pathlib.Path(one.file).name} for one in ask.conditions
+        ]
+    if ask.mask:
+        found["mask"] = pathlib.Path(ask.mask).name
+    if ask.extend:
+        found["extend"] = ask.extend
+    return found
+
+
+def _clips(generator: Generator, requests: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
+    """Videos in the order of their requests, batch by batch, so that those made are written when others fail."""
+    size = generator.config.batch_size
+    with tqdm.auto.tqdm(total=len(requests), desc="sampling", unit="clip", disable=len(requests) <= size) as progress:
+        for first in range(0, len(requests), size):
+            some = requests[first : first + size]
+            yield from zip(some, generator.generate(some, bar=False), strict=True)
+            progress.update(len(some))
+
+
+def _long(generator: Generator, requests: list[Request], asked: Resolved, samples: Samples) -> None:
+    folder = samples.out / "latents"
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+    shape = generator.shape(asked.size)
+    for number, request in enumerate(requests):
+        name = f"{samples.name(request.prompt, request.seed)}.npy"
+        title = f"video {number + 1} of {len(requests)}"
+        with (
+            _Latents(folder / name, shape) as latents,
+            tqdm.auto.tqdm(total=asked.size[0], desc=title, unit="frame") as progress,
+        ):
+            frames = long_frames(generator, request, asked.shown, latents.add, progress.update)
+            size = (len(range(*asked.shown.indices(asked.size[0]))), *asked.size[1:])
+            samples.add_stream(frames, size, request.prompt, request.seed, latents=f"latents/{name}")
+
+
+class _Latents:
+    """A .npy file that fills while a video is made; what is not made yet is NaN. Memory does not grow."""
+
+    def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
+        self._path, self._shape, self._count = path, shape, 0
+
+    def __enter__(self) -> "_Latents":
+        if is_first():
+            self._array = np.lib.format.open_memmap(self._path, "w+", np.float32, self._shape)
+            for number in range(len(self._array)):
+                self._array[number] = np.nan
+        return self
+
+    def add(self, latents: Float[np.ndarray, "t h w c"]) -> None:
+        """Appends latent frames."""
+        if is_first():
+            self._array[self._count : self._count + len(latents)] = latents
+            self._array.flush()
+        self._count += len(latents)
+
+    def __exit__(self, *error: object) -> None:
+        if is_first():
+            self._array.flush()
+            del self._array

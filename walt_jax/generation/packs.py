@@ -1,0 +1,108 @@
+"""Requests of several sizes as one pack: what each gives in it, it gives alone (NaViT's packing, in sampling)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from walt_jax.denoiser.layout import Grid, Layout, Needs, PackRows, from_tokens, make_pack, place_clips
+from walt_jax.generation.latent_diffusion import NEVER, Asked, LatentDiffusion, SamplingConfig
+
+Shape = tuple[int, int, int, int]
+UNIT = 128  # a pack's length is a multiple, so that packs of similar requests share a program
+
+
+def can_pack(model: LatentDiffusion, config: SamplingConfig) -> bool:
+    """Whether clips in a pack give what they give alone.
+
+    The noise that "ddpm" adds, and what guidance measures over a clip, would be a whole pack's; convolutions of super-
+    resolution and of outputs need equal clips.
+    """
+    denoiser = model.denoiser.config
+    whole = config.guidance.rescale > 0 or config.sampler == "ddpm"
+    return not whole and denoiser.upscale == 1 and not denoiser.output_conv
+
+
+def filled(grids: Sequence[Grid], room: int) -> Iterator[list[int]]:
+    """Numbers of clips that share a pack of at most so many tokens: each goes to the first with room for it."""
+    packs: list[list[int]] = []
+    left: list[int] = []
+    for number, tokens in enumerate(int(np.prod(grid)) for grid in grids):
+        place = next((place for place, free in enumerate(left) if free >= tokens), None)
+        if place is None:
+            packs.append([])
+            left.append(room)
+            place = -1
+        packs[place].append(number)
+        left[place] -= tokens
+    yield from packs
+
+
+class Packed(NamedTuple):
+    """A pack to sample from.
+
+    Attributes:
+        noise: standard normal, each clip's that which it has alone.
+        asked: see `Asked`.
+        grids: tokens of each clip along (t, h, w).
+    """
+
+    noise: Float[np.ndarray, "1 n p"]
+    asked: Asked
+    grids: list[Grid]
+
+    def clips(self, model: LatentDiffusion, tokens: Float[np.ndarray, "1 n p"]) -> list[Float[np.ndarray, "t h w c"]]:
+        """The latents of each clip."""
+        found, start = [], 0
+        for grid in self.grids:
+            end = start + int(np.prod(grid))
+            found.append(as_latents(tokens[0, start:end], grid, model.denoiser.config.patch_size))
+            start = end
+        return found
+
+
+def as_latents(tokens: Float[np.ndarray, "n p"], grid: Grid, patch: Grid) -> Float[np.ndarray, "t h w c"]:
+    """The latents of a clip's tokens."""
+    return np.asarray(from_tokens(tokens[None], grid, patch)[0])
+
+
+def pack(
+    model: LatentDiffusion,
+    shapes: Sequence[Shape],
+    text: Any,
+    free: Any,
+    seeds: np.ndarray,
+    given: Sequence[tuple[np.ndarray, np.ndarray] | None],
+) -> Packed:
+    """Makes a pack of clips.
+
+    Args:
+        model: see `LatentDiffusion`.
+        shapes: (t, h, w, c) of each clip's latents.
+        text, free, seeds: of each clip, as `LatentDiffusion.sample` has them.
+        given: (latents, until when they are followed) of each clip, or None.
+    """
+    config = model.denoiser.config
+    grids = [config.grid(shape[:3]) for shape in shapes]
+    length = -(-sum(int(np.prod(grid)) for grid in grids) // UNIT) * UNIT
+    positions, sizes = place_clips([grids], length, len(grids))
+    windows, isolate = config.attention_windows, config.isolate_images
+    rows = PackRows.choose([Needs.of(positions, sizes, windows, isolate)])
+    layout = Layout(pack=make_pack(positions, sizes, windows, rows, isolate))
+    width = int(np.prod(config.patch_size))
+    noise = np.zeros((1, length, width * shapes[0][3]), np.float32)
+    observed, until = np.zeros_like(noise), np.full((1, length, width), NEVER, np.float32)
+    start = 0
+    for number, (shape, grid) in enumerate(zip(shapes, grids, strict=True)):
+        end = start + int(np.prod(grid))
+        noise[0, start:end] = model.tokens(model.noise(seeds[number : number + 1], shape))[0]
+        if given[number] is not None:
+            latents, times = given[number]
+            observed[0, start:end] = model.tokens(latents[None])[0]
+            until[0, start:end] = model.tokens(times[None])[0]
+        start = end
+    texts = [jax.tree.map(lambda array: array[None], one) for one in (text, free)]
+    keys = jax.vmap(jax.random.key)(seeds[:1])
+    return Packed(noise, Asked(layout, *texts, keys, observed, until), grids)
