@@ -10,7 +10,7 @@ if typing.TYPE_CHECKING:
     import pathlib
 
     from walt_jax.api import TrainedModel
-    from walt_jax.generation.asking import Condition
+    from walt_jax.generation.asking import Condition as Condition
 
 __version__ = "0.1.0"
 

@@ -23,6 +23,7 @@ from walt_jax.data.media import write_video
 from walt_jax.errors import UserError
 from walt_jax.export.contents import contents
 from walt_jax.export.export import export
+from walt_jax.generation.request import Request
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig
 
@@ -79,7 +80,7 @@ def test_a_round_trip(kind, exported, model, video, monkeypatch):
 def test_a_video_is_that_of_the_command_line(model, run, video):
     """An array with its frame rate, which a notebook shows."""
     assert isinstance(video, np.ndarray) and video.shape == (5, 16, 16, 3) and video.dtype == np.uint8
-    clips = run.generator().generate([PROMPT, "a red circle moving left"], [1, 2])
+    clips = run.generator().generate([Request(PROMPT, 1), Request("a red circle moving left", 2)])
     assert (clips[0] == video).all()
     several = model.sample([PROMPT, "a red circle moving left"], seed=[1, 2])
     assert several.shape == (2, 5, 16, 16, 3) and (several == clips).all()

@@ -173,7 +173,9 @@ def sampled(config):
     with on(mesh, ()):
         params = jax.device_put(filled(unboxed(boxed)), shardings(boxed, mesh))
         trained = TrainedTokenizer.unnormalised(jax.device_put(variables, replicated(mesh)), 4)
-        videos = task.model.sample(params, trained, text, text[0], np.arange(8, dtype=np.uint32), settings)
+        free = np.broadcast_to(text[:1], text.shape)
+        latents = task.model.sample(params, text, free, np.arange(8, dtype=np.uint32), settings)
+        videos = CODEC.decode(trained, latents)[0]
         return np.asarray(videos), np.asarray(CODEC.decode_long(trained, normal(5, 8, *GRID, 4)))
 
 

@@ -14,6 +14,7 @@ from walt_jax.data.latents import LatentClips
 from walt_jax.denoiser.layout import to_tokens
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.generation.request import Request
 from walt_jax.training import pack_batches
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig
@@ -100,7 +101,7 @@ def test_each_stage_is_trained_and_its_tables_have_its_size(trained):
 
 
 def test_it_samples_at_the_last_size(trained):
-    assert trained.generator().generate([""], [0]).shape == (1, 3, 16, 16, 3)
+    assert trained.generator().generate([Request()])[0].shape == (3, 16, 16, 3)
     assert trained.summary().count("are encoded first") == 2
 
 
@@ -111,7 +112,7 @@ def test_stopped_among_packs_it_samples_at_their_size_and_goes_on_to_the_last_bi
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "larger")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "packs" / "3")
     run = run_in(tmp_path / "run")
-    assert run.generator().generate([""], [0]).shape == (1, 3, 8, 8, 3)
+    assert run.generator().generate([Request()])[0].shape == (3, 8, 8, 3)
     run.train()
     assert losses(run) == losses(trained)
 

@@ -64,6 +64,8 @@ def segments(generator: Generator, request: Request, watch: Watch | None = None)
         request: of a video that is longer than the model's clips; what is given of it is read as it is needed.
         watch: see `Generator.latents`.
     """
+    # One video is not worth a batch of copies.
+    generator = dataclasses.replace(generator, config=dataclasses.replace(generator.config, batch_size=1))
     codec, tokenizer = generator.model.codec, generator.tokenizer
     stride = codec.tokenizer.config.strides[0]
     total, *place = generator.shape(request.size)
