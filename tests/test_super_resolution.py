@@ -28,7 +28,7 @@ from walt_jax.config_file import parent
 
 def get_config():
     config = parent("configs/walt_tiny.py", "walt_tiny")
-    for name in ("text", "denoiser", "diffusion", "sampling"):
+    for name in ("text", "denoiser", "diffusion", "sampling", "conditioning"):
         del config[name]
     del config.stages["denoiser"]
     config.stages.tokenizer.update(steps=2)
@@ -46,7 +46,7 @@ def get_config():
     del config.text
     config.data.update(height=32, width=32, caption_dropout=0.0)
     config.denoiser.update(cross_attention=False, classes=72, upscale=2, layers=1, windows=((1, None, None),))
-    config.denoiser.self_conditioning = False
+    config.denoiser.update(self_conditioning=False, frame_prediction=False)
     config.diffusion.self_conditioning = 0.0
     config.conditioning = ConfigDict({"low_res_noise": 0.3})
     config.stages.tokenizer.update(steps=2)

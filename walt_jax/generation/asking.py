@@ -1,7 +1,7 @@
 """From what a user gives — files, frames, strengths, sizes — to what the model is asked for."""
 
 import dataclasses
-import re
+import pathlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -44,15 +44,19 @@ class Condition:
         Raises:
             UserError: if it is something else.
         """
-        found = re.fullmatch(r"(?P<file>.+?)(@(?P<frame>[^@:]*)(:(?P<strength>[^@:]*))?)?", text, re.DOTALL)
+        file, at, place = text.rpartition("@")
+        if not at or pathlib.Path(text).exists():  # names of files may have an @
+            file, place = text, "0"
+        frame, colon, strength = place.partition(":")
         try:
-            frame, strength = found["frame"], found["strength"]
-            return cls(found["file"], 0 if frame is None else int(frame), 1.0 if strength is None else float(strength))
-        except (TypeError, ValueError):
-            raise UserError(
-                f"--condition={text} can't be read; write FILE, FILE@FRAME or FILE@FRAME:STRENGTH, such as "
-                "last.png@-1 or clip.mp4@0:0.6."
-            ) from None
+            if file:
+                return cls(file, int(frame), float(strength) if colon else 1.0)
+        except ValueError:
+            pass
+        raise UserError(
+            f"--condition={text} can't be read; write FILE, FILE@FRAME or FILE@FRAME:STRENGTH, such as last.png@-1 or "
+            "clip.mp4@0:0.6."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from walt_jax.errors import UserError
 from walt_jax.generation.generator import Generator, Watch
 from walt_jax.generation.latent_diffusion import NEVER
 from walt_jax.generation.request import Given, Request
@@ -60,9 +61,12 @@ def segments(generator: Generator, request: Request, watch: Watch | None = None)
     """Makes a video of any length, window by window, in memory that does not grow with it.
 
     Args:
-        generator: see `Generator`; its model's clips have at least three latent frames.
+        generator: see `Generator`.
         request: of a video that is longer than the model's clips; what is given of it is read as it is needed.
         watch: see `Generator.latents`.
+
+    Raises:
+        UserError: if the model makes pictures.
     """
     # One video is not worth a batch of copies.
     generator = dataclasses.replace(generator, config=dataclasses.replace(generator.config, batch_size=1))
@@ -70,7 +74,9 @@ def segments(generator: Generator, request: Request, watch: Watch | None = None)
     stride = codec.tokenizer.config.strides[0]
     total, *place = generator.shape(request.size)
     size = generator.longest
-    plan = windows(total, size, max(2, size // 2))
+    if size == 1:
+        raise UserError("This model makes pictures; of a video, frames after the first can't be made.")
+    plan = windows(total, size, min(max(2, size // 2), size - 1))
     cache, latest = None, np.zeros((0, *place), np.float32)  # the last window's latents
     last_frames: list[UInt8[np.ndarray, "h w 3"]] = []  # of those, the last frame each
     for number, window in enumerate(plan):

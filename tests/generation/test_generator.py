@@ -1,0 +1,169 @@
+"""Requests of any size, alone, in batches and in packs; long videos, window by window."""
+
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from walt_jax.config import build, plain
+from walt_jax.denoiser.resize import resize
+from walt_jax.diffusion.guidance import GuidanceConfig
+from walt_jax.errors import UserError
+from walt_jax.generation.asking import encoded
+from walt_jax.generation.codec import TrainedTokenizer
+from walt_jax.generation.generator import Generator
+from walt_jax.generation.latent_diffusion import NEVER, SamplingConfig, unboxed
+from walt_jax.generation.long_video import segments, windows
+from walt_jax.generation.request import Given, Request
+from walt_jax.training.run_config import RunConfig, make_model
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+class Letters:
+    """Captions by their letters."""
+
+    def encode(self, captions):
+        ids = [[2 + ord(letter) % 20 for letter in caption[:5]] + [1] for caption in captions]
+        return np.array([row + [0] * (8 - len(row)) for row in ids], np.int32)
+
+
+def make(**denoiser):
+    """A generator of videos of 9 × 16 × 16 with random parameters."""
+    knobs = plain(runpy.run_path(str(CONFIGS / "walt_tiny.py"))["get_config"](), "config")
+    knobs["data"].update(frames=9)
+    knobs["denoiser"].update(dim=24, layers=2, **denoiser)
+    config = build(RunConfig, knobs, "config")
+    model = make_model(config, 32)
+    key = jax.random.key(0)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape),
+        unboxed(jax.eval_shape(model.init, key)),
+    )
+    variables = unboxed(model.codec.tokenizer.init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))
+    tokenizer = TrainedTokenizer.unnormalised(variables, config.tokenizer.latent_channels)
+    sampling = SamplingConfig(2, guidance=GuidanceConfig(scale=2.0), batch_size=2)
+    return Generator(model, params, tokenizer, Letters(), sampling)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return make()
+
+
+SIZES = [(9, 16, 16), (5, 16, 24), (1, 24, 16), (9, 16, 16)]
+
+
+def test_a_pack_gives_each_request_what_it_gives_alone(generator):
+    """With conditions, negative prompts and seeds of their own."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for number, size in enumerate(SIZES):
+        shape = generator.shape(size)
+        until = rng.choice([0, 0.4, NEVER], (*shape[:3], 1)).astype(np.float32)
+        given = Given(rng.normal(size=shape).astype(np.float32), until) if number != 1 else None
+        requests.append(Request("ab"[number % 2], number, "c" * number, size, given))
+    together = generator.latents(requests)
+    for request, latents in zip(requests, together, strict=True):
+        assert latents.shape == generator.shape(request.size)
+        [alone] = generator.latents([request])
+        np.testing.assert_allclose(latents, alone, atol=2e-4, rtol=1e-4)
+        if request.given is not None:
+            kept = np.broadcast_to(request.given.until == 0, latents.shape)
+            np.testing.assert_allclose(latents[kept], request.given.latents[kept], atol=1e-6)
+    assert np.abs(together[0] - together[3]).max() > 0.1
+
+
+def test_each_request_matters(generator):
+    """Prompt, negative prompt and seed each change what is made."""
+    base = Request("a", 1)
+    others = [
+        dataclasses.replace(base, **change) for change in ({"prompt": "b"}, {"negative_prompt": "b"}, {"seed": 2})
+    ]
+    first, *changed = generator.latents([base, *others])
+    assert all(np.abs(first - other).max() > 1e-3 for other in changed)
+
+
+def test_windows_that_do_not_divide_a_size_are_a_pack_of_one():
+    """A whole window on such a grid is the same as none that divides: a size with a window that does is the twin."""
+    whole = make(windows=((1, None, None), (None, 1, 1)))
+    cut = make(windows=((1, 4, 4), (None, 1, 1)))  # of tokens, on grids of up to 3 × 3: a whole frame
+    request = Request("a", 3, size=(5, 24, 16))
+    [expected], [got] = whole.latents([request]), cut.latents([request])
+    np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_tables_of_positions_are_interpolated_to_another_size():
+    learned = make(positions="learned", relative="bias")
+    model, params = learned.at([(3, 4, 2)])
+    assert model.denoiser.bounds == (3, 4, 2)
+    table = params["denoiser"]["space_embedding"]
+    assert table.shape[1:3] == (4, 2)
+    like = unboxed(jax.eval_shape(model.init, jax.random.key(0)))["denoiser"]
+    twin = resize(learned.params["denoiser"], like)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (params["denoiser"], twin)), strict=True))
+    [latents] = learned.latents([Request("a", size=(9, 32, 16))])
+    assert latents.shape == learned.shape((9, 32, 16)) and np.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [((10, 16, 16), "1 \\+ 4·k"), ((9, 12, 16), "height of 12 .* multiple of 8"), ((9, 16, 3), "width of 3 .* 8")],
+)
+def test_a_size_that_can_not_be_made_is_refused_with_the_nearest(generator, size, says):
+    with pytest.raises(UserError, match=says):
+        generator.shape(size)
+
+
+def test_what_watches_sees_every_evaluation_and_can_end_it(generator):
+    seen = []
+
+    def watch(numbers, number, count, estimate):
+        seen.append((numbers, number, count, estimate(0).shape))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.latents([Request("a"), Request("b"), Request("c")], watch=watch)
+    shape = generator.model.latent_shape
+    assert seen == [([0, 1], 1, 2, shape), ([0, 1], 2, 2, shape), ([2], 1, 2, shape)]
+
+
+@pytest.mark.parametrize(("total", "size", "observed"), [(5, 5, 2), (6, 5, 2), (20, 5, 2), (9, 2, 1), (30, 8, 4)])
+def test_windows_cover_a_video_once(total, size, observed):
+    made = []
+    for window in windows(total, size, observed):
+        assert window.stop - window.start == size
+        assert window.start + window.done == len(made)  # what is there before it reaches up to what is new
+        assert not made or window.done >= observed
+        made += range(window.start + window.done, window.stop)
+    assert made == list(range(total))
+
+
+def test_a_long_video_is_decoded_once_and_begins_like_a_short_one(generator):
+    """Its frames are those of its latents, decoded as one; the first window is the short video."""
+    size = (21, 16, 16)
+    shape = generator.shape(size)
+    last = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    until = np.full((*shape[:3], 1), NEVER, np.float32)
+    until[-1] = 0
+    found = list(segments(generator, Request("a", 5, size=size, given=Given(last, until))))
+    latents = np.concatenate([segment.latents for segment in found])
+    frames = np.concatenate([segment.frames for segment in found])
+    assert latents.shape == shape and frames.shape == (*size, 3)
+    whole = np.asarray(generator.model.codec.decode(generator.tokenizer, latents[None])[0][0])
+    assert np.abs(whole.astype(int) - frames).max() <= 1
+    [short] = generator.latents([Request("a", 5)])
+    np.testing.assert_allclose(latents[:3], short, atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(latents[-1], last[-1], atol=1e-6)  # given at the end
+    assert np.abs(latents[3:5] - latents[1:3]).max() > 1e-3
+
+
+def test_encoding_in_chunks_is_encoding_at_once(generator):
+    video = np.random.default_rng(0).integers(0, 255, (37, 16, 16, 3), np.uint8)
+    whole = generator.model.codec.encode(generator.tokenizer, video[None])[0][0]
+    np.testing.assert_allclose(encoded(generator.model.codec, generator.tokenizer, video), whole, atol=1e-4)
