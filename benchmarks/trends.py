@@ -27,8 +27,8 @@ import numpy as np
 from walt_jax.config import build
 from walt_jax.diffusion.parameterization import clean
 from walt_jax.evaluation.evaluate import evaluate
-from walt_jax.generation.latent_diffusion import single_clips
 from walt_jax.generation.generator import Generator
+from walt_jax.generation.latent_diffusion import single_clips
 from walt_jax.parallel.cost import flops
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run import Run

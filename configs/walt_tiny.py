@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
     config.denoiser.update(dim=32, heads=2, layers=2, windows=((1, None, None), (None, 1, 1)))
     config.stages.tokenizer.update(steps=30, batch_size=2, log_every=1, checkpoint_every=8)
     config.stages.denoiser.update(steps=30, batch_size=4, cached_clips=32, log_every=1, checkpoint_every=8)
-    config.conditioning.frames = (1,)
     config.sampling.update(steps=2)
     config.evaluation.update(clips=8, samples_per_prompt=1)
     return config

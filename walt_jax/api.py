@@ -90,7 +90,12 @@ class TrainedModel:
         return self._make_tokenizer()
 
     @functools.cached_property
-    def _generator(self) -> Generator:
+    def generator(self) -> Generator:
+        """What samples, for requests that `sample` has no arguments for.
+
+        Raises:
+            UserError: if the model is only a tokenizer.
+        """
         return self._make_generator()
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[None]:
@@ -133,7 +138,7 @@ class TrainedModel:
         seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
         if not prompts or len(seeds) != len(prompts):
             raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give as many, at least one.")
-        generator = self._generator
+        generator = self.generator
         if generator.low_res is not None:
             raise UserError("This model upscales clips, and a prompt has none; evaluate upscales unseen clips.")
         config, data = generator.config, self.config.data
@@ -212,7 +217,7 @@ class TrainedModel:
             UserError: if the config's data can't be read.
         """
         config = self.config
-        generator = self._generator if config.denoiser else None
+        generator = self.generator if config.denoiser else None
         with tempfile.TemporaryDirectory() as temporary, self._on_mesh():
             folder = pathlib.Path(out or temporary)
             folder.mkdir(parents=True, exist_ok=True)

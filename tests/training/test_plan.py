@@ -119,7 +119,7 @@ def denoiser_by_hand():
     """Twice the multiplications of one pass: 2 × 2 × 2 tokens, and 16 text tokens."""
     dim, tokens, patch, text, width = 32, 8, 4 * 12, 16, 16
     once = (
-        2 * patch * dim * tokens  # latents and estimate
+        (3 * patch + 4) * dim * tokens  # latents, estimate, what is observed, and its mask
         + 256 * dim + dim * dim  # the time
         + width * dim * text + dim * dim  # the text, and its mean
         + 6 * dim * dim + 2 * dim * dim  # the modulation that blocks share, and that of the output
@@ -148,7 +148,7 @@ def denoiser_step_by_hand(times_positions):
 
     The clips of a batch have the same positions, which are embedded once; in packs each clip's are.
     """
-    first_layers = 2 * (2 * 48 * 32 * 8 + 256 * 32)
+    first_layers = 2 * ((3 * 48 + 4) * 32 * 8 + 256 * 32)
     clip = (1 + 3) * (denoiser_by_hand() - POSITIONS) - first_layers + 3 * text_encoder_by_hand()
     return BATCH * clip + times_positions * (1 + 3 - 1) * POSITIONS
 

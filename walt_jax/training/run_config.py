@@ -183,10 +183,10 @@ class RunConfig:
             conditioning.probability > 0
         ):
             raise ValueError("denoiser.frame_prediction, conditioning.frames and its probability go together")
-        if conditioning.frames and (denoiser.patch_size[0] > 1 or max(conditioning.frames) >= shape[0]):
+        if conditioning.frames and (denoiser.patch_size[0] > 1 or min(conditioning.frames) >= shape[0]):
             raise ValueError(
-                f"conditioning.frames {conditioning.frames} should be fewer than the {shape[0]} latent frames, and "
-                "denoiser.patch_size 1 in time"
+                f"conditioning.frames {conditioning.frames} should have fewer than the {shape[0]} latent frames, and "
+                "denoiser.patch_size should be 1 in time"
             )
         if self.sampling.guidance.channels > shape[3]:
             raise ValueError(f"sampling.guidance.channels is more than the latents' {shape[3]}")

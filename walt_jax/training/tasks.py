@@ -69,7 +69,8 @@ class ConditioningConfig:
 
     Attributes:
         frames: numbers of observed latent frames; one of them is drawn for each clip, all equally likely. 1 is image to
-            video, 2 is W.A.L.T's video prediction. At least one frame of each clip is generated.
+            video, 2 is W.A.L.T's video prediction. At least one frame of each clip is generated, so that of short clips
+            fewer are observed.
         probability: that a clip has observed frames, W.A.L.T's p_fp.
         kinds: which tokens of a clip are observed; one kind is drawn for each clip, all equally likely; a kind listed
             twice is twice as frequent. "start" and "end": the first or last `frames`; "ends": the first `frames` and
