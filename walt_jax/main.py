@@ -106,6 +106,9 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     )
     for name, what in (("num_frames", "frames"), ("height", "pixels"), ("width", "pixels")):
         flags.DEFINE_integer(name, None, f"sample: {what} of the video", flag_values=values, lower_bound=1)
+    flags.DEFINE_list(
+        "cascade", [], "sample: workdirs of super-resolution runs that upscale the videos, in order", flag_values=values
+    )
     flags.DEFINE_float("fps", None, "sample: frames a second of the files", flag_values=values, lower_bound=0.01)
     flags.DEFINE_integer("steps", None, "sample: sampling steps", flag_values=values, lower_bound=1, upper_bound=1000)
     flags.DEFINE_float("guidance", None, "sample: the scale of guidance; 1 is none", flag_values=values)
@@ -413,8 +416,16 @@ def sample(values: flags.FlagValues) -> None:
             out,
             gif=values.gif,
             tags=values.metadata,
+            cascade=[_upscaler(path) for path in values.cascade],
         )
     print(f"wrote {count} videos, samples.json and contact_sheet.png to {out}")
+
+
+def _upscaler(path: str) -> Any:
+    """The super-resolution model of a workdir."""
+    from walt_jax.export.load import load
+
+    return load(path).generator
 
 
 def _as_asked(values: flags.FlagValues, generator: Any) -> Any:

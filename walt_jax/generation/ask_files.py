@@ -9,7 +9,9 @@ import numpy as np
 import tqdm.auto
 from jaxtyping import Float
 
+from walt_jax.errors import UserError
 from walt_jax.generation.asking import Ask, Resolved, resolve
+from walt_jax.generation.cascade import upscaled
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.request import Request, Size
 from walt_jax.generation.sample import Samples, long_frames
@@ -25,6 +27,7 @@ def sample_files(
     out: pathlib.Path,
     gif: bool = False,
     tags: bool = True,
+    cascade: Sequence[Generator] = (),
 ) -> int:
     """Writes a video for each prompt and seed; notes on what was fitted go to the standard error output.
 
@@ -38,6 +41,7 @@ def sample_files(
         out: the folder, see `Samples`.
         gif: whether files are written as GIFs too.
         tags: whether files have tags.
+        cascade: super-resolution models that upscale the videos, in order.
 
     Returns:
         The number of videos.
@@ -50,13 +54,15 @@ def sample_files(
         print(f"note: {note}.", file=sys.stderr)
     requests = [Request(prompt, seed, negative_prompt, asked.size, asked.given) for prompt, seed in prompts]
     is_long = generator.shape(asked.size)[0] > generator.longest
+    if is_long and cascade:
+        raise UserError("A cascade upscales clips as long as the model's; leave --num_frames and --extend out.")
     suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
     samples = Samples(out, ask.fps, suffixes, _settings(generator, ask, negative_prompt), tags)
     try:
         if is_long:
             _long(generator, requests, asked, samples)
         else:
-            for request, clip in _clips(generator, requests):
+            for request, clip in _clips(generator, requests, cascade):
                 samples.add(clip[asked.shown], request.prompt, request.seed)
     finally:
         if samples.rows:
@@ -81,13 +87,18 @@ def _settings(generator: Generator, ask: Ask, negative_prompt: str) -> dict:
     return found
 
 
-def _clips(generator: Generator, requests: list[Request]) -> Iterator[tuple[Request, np.ndarray]]:
+def _clips(
+    generator: Generator, requests: list[Request], cascade: Sequence[Generator]
+) -> Iterator[tuple[Request, np.ndarray]]:
     """Videos in the order of their requests, batch by batch, so that those made are written when others fail."""
     size = generator.config.batch_size
     with tqdm.auto.tqdm(total=len(requests), desc="sampling", unit="clip", disable=len(requests) <= size) as progress:
         for first in range(0, len(requests), size):
             some = requests[first : first + size]
-            yield from zip(some, generator.generate(some, bar=False), strict=True)
+            latents = generator.latents(some, bar=False)
+            if cascade:
+                latents = upscaled(generator, cascade, some, latents)
+            yield from zip(some, [generator, *cascade][-1].decode(latents), strict=True)
             progress.update(len(some))
 
 

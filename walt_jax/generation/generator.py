@@ -87,6 +87,15 @@ class Generator:
                 )
         return codec.latent_shape(*size)
 
+    def tile(self, shape: Shape) -> Grid | None:
+        """Super-resolution of larger frames than it was trained for is done in tiles of those, see `Tiles`."""
+        trained = model_grid(self.model, self.model.latent_shape)
+        grid = model_grid(self.model, shape)
+        larger = any(axis > most for axis, most in zip(grid[1:], trained[1:], strict=True))
+        if self.model.denoiser.config.upscale == 1 or not larger:
+            return None
+        return tuple(min(axis, most) for axis, most in zip(grid, trained, strict=True))
+
     def latents(
         self, requests: Sequence[Request], bar: bool | None = None, watch: Watch | None = None
     ) -> list[Float[np.ndarray, "t h w c"]]:
@@ -169,7 +178,8 @@ class Generator:
         # Batches of one size: one program is compiled, and a video does not depend on how many there are.
         rows = np.minimum(np.arange(self.config.batch_size), len(requests) - 1)
         some, shape = [requests[row] for row in rows], shapes[0]
-        model, params = self.at([model_grid(self.model, shape)])
+        grid, tile = model_grid(self.model, shape), self.tile(shape)
+        model, params = (self.model, self.params) if tile else self.at([grid])
         observed, until = _given(some, [shape] * len(some))
         low_res = None if some[0].low_res is None else np.stack([request.low_res for request in some])
 
@@ -178,7 +188,17 @@ class Generator:
 
         text, free, seeds = self._texts(some)
         out = model.sample(
-            params, text, free, seeds, self.config, shape, observed, until, low_res, on_step if watch else None
+            params,
+            text,
+            free,
+            seeds,
+            self.config,
+            shape,
+            observed,
+            until,
+            low_res,
+            on_step if watch else None,
+            tile,
         )
         yield from fetched(out)[: len(requests)]
 

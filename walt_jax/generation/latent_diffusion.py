@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
-from walt_jax.config import Positive
-from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
+from walt_jax.config import Fraction, Positive
+from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, guide
@@ -21,6 +21,7 @@ from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import Level, Predict, Solver, evaluations, solver, time_grid
 from walt_jax.generation.codec import Codec
+from walt_jax.generation.tiles import Tiles
 from walt_jax.parallel.rules import constrain
 from walt_jax.text.frozen import Embedded
 from walt_jax.text.t5 import T5Encoder
@@ -44,12 +45,15 @@ class SamplingConfig:
         sampler: see `diffusion.sampler`; W.A.L.T's is "ddim".
         guidance: see `GuidanceConfig`; guidance doubles the cost: the model also runs without the condition.
         batch_size: clips sampled together.
+        low_res_noise: the diffusion time of the noise that super-resolution's input gets; a little hides what the base
+            model does not do as its training clips have it. At most `conditioning.low_res_noise` of training.
     """
 
     steps: Positive
     sampler: Literal["ddpm", "ddim", "dpm++2m", "unipc", "euler", "heun"] = "ddim"
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     batch_size: Positive = 8
+    low_res_noise: Fraction = 0.0
 
 
 @flax.struct.dataclass
@@ -64,6 +68,8 @@ class Asked:
         observed: clean latents that are given.
         until: the time, 0..1, down to which each latent position follows them; `NEVER` where nothing is given.
         low_res: low-resolution latents, if the denoiser upscales.
+        low_res_time: of the noise that they have.
+        tile: tokens along (t, h, w) of the tiles that larger clips are sampled in, see `Tiles`; None: as a whole.
     """
 
     layout: Layout
@@ -73,6 +79,8 @@ class Asked:
     observed: Float[Array, "b n p"]
     until: Float[Array, "b n q"]
     low_res: Float[Array, "b t2 h2 w2 c"] | None = None
+    low_res_time: Float[Array, "b s"] | None = None
+    tile: Grid | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +202,8 @@ class LatentDiffusion:
         observed: Float[Array, "b t h w c"] | None = None,
         until: Float[Array, "b t h w 1"] | None = None,
         low_res: Float[Array, "b t2 h2 w2 c"] | None = None,
+        augmentation: float = 0.0,
+        tile: Grid | None = None,
     ) -> Asked:
         """What a batch of clips of one size is sampled from; arguments as those of `sample`."""
         if observed is None:
@@ -203,7 +213,13 @@ class LatentDiffusion:
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(seeds)
         layout = Layout(grid=self.denoiser.config.grid(shape[:3]))
         texts = single_clips(text), single_clips(free)
-        return Asked(layout, *texts, keys, self.tokens(observed), self.tokens(until), low_res)
+        time = jnp.full((len(seeds), 1), augmentation)
+        if augmentation > 0:
+            key = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2))(seeds)
+            noise = jax.vmap(lambda key: jax.random.normal(key, low_res.shape[1:]))(key)
+            alpha, sigma = (level[..., None, None, None] for level in self.diffusion.schedule(time))
+            low_res = alpha * low_res + sigma * noise
+        return Asked(layout, *texts, keys, self.tokens(observed), self.tokens(until), low_res, time, tile)
 
     def predictor(self, params: dict[str, Any], asked: Asked, config: SamplingConfig) -> tuple[Predict, Levels, Any]:
         """The guided denoiser of a batch.
@@ -216,14 +232,11 @@ class LatentDiffusion:
         sizes = layout.clip_sizes()
         clips = (len(clean), sizes.shape[1])
         known = (asked.until == 0).astype(clean.dtype)
-        low_res_time = jnp.zeros(clips)
-        condition = self.condition(params, asked.text, clean, known, asked.low_res, low_res_time)
-        models = [self.denoise(params, condition, layout)]
+        models = [self._denoiser(params, asked, asked.text, clean, known)]
         if config.guidance.needs_unconditional:
             # Without caption and without observed frames: guidance is on both.
             nothing = jnp.zeros_like(clean), jnp.zeros_like(known)
-            condition = self.condition(params, asked.free, *nothing, asked.low_res, low_res_time)
-            models.append(self.denoise(params, condition, layout))
+            models.append(self._denoiser(params, asked, asked.free, *nothing))
         tokens = jnp.maximum(sizes.prod(-1), 1)
 
         def levels(time):
@@ -250,6 +263,30 @@ class LatentDiffusion:
 
         none = jnp.zeros_like(clean)
         return predict, levels, ([none for _ in models], none if self.denoiser.config.learned_sigma else None, none)
+
+    def _denoiser(self, params: dict[str, Any], asked: Asked, text: TextTokens, clean: Array, known: Array) -> Denoise:
+        """The denoiser under one condition, of whole clips or tile by tile."""
+        time = jnp.zeros(text_shape(text)) if asked.low_res_time is None else asked.low_res_time
+        if asked.tile is None:
+            condition = self.condition(params, text, clean, known, asked.low_res, time)
+            return self.denoise(params, condition, asked.layout)
+        config = self.denoiser.config
+        tiles = Tiles(asked.layout.grid, asked.tile, config.upscale)
+        parts = {"clean": tiles.cut(clean), "known": tiles.cut(known)}
+        if asked.low_res is not None:
+            each = config.patch_size[1] / config.upscale
+            parts["low_res"] = tiles.cut_latents(asked.low_res, each, config.patch_size[0])
+
+        def apply(noisy, times, estimate):
+            def one(part):
+                condition = self.condition(params, text, part["clean"], part["known"], part.get("low_res"), time)
+                denoise = self.denoise(params, condition, Layout(grid=asked.tile))
+                return denoise(part["noisy"], times, part["estimate"])
+
+            given = parts | {"noisy": tiles.cut(noisy), "estimate": tiles.cut(estimate)}
+            return tiles.blend(jax.lax.map(one, given))  # one after the other, in the memory of one
+
+        return apply
 
     def _solver(self, params: dict[str, Any], asked: Asked, config: SamplingConfig) -> tuple[Solver, Any]:
         """(the sampler, what the model carries at first)"""
@@ -318,6 +355,7 @@ class LatentDiffusion:
         until: Float[Array, "b t h w 1"] | None = None,
         low_res: Float[Array, "b t2 h2 w2 c"] | None = None,
         on_step: OnStep | None = None,
+        tile: Grid | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Samples normalised latents of clips of one size.
 
@@ -333,16 +371,24 @@ class LatentDiffusion:
                 denoiser is told so if it predicts frames; `NEVER` where nothing is given.
             low_res: normalised low-resolution latents, if the denoiser upscales.
             on_step: see `sample_tokens`.
+            tile: see `Asked`.
         """
         shape = shape or self.latent_shape
-        noise, asked = self._prepared(text, free, seeds, shape, observed, until, low_res)
+        augmentation = config.low_res_noise if low_res is not None else 0.0
+        noise, asked = self._prepared(text, free, seeds, shape, observed, until, low_res, augmentation, tile)
         tokens = self.sample_tokens(params, noise, asked, config, on_step)
         return from_tokens(tokens, asked.layout.grid, self.denoiser.config.patch_size)
 
-    @functools.partial(jax.jit, static_argnames=("self", "shape"))
-    def _prepared(self, text, free, seeds, shape, observed, until, low_res):
-        asked = self.asked(text, free, seeds, shape, observed, until, low_res)
+    @functools.partial(jax.jit, static_argnames=("self", "shape", "augmentation", "tile"))
+    def _prepared(self, text, free, seeds, shape, observed, until, low_res, augmentation, tile):
+        asked = self.asked(text, free, seeds, shape, observed, until, low_res, augmentation, tile)
         return self.tokens(self.noise(seeds, shape)), asked
+
+
+def text_shape(text_tokens: TextTokens) -> tuple[int, int]:
+    """How many sequences there are, and clips of each."""
+    b, s = jax.tree.leaves(text_tokens)[0].shape[:2]
+    return b, s
 
 
 def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:

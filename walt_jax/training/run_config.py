@@ -188,6 +188,11 @@ class RunConfig:
                 f"conditioning.frames {conditioning.frames} should have fewer than the {shape[0]} latent frames, and "
                 "denoiser.patch_size should be 1 in time"
             )
+        if self.sampling.low_res_noise > conditioning.low_res_noise:
+            raise ValueError(
+                f"sampling.low_res_noise is {self.sampling.low_res_noise:g}, more than conditioning.low_res_noise, "
+                f"{conditioning.low_res_noise:g}, with which the model was trained"
+            )
         if self.sampling.guidance.channels > shape[3]:
             raise ValueError(f"sampling.guidance.channels is more than the latents' {shape[3]}")
         scale = denoiser.upscale
