@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from walt_jax.config_file import with_config_path
 from walt_jax.errors import UserError
-from walt_jax.malloc import keep_freed_memory
+from walt_jax.malloc import collect_seldom, keep_freed_memory
 from walt_jax.parallel import processes
 from walt_jax.training.stopping import Stopped, stop_at_once
 from walt_jax.workdir import local
@@ -699,6 +699,7 @@ def _failed(sentence: str) -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    collect_seldom()
     stop_at_once()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")

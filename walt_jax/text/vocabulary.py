@@ -91,7 +91,8 @@ class Vocabulary:
     def encode(self, captions: Sequence[str]) -> Int[np.ndarray, "b n"]:
         """int32 ids, padded with `PAD` to `length`."""
         ids, begin = np.full((len(captions), self.length), PAD, np.int32), self._processor.bos_id()
-        for row, pieces in zip(ids, self._processor.encode(list(captions)), strict=True):
+        for row, caption in zip(ids, captions, strict=True):
+            pieces = self._processor.encode(caption)  # a list of captions would start threads, which take longer
             pieces = [*(piece - (0 <= begin < piece) for piece in pieces[: self.length - 1]), EOS]
             row[: len(pieces)] = pieces
         return ids

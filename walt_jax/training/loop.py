@@ -28,7 +28,7 @@ from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.preview import Preview, due, write_preview
 from walt_jax.training.profiling import Profile, Steps
 from walt_jax.training.stage_log import Peak, StageLog, Work
-from walt_jax.training.state import TrainState, abstract_state, make_train_step, state_shardings
+from walt_jax.training.state import ONCE_OPTIONS, TrainState, abstract_state, make_train_step, state_shardings
 from walt_jax.training.step_programs import StepPrograms
 from walt_jax.training.stopping import Stopped, stop_signals
 from walt_jax.training.tasks import Task
@@ -337,6 +337,7 @@ def _restored_or_fresh(
     if checkpoints.steps():
         return checkpoints.restore(like)
     # Each part is made where it will be: no device ever holds all of a divided state.
-    divided = state_shardings(like)
-    params, moving = jax.jit(fresh, out_shardings=(divided.params, divided.moving))(initial)
-    return jax.jit(state, out_shardings=divided)(fit(params), moving), None, {}
+    divided, options = state_shardings(like), ONCE_OPTIONS.get(jax.default_backend())
+    made = jax.jit(fresh, out_shardings=(divided.params, divided.moving), compiler_options=options)
+    params, moving = made(initial)
+    return jax.jit(state, out_shardings=divided, compiler_options=options)(fit(params), moving), None, {}

@@ -22,6 +22,8 @@ from walt_jax.training.tasks import Metrics, Task
 
 # XLA's CPU compiler removes optimization barriers before it fuses operations, unless this pass is disabled.
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+# What runs once is compiled without the slower passes: of random parameters they take twenty times as long as the rest.
+ONCE_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}}
 
 
 OPTIMIZER = "optimizer"  # the scope of its operations in a trace
