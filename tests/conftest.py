@@ -13,7 +13,11 @@ import commands
 import jax
 import pytest
 
+from walt_jax.malloc import collect_seldom
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {commands.quick_flags()}"  # read at the first program
 jax.config.update("jax_numpy_rank_promotion", "raise")
+collect_seldom()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,7 +62,7 @@ def on_eight_devices(cache) -> Callable[..., Any]:
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {commands.quick_flags()}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "TPU_SKIP_MDS_QUERY": "1",  # no TPU is asked which machine this is,
