@@ -41,7 +41,7 @@ def start(*flags: str, cache: pathlib.Path, quick: bool = True) -> subprocess.Po
     if quick:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     else:  # without what `conftest` adds
-        environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "").replace(quick_flags(), "")
+        environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "").replace(quick_flags(), "").strip()
     command = [sys.executable, "-m", "walt_jax.main", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

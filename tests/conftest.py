@@ -15,7 +15,9 @@ import pytest
 
 from walt_jax.malloc import collect_seldom
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {commands.quick_flags()}"  # read at the first program
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} {commands.quick_flags()}".strip()
+)  # read at the first program
 jax.config.update("jax_numpy_rank_promotion", "raise")
 collect_seldom()
 

@@ -611,7 +611,7 @@ def benchmark(values: flags.FlagValues) -> None:
         mfu = f"{row['mfu']:6.1%} of peak" if "mfu" in row else ""
         rate = f"{row['tokens_per_second']:12,.0f} tokens a second" if "tokens_per_second" in row else ""
         if "frames_per_second" in row:
-            rate = f"{row['frames_per_second']:12,.0f} frames a second"
+            rate += f"{row['frames_per_second']:12,.0f} frames a second"
         print(f"{row['name']:36} {row['seconds_median']:9.4f} s {mfu:15} {rate}")
     print(f"peak: {rows[0]['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s, {rows[0]['peak']}")
     write_atomically(run.workdir / "benchmark.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -39,6 +39,7 @@ def test_each_part_is_there(rows):
         "attention_pack_of_64_tokens_plain",
         "full_attention_of_64_tokens",
         "full_attention_of_64_tokens_plain",
+        "read_latents",
     ]
     json.dumps(list(rows.values()))
 
@@ -46,7 +47,9 @@ def test_each_part_is_there(rows):
 def test_rates_follow_from_seconds(rows):
     product = rows["matmul 2048³ float32"]
     assert product["flops"] == 2 * 2048**3 and product["mfu"] == pytest.approx(1)
-    for row in rows.values():
+    for name, row in rows.items():
+        if name == "read_latents":  # has no FLOPs; see `test_latents_benchmark`
+            continue
         assert 0 < row["seconds_fastest"] <= row["seconds_median"]
         assert row["peak_flops_per_second"] == pytest.approx(product["flops"] / product["seconds_median"])
         assert row["device"] == jax.devices()[0].device_kind

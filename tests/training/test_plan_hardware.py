@@ -14,6 +14,7 @@ from walt_jax.errors import UserError
 from walt_jax.main import main
 from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.parallel.topology import Topology, topology
+from walt_jax.training import plan_hardware as plan_hardware_module
 from walt_jax.training import plan_search
 from walt_jax.training.loop import PackConfig
 from walt_jax.training.plan_hardware import (
@@ -21,6 +22,7 @@ from walt_jax.training.plan_hardware import (
     compiled,
     devices_of,
     duration,
+    hosts_of,
     mesh_of,
     plan_hardware,
     priced,
@@ -96,6 +98,27 @@ def test_copies_sum_their_gradients_once(planned):
     assert step["collective_bytes_per_step"] == {"all-reduce": step["memory_bytes"]["parameters"]}
 
 
+def test_the_tokens_that_a_step_needs_are_those_of_its_clips(planned, monkeypatch):
+    """Clips of 2 × 2 × 2 tokens in the time of a step; of several hosts each reads an equal part."""
+    only = {"train_step": lambda: train_step(TINY, "denoiser", mesh_of(TINY, topology("h100:1x2")))}
+    monkeypatch.setattr(plan_hardware_module, "programs", lambda config, mesh: only)
+    for plan, hosts in ((planned, 1), (plan_hardware(TINY, topology("h100:1x2")), 2)):
+        step, needed = plan["programs"][0], plan["tokens_needed_per_second"]
+        assert plan["hosts"] == hosts
+        assert needed["total"] == pytest.approx(step["clips"] * 8 / step["estimated_step_seconds"])
+        assert needed["per_host"] == pytest.approx(needed["total"] / hosts)
+        line = sentences(plan)[-1]
+        assert f"deliver {needed['total']:,.0f} tokens a second" in line
+        assert (f"{needed['per_host']:,.0f} from each of 2 hosts" in line) == (hosts == 2)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("name", "hosts"), [("v5e:2x4", 1), ("v5p:2x2x2", 2), ("2x v5e:4x4", 4)])
+def test_hosts_of_tpus_are_those_that_libtpu_names(name, hosts):
+    slices = topology(name)
+    assert hosts_of(make_mesh(MeshConfig(), slices.devices()), slices) == hosts
+
+
 def test_a_price_is_chips_times_hours(planned):
     step = planned["programs"][0]
     hours = 2 * step["estimated_step_seconds"] / 3600 * 1e6 / step["clips"]
@@ -107,7 +130,7 @@ def test_a_line_for_each_program_says_the_peak_that_it_is_a_fraction_of(planned)
     lines = sentences(planned)
     assert lines[0].startswith("on h100:2: 2 chips, mesh data 2, analysed; ")
     assert "989 TFLOP/s" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == [entry["name"] for entry in planned["programs"]]
+    assert [line.split()[0] for line in lines[1:-1]] == [entry["name"] for entry in planned["programs"]]
     unfit = {**planned["programs"][0], "estimated_step_seconds": None, "fits": False}
     assert sentences({**planned, "programs": [unfit]})[1].endswith("does not fit")
 

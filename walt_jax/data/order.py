@@ -6,10 +6,15 @@ only its own rows of them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
+
+RECENT = (
+    2**14
+)  # draws; a batch is planned before its clips are read, and shuffling costs as much as reading a small one
 
 
 class Draw(NamedTuple):
@@ -40,11 +45,17 @@ class Order:
             .map(lambda i, number=number: (number, i))
             for number, size in enumerate(sizes)
         ]
-        self._order = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights))
+        order = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, list(weights))
+
+        @functools.lru_cache(RECENT)
+        def draw(number: int) -> Draw:
+            source, index = order[number]
+            return Draw(number, int(source), int(index))
+
+        self._draw = draw
 
     def __getitem__(self, number: int) -> Draw:
-        source, index = self._order[number]
-        return Draw(number, int(source), int(index))
+        return self._draw(number)
 
 
 @dataclasses.dataclass(frozen=True)

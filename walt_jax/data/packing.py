@@ -1,5 +1,6 @@
 """Packing: clips of any size concatenated into sequences of one length (NaViT, Dehghani et al. 2023)."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -37,8 +38,11 @@ def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list
     fewest = np.full(room + 1, clips, np.int64)
     fewest[0] = 0
     taken = np.zeros((len(rest), room + 1), bool)
+    alike: collections.Counter[int] = collections.Counter()
     for number, item in enumerate(rest):
-        if item.tokens <= room:
+        alike[item.tokens] += 1
+        # Of clips of one size no more can be added than there is room for: the first ones do.
+        if alike[item.tokens] <= min(room // item.tokens, clips - 1):
             with_it = fewest[: room + 1 - item.tokens] + 1
             taken[number, item.tokens :] = with_it < fewest[item.tokens :]
             fewest[item.tokens :] = np.minimum(fewest[item.tokens :], with_it)

@@ -24,6 +24,7 @@ from walt_jax.layers import ANY_PLATFORM, compiling_for, on_cpu
 from walt_jax.parallel.cost import flops
 from walt_jax.parallel.hardware import peak as stated_peak
 from walt_jax.training.data_benchmark import benchmark_decoding
+from walt_jax.training.latents_benchmark import benchmark_latents
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.run_config import RunConfig, make_model, make_task
@@ -60,7 +61,9 @@ class Part:
 
 
 def benchmark(config: RunConfig) -> list[dict[str, Any]]:
-    """Times training and sampling steps of random models on random latents, and decoding where the data are files.
+    """Times training and sampling steps of random models on random latents, and how fast a host has such latents ready.
+
+    Where the data are files, decoding is timed, too.
 
     Parts are timed interleaved, each once a round, so that all are affected when the machine is slow for a while.
 
@@ -69,7 +72,7 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
         "tokens_per_second", "tokens_valid_fraction", "device"}, those that apply; of a layer also "temporary_bytes",
         what its program needs besides arguments and results; of a train step also "optimizer_flops" and
         "seconds_over_products", how many times as long it takes as all of its products, the optimizer's among them,
-        would at the rate of the largest; and `data_benchmark`'s rows.
+        would at the rate of the largest; and the rows of `latents_benchmark` and `data_benchmark`.
     """
     dtype = (config.denoiser or config.tokenizer).dtype
     parts = [_tokenizer(config), *([] if config.denoiser is None else _denoiser(config))]
@@ -113,6 +116,8 @@ def benchmark(config: RunConfig) -> list[dict[str, Any]]:
                 "tokens_valid_fraction": part.valid,
             }
         rows.append({**row, **part.more})
+    if config.denoiser is not None:
+        rows.append({**benchmark_latents(config, config.denoiser_stages[-1]), "device": "host"})
     if config.data.parts and "drawn" not in dict(config.data.parts):
         shapes = config.clip_shapes(list(config.stages)[-1])
         timed = benchmark_decoding(config.data, shapes, config.seed, config.tokens)

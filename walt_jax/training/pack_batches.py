@@ -208,7 +208,7 @@ def _packs(
     """
     config, tokens, part = packing.config, packing.tokens, packing.part
     width = channels * int(np.prod(config.patch_size))
-    blank = jax.tree.map(np.zeros_like, read_caption(None, True))
+    empty = jax.tree.map(np.asarray, read_caption(None, True))
     windows, isolate, groups = config.attention_windows, config.isolate_images, packing.groups
     rows = pack_rows(trial_shards(grids, weights, packing), grids, packing)
 
@@ -227,7 +227,8 @@ def _packs(
         chosen = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
         positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, chosen)
         batch = np.zeros((len(packs), tokens, width), np.float32)
-        text = [[blank] * packing.clips for _ in packs]
+        # Zeros where a pack has fewer clips; of a large T5 a clip's embeddings take a hundred times its latents.
+        text = jax.tree.map(lambda leaf: np.zeros((len(packs), packing.clips, *leaf.shape), leaf.dtype), empty)
         for row, pack in enumerate(packs):
             start = 0
             for segment, item in enumerate(pack):
@@ -236,13 +237,14 @@ def _packs(
                 batch[row, start : start + len(content)] = content
                 start += len(content)
                 rng = np.random.default_rng([packing.seed, item.number, 1])
-                text[row][segment] = read_caption(clip, bool(rng.random() < packing.caption_dropout))
+                caption = read_caption(clip, bool(rng.random() < packing.caption_dropout))
+                for whole, own in zip(jax.tree.leaves(text), jax.tree.leaves(caption), strict=True):
+                    whole[row, segment] = own
         local = part.rows(groups)
         pack = make_pack(positions, sizes, windows, rows, isolate, len(local)).replace(
             deferred=np.array([packed.deferred[group] for group in local], np.int32)
         )
-        stacked = [jax.tree.map(lambda *each: np.stack(each), *row) for row in text]
-        return {"tokens": batch, "text": jax.tree.map(lambda *each: np.stack(each), *stacked), "pack": pack}
+        return {"tokens": batch, "text": text, "pack": pack}
 
     packers = sorted({row * packing.packers // packing.batch_size for row in mine})
     plan = Packed(items, packing.batch_size, tokens, packing.clips, WAITING, groups, hold, packing.packers, packers)

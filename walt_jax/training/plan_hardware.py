@@ -57,6 +57,13 @@ def mesh_of(config: RunConfig, topology: Topology) -> Mesh:
     return Mesh(np.vectorize(lambda device: devices[device.id])(mesh.devices), AXES, axis_types=mesh.axis_types)
 
 
+def hosts_of(mesh: Mesh, topology: Topology) -> int:
+    """How many hosts the mesh's devices are in."""
+    if topology.platform != "tpu":
+        return topology.slices
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def links_of(mesh: Mesh, topology: Topology) -> Links:
     """What the mesh's devices are connected by."""
     devices = list(mesh.devices.flat)
@@ -71,8 +78,9 @@ def plan_hardware(config: RunConfig, topology: Topology, price_per_chip_hour: fl
 
     Returns:
         `topology`, `hardware` (device kind and its stated peaks), `chips`, `devices`, `mesh` {axis: size}, `programs`,
-        a list of what `_entry` returns of each; and at the top the figures of the train step, or of the tokenizer's
-        where no denoiser is trained.
+        a list of what `_entry` returns of each; at the top the figures of the train step, or of the tokenizer's where
+        no denoiser is trained; and `hosts` and `tokens_needed_per_second` {"total", "per_host"}, which the data must
+        deliver to that step, padding left out; None if it does not fit.
 
     Raises:
         UserError: if the mesh does not fit the devices or the config.
@@ -86,12 +94,15 @@ def plan_hardware(config: RunConfig, topology: Topology, price_per_chip_hour: fl
         entries.append(priced(entry, topology, price_per_chip_hour))
     main = next(entry for entry in entries if "train" in entry["name"])
     hardware = {k: v for k, v in dataclasses.asdict(topology.hardware).items() if k not in ("kinds", "clock_hz")}
+    hosts, needed = hosts_of(mesh, topology), main.get("tokens_per_second")
     return {
         "topology": topology.name,
         "chips": topology.chips,
         "devices": topology.device_count,
         "mesh": dict(mesh.shape),
         **{name: value for name, value in main.items() if name not in ("name", "stage", "parts")},
+        "hosts": hosts,
+        "tokens_needed_per_second": needed and {"total": needed, "per_host": needed / hosts},
         "hardware": {"device_kind": topology.hardware.kinds[0], **hardware},
         "programs": entries,
     }
@@ -337,4 +348,10 @@ def sentences(plan: dict[str, Any]) -> list[str]:
         if "price_per_million_clips" in entry:
             line += f"; {entry['price_per_million_clips']:,.2f} a million clips"
         lines.append(line)
+    if needed := plan["tokens_needed_per_second"]:
+        each = f", {needed['per_host']:,.0f} from each of {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
+        lines.append(
+            f"the data must deliver {needed['total']:,.0f} tokens a second to train at that speed{each}; "
+            "--mode=benchmark says how many a host does"
+        )
     return lines
