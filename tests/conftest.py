@@ -22,9 +22,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 collect_seldom()
 
 
+# Where minutes are spent, the longest first; while the first trains `tiny_run`, nobody should wait for it.
+LONGEST = ("test_run.py", "test_tokenizer_run.py", "parallel/test_mesh_equality.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The main jobs, which take minutes each, come first: a file goes to one process as a whole."""
-    items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
+    """The longest files come first, then the other main jobs: a file goes to one process as a whole."""
+    folder = pathlib.Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(LONGEST)), item.path.parent != folder))
 
 
 @pytest.fixture(scope="module")
