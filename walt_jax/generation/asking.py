@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from walt_jax.data import video
 from walt_jax.errors import UserError
 from walt_jax.generation import conditions
 from walt_jax.generation.codec import Codec, TrainedTokenizer, chunks
 from walt_jax.generation.generator import Generator
-from walt_jax.generation.media_files import read_mask, read_media
+from walt_jax.generation.media_files import Reader, read_mask, read_media
 from walt_jax.generation.request import Given, Size
 from walt_jax.parallel.processes import fetched
 
@@ -96,13 +97,14 @@ class Resolved(NamedTuple):
     notes: list[str]
 
 
-def resolve(generator: Generator, ask: Ask, pixels: Size) -> Resolved:
+def resolve(generator: Generator, ask: Ask, pixels: Size, reader: Reader = video) -> Resolved:
     """Reads what is given, fits it, and encodes it.
 
     Args:
         generator: see `Generator`.
         ask: see `Ask`.
         pixels: (frames, height, width) of the model's own clips.
+        reader: of files.
 
     Raises:
         UserError: if something can't be read, does not fit, or the model can't make it.
@@ -115,7 +117,7 @@ def resolve(generator: Generator, ask: Ask, pixels: Size) -> Resolved:
         raise UserError("A mask says which part of a clip is generated; give the clip with --video or --condition.")
     media, notes = [], []
     for one in ask.conditions:
-        frames, more = read_media(one.file, height, width, ask.fps, picture=one.picture)
+        frames, more = read_media(one.file, height, width, ask.fps, picture=one.picture, reader=reader)
         media.append(conditions.Media(frames, one.frame, one.strength, one.file.rsplit("/", 1)[-1]))
         notes += more
     frames, shown = ask.frames, slice(None)
@@ -135,7 +137,7 @@ def resolve(generator: Generator, ask: Ask, pixels: Size) -> Resolved:
         return Resolved(size, None, shown, notes)
     mask = None
     if ask.mask:
-        mask, more = read_mask(ask.mask, size, ask.fps)
+        mask, more = read_mask(ask.mask, size, ask.fps, reader)
         notes += more
     canvas = conditions.place(media, size, stride, mask)
     until = conditions.until(canvas.strength, generator.model.codec.tokenizer.config.strides)

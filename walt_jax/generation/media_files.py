@@ -1,19 +1,37 @@
 """Reads pictures, clips and masks, and fits them to a video's size and rate, with a note on what was changed."""
 
 import pathlib
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from walt_jax.data.video import ClipError, describe, read_clip
+from walt_jax.data import video
+from walt_jax.data.video import ClipError, ClipInfo
 from walt_jax.errors import UserError
 from walt_jax.generation.conditions import Frames
 
 WHITE = 128  # masks are white from here
 
 
+class Reader(Protocol):
+    """What reads files: the module `data.video`, or what reads in a process of its own."""
+
+    def describe(self, path: str) -> ClipInfo:
+        """See `video.describe`."""
+
+    def read_clip(self, path: str, *args: Any, **kwargs: Any) -> Frames:
+        """See `video.read_clip`."""
+
+
 def read_media(
-    path: str, height: int, width: int, fps: float, most: int | None = None, picture: bool = False
+    path: str,
+    height: int,
+    width: int,
+    fps: float,
+    most: int | None = None,
+    picture: bool = False,
+    reader: Reader = video,
 ) -> tuple[Frames, list[str]]:
     """A picture or clip, scaled until it covers the size and cropped around its centre.
 
@@ -23,6 +41,7 @@ def read_media(
         fps: of the video; clips are resampled to it.
         most: frames to read at most; None reads all.
         picture: whether only the first frame is wanted.
+        reader: see `Reader`.
 
     Returns:
         (frames, notes): what was changed, a sentence each.
@@ -32,9 +51,9 @@ def read_media(
     """
     name = pathlib.Path(path).name
     try:
-        info = describe(path)
+        info = reader.describe(path)
         still = picture or info.frames == 1
-        frames = read_clip(path, None if still else fps, 1 if still else most, cover=(height, width))
+        frames = reader.read_clip(path, None if still else fps, 1 if still else most, cover=(height, width))
     except (ClipError, OSError) as error:
         raise UserError(f"{path} can't be read: {_reason(error)}; give a picture or a video.") from error
     notes = []
@@ -51,7 +70,9 @@ def read_media(
     return np.ascontiguousarray(frames), notes
 
 
-def read_mask(path: str, size: tuple[int, int, int], fps: float) -> tuple[Bool[np.ndarray, "#t h w"], list[str]]:
+def read_mask(
+    path: str, size: tuple[int, int, int], fps: float, reader: Reader = video
+) -> tuple[Bool[np.ndarray, "#t h w"], list[str]]:
     """Where a video is to be generated: white is generated, black is kept; a picture is for all frames.
 
     A clip that is shorter than the video stands still at its end.
@@ -60,7 +81,7 @@ def read_mask(path: str, size: tuple[int, int, int], fps: float) -> tuple[Bool[n
         UserError: if it can't be read, or has no white.
     """
     frames, height, width = size
-    shown, notes = read_media(path, height, width, fps, frames)
+    shown, notes = read_media(path, height, width, fps, frames, reader=reader)
     white = shown.mean(axis=-1) >= WHITE
     if not white.any():
         raise UserError(f"The mask {path} has no white, so nothing would be generated; white is what is generated.")

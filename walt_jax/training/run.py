@@ -254,6 +254,11 @@ class Run:
             stage, params = self.trained_denoiser()
         return self._generator(stage, params, self.tokenizer())
 
+    def identity(self) -> str:
+        """Tells the trained models from those of other steps and runs."""
+        stages = {name: saved_steps(self.workdir, name) for name in self.config.trained_stages}
+        return f"{self.workdir.resolve()} {stages}"
+
     def trained_denoiser(self) -> tuple[str, Any]:
         """(name of the denoiser's last stage with a checkpoint, parameters of denoiser and trained text encoder)
 

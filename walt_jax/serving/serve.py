@@ -1,0 +1,83 @@
+"""Starts the server."""
+
+import contextlib
+import importlib.util
+import pathlib
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from walt_jax.errors import UserError
+from walt_jax.generation.generator import Generator
+from walt_jax.serving.fields import Limits
+
+TOGETHER = 8  # videos that are made at once, at most
+
+
+def serve(
+    generator: Generator,
+    pixels: tuple[int, int, int],
+    fps: float,
+    workdir: pathlib.Path,
+    identity: str,
+    on_mesh: Callable[[], AbstractContextManager[None]],
+    host: str,
+    port: int,
+    token: str | None,
+    tags: bool = True,
+) -> None:
+    """Serves a model until a signal ends it.
+
+    Args:
+        generator: the model.
+        pixels: (frames, height, width) of its clips.
+        fps: frames a second of them.
+        workdir: of the run; videos are in its folder `videos`.
+        identity: tells the model from others.
+        on_mesh: within, it computes.
+        host, port: where to listen.
+        token: what clients have to know; None makes one where others than this machine's can reach the server.
+        tags: whether videos have tags.
+
+    Raises:
+        UserError: if the extra `serve` is not installed, or the port is taken.
+    """
+    missing = [name for name in ("starlette", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} is not installed; install walt_jax with [serve]: pip install -e '.[serve]'."
+        )
+
+    import uvicorn
+
+    from walt_jax.serving.app import LOOPBACK, make_app
+    from walt_jax.serving.jobs import Jobs
+    from walt_jax.serving.worker import Worker
+
+    limits, jobs = Limits(), Jobs(workdir / "videos")
+    made = token is None and host not in LOOPBACK
+    token = secrets.token_urlsafe(24) if made else token
+    worker = Worker(jobs, generator, pixels, on_mesh, limits, TOGETHER, tags)
+    app = make_app(jobs, worker, workdir.resolve().name, identity, fps, limits, token)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+    )
+    try:
+        listening = config.bind_socket()
+    except SystemExit as error:
+        raise UserError(f"--port={port} of {host} can't be listened on; name another.") from error
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {workdir} at http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if made else ""))
+    sys.stdout.flush()
+    signal.set_wakeup_fd(-1)  # the program's own thread would end the process while videos are put back into the queue
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
+    print("stopped; videos that were waiting are made when it is started again.")
