@@ -1,0 +1,268 @@
+"""The server: what is asked for is made, once, for whom it is meant; what can't be is refused; nothing is lost."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import time
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from small_generator import make
+from starlette.testclient import TestClient
+
+from walt_jax.data.video import read_clip
+from walt_jax.serving.app import PAGE, make_app
+from walt_jax.serving.fields import Limits
+from walt_jax.serving.jobs import Jobs
+from walt_jax.serving.worker import Worker
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+BAD = pathlib.Path(__file__).parents[3] / "shared" / "data" / "bad"
+PIXELS, FPS, LIMITS = (9, 16, 16), 8.0, Limits(upload_bytes=300_000, waiting=5, kept=8, prompt=100)
+ASKED = {"prompt": "ab", "seed": 1, "num_inference_steps": 1, "guidance_scale": 1}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return make()
+
+
+@pytest.fixture
+def server(generator, tmp_path):
+    """Opens a client of a server over a folder: (paused: nothing is made, token) -> client."""
+    with contextlib.ExitStack() as stack:
+
+        def start(paused=False, token=None, limits=LIMITS):
+            jobs = Jobs(tmp_path / "videos")
+            worker = Worker(jobs, generator, PIXELS, contextlib.nullcontext, limits, together=4)
+            if paused:
+                worker.run = lambda: None
+            app = make_app(jobs, worker, "small", "one model", FPS, limits, token)
+            client = stack.enter_context(TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False))
+            client.worker, client.jobs = worker, jobs
+            return client
+
+        yield start
+
+
+def ask(client, status=200, files=None, **changed):
+    asked = {**ASKED, **changed}
+    reply = client.post("/v1/videos", data=asked, files=files) if files else client.post("/v1/videos", json=asked)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def finished(client, name, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        job = client.get(f"/v1/videos/{name}").json()
+        if job["status"] in ("completed", "failed"):
+            return job
+        time.sleep(0.02)
+    raise AssertionError(job)
+
+
+def frames_of(client, name, tmp_path):
+    (tmp_path / "got.mp4").write_bytes(client.get(f"/v1/videos/{name}/content").content)
+    return read_clip(tmp_path / "got.mp4")
+
+
+def test_a_video_is_made_and_the_same_is_not_made_twice(server, tmp_path):
+    client = server()
+    first = ask(client)
+    assert first["object"] == "video" and first["status"] == "queued" and first["size"] == "16x16"
+    done = finished(client, first["id"])
+    assert done["status"] == "completed" and done["progress"] == 100, done
+    assert frames_of(client, first["id"], tmp_path).shape == (9, 16, 16, 3)
+    with av.open(str(tmp_path / "got.mp4")) as file:
+        assert json.loads(file.metadata["comment"])["seed"] == 1 and file.metadata["title"] == "ab"
+    batches = client.worker.counts["batches"]
+    again = finished(client, ask(client)["id"])
+    assert again["status"] == "completed" and client.worker.counts["batches"] == batches
+    content = [client.get(f"/v1/videos/{name}/content").content for name in (first["id"], again["id"])]
+    assert content[0] == content[1]
+    other = finished(client, ask(client, seed=2)["id"])
+    assert client.get(f"/v1/videos/{other['id']}/content").content != content[0]
+    text = client.get("/metrics").text
+    assert 'walt_jax_videos{status="completed"} 3' in text and "walt_jax_videos_total 2" in text
+
+
+def test_those_that_wait_are_made_together_whatever_their_size(server, tmp_path, generator):
+    """After a restart; each gets the video of its own size."""
+    paused = server(paused=True)
+    sizes = {ask(paused, seed=n, size=size)["id"]: size for n, size in enumerate(("16x16", "24x16", "16x16"))}
+    client = server()
+    for name, size in sizes.items():
+        assert finished(client, name)["status"] == "completed"
+        width, height = map(int, size.split("x"))
+        assert frames_of(client, name, tmp_path).shape == (9, height, width, 3)
+    assert client.worker.counts["batches"] == 1
+
+
+def test_what_was_being_made_is_made_after_a_restart(server, tmp_path):
+    paused = server(paused=True)
+    job = paused.jobs.get(ask(paused)["id"])
+    paused.jobs.update(job, status="in_progress", progress=40)
+    (tmp_path / "videos" / "video_broken").mkdir()
+    (tmp_path / "videos" / "video_broken" / "job.json").write_text("{")
+    client = server()
+    assert finished(client, job.id)["status"] == "completed"
+    assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [job.id]
+
+
+def test_deleting_stops_what_is_made(server):
+    client = server()
+    finished(client, ask(client)["id"])  # compiled
+    name = ask(client, num_inference_steps=200, seed=7)["id"]
+    end = time.monotonic() + 60
+    while client.get(f"/v1/videos/{name}").json()["progress"] < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert client.delete(f"/v1/videos/{name}").json() == {"id": name, "object": "video.deleted", "deleted": True}
+    time.sleep(1)
+    evaluations = client.worker.counts["evaluations"]
+    assert evaluations < 200
+    time.sleep(0.5)
+    assert client.worker.counts["evaluations"] == evaluations
+    for path in ("", "/content", "/preview"):
+        assert client.get(f"/v1/videos/{name}{path}").status_code == 404
+    assert finished(client, ask(client, seed=3)["id"])["status"] == "completed"  # and the next is made
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "says"),
+    [
+        ({"size": "16"}, 400, "WIDTHxHEIGHT"), ({"size": "17x16"}, 400, "multiple of 8"),
+        ({"size": "64x64"}, 400, "1,024 in all"), ({"num_frames": 10}, 400, "1 \\+ 4"),
+        ({"num_frames": 161}, 400, "at most 144"), ({"seed": -1}, 400, "from 0"), ({"seed": 1.5}, 400, "whole"),
+        ({"num_inference_steps": 1000}, 400, "from 1 to 200"), ({"guidance_scale": "nan"}, 400, "number"),
+        ({"prompt": "a" * 101}, 400, "at most 100"), ({"prompt": "a\nb"}, 400, "one line"),
+        ({"prompt": 3}, 400, "text"),
+        ({"model": "sora"}, 404, "'small'"), ({"colour": "red"}, 400, "'colour' is no field"),
+        ({"extend": "up"}, 400, "forward"), ({"extend": "loop"}, 400, "clip"), ({"seconds": "x"}, 400, "seconds"),
+        ({"input_reference": "http://example.com/a.png"}, 400, "not fetched"),
+        ({"output_path": "/etc"}, 400, "no field"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_made_is_refused(server, tmp_path, changed, status, says):
+    client = server(paused=True)
+    error = ask(client, status, **changed)["error"]
+    assert re.search(says, error["message"]) and error["type"] == "invalid_request_error"
+    assert not list((tmp_path / "videos").iterdir())
+
+
+def test_seconds_are_frames(server):
+    assert ask(server(paused=True), seconds="2")["num_frames"] == 17
+
+
+def picture(tmp_path, colour=(200, 30, 30), size=(20, 16)):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", size, colour).save(path)
+    return path.read_bytes()
+
+
+def test_a_picture_that_is_sent_is_the_first_frame(server, tmp_path):
+    """Whatever name the client gives it."""
+    client = server()
+    files = {"input_reference": ("../../../../etc/passwd", picture(tmp_path), "image/png")}
+    name = ask(client, files=files)["id"]
+    done = finished(client, name)
+    assert done["status"] == "completed" and done["given"] == ["input_reference"]
+    assert any("16 × 20" in note for note in done["notes"])
+    there = sorted(path.name for path in (tmp_path / "videos" / name).iterdir())
+    assert there == ["input_reference", "job.json", "video.json", "video.mp4"]
+
+
+def test_bad_uploads_are_refused_and_leave_nothing(server, tmp_path):
+    client = server(paused=True)
+    bad = {"text": b"hello", "cut": picture(tmp_path)[:40], "zeros": bytes(1000)}
+    if BAD.exists():
+        bad |= {
+            path.name: path.read_bytes()
+            for path in sorted(BAD.iterdir())
+            if path.is_file() and path.stat().st_size < 2e5
+        }
+    accepted = 0
+    for name, content in bad.items():
+        reply = client.post("/v1/videos", data=ASKED, files={"image": (name, content)})
+        assert reply.status_code in (200, 400), (name, reply.text)
+        accepted += reply.status_code == 200
+        if accepted == 4:
+            client.jobs.delete(client.jobs.all()[0])
+            accepted -= 1
+    assert client.post("/v1/videos", data=ASKED, files={"image": ("x", b"hello")}).status_code == 400
+    assert client.post("/v1/videos", data=ASKED, files={"shell": ("x", b"hello")}).status_code == 400
+    assert len(list((tmp_path / "videos").iterdir())) == accepted
+
+
+def test_too_much_is_refused(server):
+    client = server(paused=True)
+    large = bytes(LIMITS.upload_bytes + 1)
+    assert client.post("/v1/videos", content=large, headers={"content-type": "application/json"}).status_code == 413
+
+    def in_parts():
+        yield from (large[:100_000] for _ in range(5))
+
+    assert (
+        client.post("/v1/videos", content=in_parts(), headers={"content-type": "application/json"}).status_code == 413
+    )
+    assert client.post("/v1/videos", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+    assert client.post("/v1/videos", content=b"x", headers={"content-type": "text/plain"}).status_code == 415
+    for seed in range(LIMITS.waiting):
+        ask(client, seed=seed)
+    assert "waiting" in ask(client, 429)["error"]["message"]
+
+
+def test_lists_in_pages(server):
+    client = server(paused=True)
+    names = [ask(client, seed=seed)["id"] for seed in range(3)]
+    first = client.get("/v1/videos?limit=2").json()
+    assert [one["id"] for one in first["data"]] == names[:0:-1] and first["has_more"]
+    rest = client.get(f"/v1/videos?limit=2&after={first['last_id']}").json()
+    assert [one["id"] for one in rest["data"]] == names[:1] and not rest["has_more"]
+    assert [one["id"] for one in client.get("/v1/videos?order=asc").json()["data"]] == names
+    for wrong in ("limit=0", "limit=x", "order=up", "after=none"):
+        assert client.get(f"/v1/videos?{wrong}").status_code in (400, 404)
+    assert client.get(f"/v1/videos/{names[0]}/content").status_code == 409
+    for path in ("/v1/videos/..%2f..%2fjob.json", "/v1/videos/x/content", "/etc/passwd"):
+        assert client.get(path).status_code == 404
+
+
+def test_strangers_are_refused(server):
+    """Other names of this machine, pages of other sites, and clients without the token."""
+    client = server(paused=True)
+    assert client.get("/v1/videos", headers={"host": "evil.example"}).status_code == 403
+    origin = {"origin": "http://evil.example"}
+    assert client.post("/v1/videos", json=ASKED, headers=origin).status_code == 403
+    assert client.post("/v1/videos", json=ASKED, headers={"origin": "http://127.0.0.1"}).status_code == 200
+    client = server(paused=True, token="secret")
+    assert client.get("/").status_code == 200  # the page has nothing of the videos
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}):
+        assert client.get("/v1/videos", headers=headers).status_code == 401
+    assert client.get("/v1/videos", headers={"authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/v1/videos?token=secret").status_code == 200
+
+
+def test_the_page_needs_no_network(server):
+    page = PAGE.read_text()
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page) and "http" not in page.replace("http-equiv", "")
+    reply = server(paused=True).get("/")
+    assert "default-src 'none'" in reply.headers["content-security-policy"] and "walt_jax" in reply.text
+
+
+def test_previews_are_made_for_those_who_watch(server):
+    client = server()
+    finished(client, ask(client)["id"])
+    name = ask(client, num_inference_steps=200, seed=9)["id"]
+    end, reply = time.monotonic() + 60, None
+    while time.monotonic() < end:
+        reply = client.get(f"/v1/videos/{name}/preview")
+        if reply.status_code == 200:
+            break
+        time.sleep(0.05)
+    assert reply.status_code == 200 and reply.headers["content-type"] == "image/webp"
+    assert np.asarray(Image.open(io.BytesIO(reply.content)).convert("RGB")).shape == (16, 16, 3)
+    client.delete(f"/v1/videos/{name}")
