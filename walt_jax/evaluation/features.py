@@ -1,0 +1,140 @@
+"""Runs a metric's network over clips: in batches, on all devices of this process, with a cache on disk."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from walt_jax.evaluation import i3d
+from walt_jax.weight_files import read_tensors
+from walt_jax.workdir import write_atomically
+
+Clip = UInt8[np.ndarray, "t h w 3"]
+
+BATCH = 8  # clips at once on each device
+KEPT_EVERY = 64  # clips: after so many new features a file of the cache is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """A network whose features are compared.
+
+    Attributes:
+        name: stands beside each number.
+        sha256: of its weights.
+        dimension: of its features.
+        shortest: frames that a clip needs.
+        compute: batch of prepared clips to features, compiled.
+    """
+
+    name: str
+    sha256: str
+    dimension: int
+    shortest: int
+    compute: Callable[[Float[Array, "b t h w 3"]], Float[Array, "b d"]]
+
+
+def i3d_detector(path: pathlib.Path) -> Detector:
+    """I3D's logits.
+
+    Raises:
+        UserError: if the file does not hold its weights.
+    """
+    tensors, digest = read_tensors(path)
+    weights = i3d.weights_from(tensors, str(path))
+    compute = functools.partial(jax.jit(i3d.logits), weights)
+    return Detector("I3D (Kinetics-400), logits averaged over time", digest, i3d.CLASSES, i3d.SHORTEST, compute)
+
+
+class FeatureCache:
+    """Features of clips by the digest of what they were computed from; a stopped command resumes from it.
+
+    Files are only added, each with the features of some clips, so that writing costs no more as the cache grows.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        """
+        Args:
+            folder: made when something is written; damaged files in it are ignored, and their features computed again.
+        """
+        self.folder, self.rows, self._new = folder, {}, {}
+        self._next = 0
+        for path in sorted(folder.glob("*.npz")) if folder.is_dir() else ():
+            self._next = max(self._next, int(path.stem) + 1 if path.stem.isdigit() else 0)
+            try:
+                with np.load(path) as file:
+                    self.rows.update(zip(file["keys"].tolist(), file["features"], strict=True))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                continue
+
+    def put(self, key: str, row: Float[np.ndarray, " d"]) -> None:
+        self.rows[key] = self._new[key] = row
+        if len(self._new) >= KEPT_EVERY:
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes what is new."""
+        if not self._new:
+            return
+        import io
+
+        content = io.BytesIO()
+        np.savez(content, keys=np.array(list(self._new)), features=np.stack(list(self._new.values())))
+        write_atomically(self.folder / f"{self._next:06d}.npz", content.getvalue())
+        self._next, self._new = self._next + 1, {}
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """SHA-256 of several strings, which can't be confused with others that they join to."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "little") + content)
+    return total.hexdigest()
+
+
+def compute_features(
+    detector: Detector,
+    prepare: Callable[[Clip], Float[np.ndarray, "t h w 3"]],
+    clips: Iterable[tuple[str, Clip]],
+    cache: FeatureCache,
+) -> Iterator[str]:
+    """Enters the features of clips into the cache, and yields each one's key when it is there.
+
+    Args:
+        detector: the network.
+        prepare: resizes a clip and maps it to the network's range; all results have one shape.
+        clips: (key, clip); what the cache has already is left out by the caller.
+        cache: gets the features; it is written after every KEPT_EVERY clips, at the end, and when the caller stops.
+    """
+    devices = jax.local_devices()
+    size = BATCH * len(devices)
+    rows = NamedSharding(Mesh(np.array(devices), "data"), PartitionSpec("data"))
+    batch: list[tuple[str, Float[np.ndarray, "t h w 3"]]] = []
+
+    def flush() -> Iterator[str]:
+        keys = [key for key, _ in batch]
+        # Padded, so that one shape is compiled.
+        index = np.minimum(np.arange(size), len(batch) - 1)
+        values = np.asarray(detector.compute(jax.device_put(np.stack([batch[i][1] for i in index]), rows)))
+        batch.clear()
+        for key, row in zip(keys, values, strict=False):
+            cache.put(key, row)
+            yield key
+
+    try:
+        for key, clip in clips:
+            batch.append((key, prepare(clip)))
+            if len(batch) == size:
+                yield from flush()
+        if batch:
+            yield from flush()
+    finally:
+        cache.keep()
