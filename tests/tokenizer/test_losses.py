@@ -11,7 +11,7 @@ from walt_jax.tokenizer import losses
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.discriminator import DiscriminatorConfig
 from walt_jax.tokenizer.losses import LossConfig
-from walt_jax.tokenizer.perceptual import SLICES, feature_distance
+from walt_jax.tokenizer.perceptual import TRUNKS, feature_distance
 from walt_jax.tokenizer.quantizers import Head, HeadConfig
 from walt_jax.training.tokenizer_task import TokenizerTask, psnr_db
 
@@ -191,7 +191,7 @@ def separately(task, params, moving, video, key, step):
 
 def features(widths=(2, 3, 2, 3, 2)):
     weights, before = {}, 3
-    for part, (layers, width) in enumerate(zip(SLICES, widths, strict=True)):
+    for part, (layers, width) in enumerate(zip(TRUNKS["vgg"].slices, widths, strict=True)):
         for layer in layers:
             weights[f"kernel{layer}"] = normal(layer, 3, 3, before, width) / np.sqrt(4 * before)
             weights[f"bias{layer}"] = 0.3 * normal(layer + 100, width)

