@@ -23,8 +23,10 @@ def twin(one, other, degree, coefficient, biased):
     return mean(one, one, not biased) + mean(other, other, not biased) - 2 * mean(one, other, False)
 
 
+@pytest.mark.parametrize("block", [4, 2048])
 @pytest.mark.parametrize(("degree", "coefficient", "biased"), [(3, 1.0, False), (2, 0.0, True)])
-def test_equals_its_definition(degree, coefficient, biased):
+def test_equals_its_definition(monkeypatch, degree, coefficient, biased, block):
+    monkeypatch.setattr("walt_jax.evaluation.kernel_distance.BLOCK", block)
     one, other = features(7, 0), features(6, 1, 0.5)
     expected = twin(one, other, degree, coefficient, biased)
     assert kernel_distance(one, other, degree, coefficient, biased) == pytest.approx(expected, rel=1e-12)
