@@ -104,8 +104,10 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_enum(
         "extend", None, ["forward", "backward", "loop"], "sample: how --video goes on", flag_values=values
     )
-    for name, what in (("num_frames", "frames"), ("height", "pixels"), ("width", "pixels")):
-        flags.DEFINE_integer(name, None, f"sample: {what} of the video", flag_values=values, lower_bound=1)
+    frames = "sample: frames of the video; evaluate: of each of --videos, the first ones, 16 by default"
+    flags.DEFINE_integer("num_frames", None, frames, flag_values=values, lower_bound=1)
+    for name in ("height", "width"):
+        flags.DEFINE_integer(name, None, "sample: pixels of the video", flag_values=values, lower_bound=1)
     flags.DEFINE_list(
         "cascade", [], "sample: workdirs of super-resolution runs that upscale the videos, in order", flag_values=values
     )
@@ -127,11 +129,25 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "sample: prompts, seeds and settings stand in the files' tags; --nometadata leaves them out",
         flag_values=values,
     )
+    flags.DEFINE_string("videos", None, "evaluate: folder of videos of any origin to measure", flag_values=values)
+    flags.DEFINE_string("reference", None, "evaluate: folder of real videos, for --videos", flag_values=values)
+    flags.DEFINE_multi_string(
+        "protocol",
+        [],
+        "evaluate: how --videos are compared with --reference: fvd_tf1, fvd_stylegan_v, fvd_common; repeatable",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "weights",
+        [],
+        "evaluate: weights of a metric's network, NETWORK=FILE, such as i3d=i3d_pretrained_400.pt; repeatable",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "out",
         None,
-        "sample: folder for the videos; reconstruct: the .mp4 to write; encode: folder of the data set; export: "
-        "folder, or for DiT and Latte .safetensors, to write",
+        "sample: folder for the videos; evaluate: of --videos, folder for evaluate.json; reconstruct: the .mp4 to "
+        "write; encode: folder of the data set; export: folder, or for DiT and Latte .safetensors, to write",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -244,12 +260,7 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     if values.config is None:  # the devices here may be others than those that trained the run
         knobs.pop("mesh", None)
 
-    import jax
-
-    # Compiled programs are kept between calls; the variable is JAX's own.
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "walt_jax"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    _compile_once()
 
     from walt_jax.config import build
     from walt_jax.training.run import Run
@@ -257,6 +268,15 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
 
     config = build(RunConfig, knobs, "config")
     return Run(config, workdir), _all_knobs(config)
+
+
+def _compile_once() -> None:
+    """Compiled programs are kept between calls; the variable is JAX's own."""
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "walt_jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _all_knobs(config: Any) -> dict[str, Any]:
@@ -353,13 +373,40 @@ def _on_best_mesh(run: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def evaluate(values: flags.FlagValues) -> None:
-    """Measures what has been trained."""
+    """Measures what has been trained, or --videos."""
     from walt_jax.workdir import locked
+
+    if values.videos:
+        _evaluate_files(values)
+        return
+    for flag in ("reference", "protocol", "weights"):
+        if values[flag].value:
+            raise UserError(f"--{flag} is for files; name those to measure with --videos=FOLDER.")
 
     run = open_trained_run(values)
     with locked(run.workdir), run.on_mesh():
         report = _evaluate(run)
     print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
+
+
+def _evaluate_files(values: flags.FlagValues) -> None:
+    """Measures the files of a folder, against those of another."""
+    from walt_jax.evaluation.evaluate_files import FRAMES, evaluate_files, sentences, weights_of
+    from walt_jax.workdir import CONFIG, locked
+
+    out = pathlib.Path(values.out or local(values.workdir))
+    if (out / CONFIG).exists():
+        raise UserError(f"{out} holds a run, whose evaluate.json stays; name another folder with --out=FOLDER.")
+    _compile_once()
+    reference = pathlib.Path(values.reference) if values.reference else None
+    weights = weights_of(values.weights)
+    with locked(out, "--out"):
+        report = evaluate_files(
+            pathlib.Path(values.videos), reference, out, values.protocol, weights, values.num_frames or FRAMES
+        )
+    for line in sentences(report):
+        print(line)
+    print(f"wrote {out / 'evaluate.json'}")
 
 
 def _evaluate(run: Any, clock: Any = None) -> pathlib.Path:
@@ -703,7 +750,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         values = parse(argv)
-        if not values.workdir:
+        if not values.workdir and not (values.mode == "evaluate" and values.videos and values.out):
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
         if values.mode not in ALONE:
             processes.initialise(values.coordinator, values.num_processes, values.process_id)

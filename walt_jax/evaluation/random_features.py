@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from walt_jax.evaluation.features import Detector, digest_of
+from walt_jax.evaluation.fvd_protocols import FvdProtocol
 from walt_jax.evaluation.resize import bilinear
 from walt_jax.tokenizer.convolution import convolve
 
@@ -25,6 +26,15 @@ STRIDES = (1, 2, 2)
 def prepare(clip: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t 64 64 3"]:
     """Squashed to 64 × 64, in -1..1."""
     return bilinear(clip, SIDE, SIDE, "half_pixel") * np.float32(2 / 255) - 1
+
+
+RANDOM_PROTOCOL = FvdProtocol(
+    "frechet_random_features",
+    prepare,
+    "squashed to 64 × 64 by bilinear interpolation with half-pixel centres, no antialiasing",
+    1,
+    "this project alone; not FVD",
+)
 
 
 def random_detector() -> Detector:
