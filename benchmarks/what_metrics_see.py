@@ -76,7 +76,7 @@ PANELS = (
     ("kvd_tf1", "KVD ↓"),
     ("lpips_alex", "LPIPS (alex), pairs ↓"),
     ("ssim", "SSIM, pairs ↑"),
-    ("smoothness", "smoothness ↑"),
+    ("roughness", "1 - smoothness ↓"),
     ("dynamic_degree", "dynamic degree"),
 )
 
@@ -88,7 +88,8 @@ def shown_clips(folders: dict[str, pathlib.Path]) -> dict[str, np.ndarray]:
 
 def picture(rows: dict[str, dict[str, float]], clips: dict[str, np.ndarray], path: pathlib.Path) -> None:
     names = list(rows)
-    figure, axes = plt.subplots(1, 1 + len(PANELS), figsize=(19, 0.55 * len(names) + 1.2), width_ratios=[2.4, *[1] * 6])
+    rows = {name: {**row, "roughness": 1 - row["smoothness"]} for name, row in rows.items()}
+    figure, axes = plt.subplots(1, 1 + len(PANELS), figsize=(18, 0.62 * len(names) + 0.8), width_ratios=[2.2, *[1] * 6])
     strip = axes[0]
     strip.axis("off")
     gap = np.full((2, 6 * (SIDE + 2), 3), 255, np.uint8)

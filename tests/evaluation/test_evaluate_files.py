@@ -221,6 +221,7 @@ def test_mistakes_are_one_sentence(folders, copied, tmp_path, capsys):
         ([videos, f"--reference={tmp_path / 'empty'}", out], ["--reference=", "holds no videos"]),
         ([videos, f"--reference={folders / 'videos'}", out], ["is the folder of --videos too"]),
         ([videos, reference, out, "--num_frames=40"], ["None of the 3 files", "it has 17 frames, and 40 are measured"]),
+        ([videos, reference, out, "--num_frames=2"], ["--num_frames=2 is too few"]),
         ([videos, reference, out, "--protocol=fvd"], ["no protocol 'fvd'; name one of fvd_tf1"]),
         ([videos, reference, out, "--protocol=fvd_tf1"], ["needs I3D's weights", "walt_jax[metrics]"]),
         ([videos, out, "--protocol=fvd_tf1"], ["--reference=FOLDER"]),

@@ -30,11 +30,11 @@ def random_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]
 
 
 def images() -> np.ndarray:
-    """One in 0..255, uint8 [1, 299, 299, 3]: waves and noise."""
+    """One in 0..255, uint8 [1, 123, 123, 3]: waves and noise."""
     rng = np.random.RandomState(0)
-    y, x = np.meshgrid(np.arange(299), np.arange(299), indexing="ij")
+    y, x = np.meshgrid(np.arange(123), np.arange(123), indexing="ij")
     waves = np.stack([np.sin(0.05 * x + 0.03 * k * y) for k in range(3)], -1)
-    return np.clip(127 + 90 * waves + 20 * rng.normal(size=(299, 299, 3)), 0, 255).astype(np.uint8)[None]
+    return np.clip(127 + 90 * waves + 20 * rng.normal(size=(123, 123, 3)), 0, 255).astype(np.uint8)[None]
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         return whole(module, state, *rest, **options)
 
     torch.nn.Module.load_state_dict = noted
-    network = inception.InceptionV3([3]).eval()
+    network = inception.InceptionV3([3], resize_input=False).eval()
     with torch.no_grad():
         features = network(torch.tensor(images()).permute(0, 3, 1, 2) / 255)[0].flatten(1)
     # The score's logits: torch-fidelity leaves the bias of the last layer out.

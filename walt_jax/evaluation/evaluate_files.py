@@ -28,6 +28,7 @@ from walt_jax.tokenizer.perceptual import SHORTEST_SIDE, feature_distance, load_
 from walt_jax.workdir import write_atomically
 
 FRAMES = 16
+FEWEST = 3  # frames: smoothness compares one with its neighbours
 QUALITY = ("flicker", "smoothness", "dynamic_degree")
 QUALITY_VERSION = "1"  # of their computation, for the cache
 FOLDS = 4
@@ -74,6 +75,8 @@ def evaluate_files(
     for name in protocols:
         if name not in FVD_PROTOCOLS:
             raise UserError(f"There is no protocol {name!r}; name one of {', '.join(FVD_PROTOCOLS)}.")
+    if frames < FEWEST:
+        raise UserError(f"--num_frames={frames} is too few to measure a video; give at least {FEWEST}.")
     if protocols and reference is None:
         raise UserError(f"--protocol={protocols[0]} compares with real videos; name them with --reference=FOLDER.")
     if reference is not None and reference.exists() and videos.exists() and reference.samefile(videos):
@@ -259,8 +262,7 @@ def _cached(
 
 
 def _quality(folder: VideoFolder, frames: int, out: pathlib.Path, watchdog: Watchdog) -> dict[str, np.ndarray]:
-    """`QUALITY` of each file of at least 3 frames."""
-    frames = max(frames, 3)
+    """`QUALITY` of each file."""
 
     def compute(name: str) -> np.ndarray | None:
         clip = folder.read(name, frames, watchdog)

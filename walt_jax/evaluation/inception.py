@@ -112,13 +112,13 @@ def _average_pool(x: Images) -> Images:
 
 
 def features_and_logits(
-    weights: Weights, images: Float[Array, "n 299 299 3"]
+    weights: Weights, images: Float[Array, "n h w 3"]
 ) -> tuple[Float[Array, "n 2048"], Float[Array, "n 1008"]]:
     """FID's features, the last average pooling; and the inception score's logits, which lack the bias.
 
     Args:
         weights: see `weights_from`.
-        images: in -1..1, as the protocol resizes and maps them.
+        images: in -1..1, SIDE × SIDE pixels for published numbers, as the protocol resizes and maps them.
     """
 
     def unit(x: Images, name: str, stride: int = 1, padding: str = "SAME") -> Images:
