@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from walt_jax.parallel.processes import is_first
+
 CLOCK = "clock.jsonl"
 
 # What becomes of the time. Goodput is the useful part: steps of training that are done for the first time, less what
@@ -114,7 +116,7 @@ def read_clock(path: pathlib.Path) -> list[Row]:
 
 
 class Clock:
-    """Writes an attempt's rows.
+    """Writes an attempt's rows; of several processes the first one does.
 
     Args:
         workdir: the run's folder; None writes nothing.
@@ -126,7 +128,7 @@ class Clock:
         self._run = rows[0]["run"] if rows and "run" in rows[0] else uuid.uuid4().hex[:12]
         self._seconds: dict[str, float] = {}
         self._file = None
-        if workdir is not None:
+        if workdir is not None and is_first():
             self._file = (workdir / CLOCK).open("ab")
             if self._file.tell():
                 self._file.write(b"\n")  # ends a line that was cut off; an empty one is no row

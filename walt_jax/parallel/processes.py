@@ -177,9 +177,26 @@ def exchanged(value: Any) -> list[Any]:
         return [value]
     import jax
 
-    key = f"walt/exchange/{next(_numbers)}"
-    _client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    return [json.loads(_client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(jax.process_count())]
+    number, mine = next(_numbers), jax.process_index()
+    _client.key_value_set(f"walt/exchange/{number}/{mine}", json.dumps(value))
+    keys = (f"walt/exchange/{number}/{index}" for index in range(jax.process_count()))
+    values = [json.loads(_client.blocking_key_value_get(key, PATIENCE_MS)) for key in keys]
+    if number:  # all are here, so have read the values before
+        _client.key_value_delete(f"walt/exchange/{number - 1}/{mine}")
+    return values
+
+
+def together(program: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a jitted function on devices of all processes, each of which has compiled it then.
+
+    Where a program communicates for the first time, Gloo waits 30 s for the other processes, and they may take longer
+    than each other to compile it. All of them call this; what runs on a process's own devices is called directly.
+    """
+    if _client is not None:
+        owner = getattr(program, "__self__", None)
+        program.lower(*([] if owner is None else [owner]), *arguments).compile()  # kept for the call
+        exchanged(None)
+    return program(*arguments)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from walt_jax.errors import UserError, reason_of
+from walt_jax.parallel.processes import one_after_the_first
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
@@ -112,8 +113,9 @@ class Checkpoints:
             UserError: if this one, or the one before, can't be written.
         """
         if self._damaged:
-            for step in self._damaged:
-                set_aside(self.directory / str(step), "damaged")
+            with one_after_the_first() as first:
+                for step in self._damaged if first else ():
+                    set_aside(self.directory / str(step), "damaged")
             self._damaged = []
             self._manager.reload()
         # A copy: the next step donates the state's buffers, and Orbax may still be writing from them.

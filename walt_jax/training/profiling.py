@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from walt_jax.errors import UserError
+from walt_jax.parallel.processes import is_first
 
 Steps = tuple[int, int]
 
@@ -29,13 +30,16 @@ def profile_steps(text: str) -> Steps:
 class Profile:
     """Traces steps of a stage, counted from the first one that this process does; nothing without `steps`.
 
+    Of several processes the first one traces its own devices.
+
     Args:
         directory: where the trace is written.
         steps: first and last, both traced.
     """
 
     def __init__(self, directory: pathlib.Path, steps: Steps | None):
-        self._directory, self._steps, self._count, self._running = directory, steps, 0, False
+        self._directory, self._steps = directory, steps if is_first() else None
+        self._count, self._running = 0, False
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
         """Within, a step is done; `number` names it in the trace."""
