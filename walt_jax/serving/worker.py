@@ -1,5 +1,6 @@
 """The thread that makes queued videos: several at once, watched, and ended when nobody wants them any more."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -122,7 +123,10 @@ class Worker(threading.Thread):
                 self._make(self._batch(waiting))
 
     def _batch(self, waiting: list[Job]) -> list[Job]:
-        """The oldest job, and those that can be made with it: of equal settings, and of any size if the model packs."""
+        """The oldest job, and those that can be made with it: of equal settings, and of any size if the model packs.
+
+        Of each size a power of two, so that few programs are compiled, and kept.
+        """
 
         def settings(job: Job) -> tuple[Any, ...]:
             return job.asked["steps"], job.asked["guidance"]
@@ -139,7 +143,15 @@ class Worker(threading.Thread):
             for job in waiting
             if settings(job) == settings(oldest) and not self._is_long(job) and (mixed or size(job) == size(oldest))
         ]
-        return alike[: self._together]
+        alike = alike[: self._together]
+        counts = collections.Counter(map(size, alike))
+        rooms = {one: 1 << (count.bit_length() - 1) for one, count in counts.items()}
+        chosen = []
+        for job in alike:
+            if rooms[size(job)]:
+                rooms[size(job)] -= 1
+                chosen.append(job)
+        return chosen
 
     def _is_long(self, job: Job) -> bool:
         frames = job.asked["num_frames"] or self.pixels[0]
