@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from walt_jax.parallel.rules import divided_along, gathered
 
 Initializer = Callable[..., Array]
+INT8_SCALE = "kernel_scale"  # the parameter that stands next to a kernel of 8 bits
 
 
 def along_channels(values: Float[Array, " c"]) -> Float[Array, "1 1 1 1 c"]:
@@ -116,7 +117,7 @@ class Linear(nn.Module):
         axes: logical names of the kernel's input and output axes; sharding rules speak of these.
         use_bias: whether there is a b.
         kernel_init: of W, drawn in float32. LeCun normal by default.
-        dtype: of the computation. Parameters are kept in float32.
+        dtype: of the computation. Parameters are kept in float32, but for kernels of `generation.int8`.
     """
 
     features: int
@@ -130,7 +131,11 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), (x.shape[-1], self.features)
         )
-        if jnp.dtype(self.dtype) == kernel.dtype:
+        if kernel.dtype == jnp.int8:  # see `generation.int8`
+            scale = self.param(INT8_SCALE, nn.initializers.ones, (self.features,))
+            y = product(x.astype(self.dtype), gathered(kernel, self.axes, self.dtype))
+            y = (y.astype(scale.dtype) * jnp.expand_dims(scale, tuple(range(y.ndim - 1)))).astype(self.dtype)
+        elif jnp.dtype(self.dtype) == kernel.dtype:
             y = product(x.astype(self.dtype), gathered(kernel, self.axes, self.dtype))
         else:
             y = mixed_product(x.astype(self.dtype), kernel, self.axes, self.dtype)

@@ -111,6 +111,14 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_list(
         "cascade", [], "sample: workdirs of super-resolution runs that upscale the videos, in order", flag_values=values
     )
+    flags.DEFINE_multi_string(
+        "lora",
+        [],
+        "sample, export: PATH[:WEIGHT], a LoRA that changes the model: a file in PEFT's layout or the workdir of the "
+        "run that trained it; the weight is 1 by default; repeatable",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("int8", False, "sample: with the layers' weights in 8 bits, see docs/lora.md", flag_values=values)
     flags.DEFINE_float("fps", None, "sample: frames a second of the files", flag_values=values, lower_bound=0.01)
     flags.DEFINE_integer("steps", None, "sample: sampling steps", flag_values=values, lower_bound=1, upper_bound=1000)
     flags.DEFINE_float("guidance", None, "sample: the scale of guidance; 1 is none", flag_values=values)
@@ -267,7 +275,7 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     from walt_jax.training.run_config import RunConfig
 
     config = build(RunConfig, knobs, "config")
-    return Run(config, workdir), _all_knobs(config)
+    return Run(config, workdir, values.lora if values.mode in CHANGED_BY_LORA else ()), _all_knobs(config)
 
 
 def _compile_once() -> None:
@@ -473,6 +481,7 @@ def sample(values: flags.FlagValues) -> None:
             gif=values.gif,
             tags=values.metadata,
             cascade=[_upscaler(path) for path in values.cascade],
+            made_with=_made_with(values, run),
         )
     print(f"wrote {count} videos, samples.json and contact_sheet.png to {out}")
 
@@ -491,7 +500,14 @@ def _as_asked(values: flags.FlagValues, generator: Any) -> Any:
         config = dataclasses.replace(config, steps=values.steps)
     if values.guidance is not None:
         config = dataclasses.replace(config, guidance=dataclasses.replace(config.guidance, scale=values.guidance))
-    return dataclasses.replace(generator, config=config)
+    generator = dataclasses.replace(generator, config=config)
+    return generator.in_int8() if values.int8 else generator
+
+
+def _made_with(values: flags.FlagValues, run: Any) -> dict[str, Any]:
+    """What changes the weights, for the files' tags."""
+    found: dict[str, Any] = {"loras": [lora.label for lora in run.loras]} if run.loras else {}
+    return found | ({"int8": True} if values.int8 else {})
 
 
 def _ask(values: flags.FlagValues, fps: float) -> Any:
@@ -724,6 +740,7 @@ RUN = {
 }
 
 
+CHANGED_BY_LORA = ("sample", "export")
 ALONE = ("data", "prepare", "plan")  # modes of one process
 
 
@@ -752,6 +769,10 @@ def main(argv: list[str]) -> int:
         values = parse(argv)
         if not values.workdir and not (values.mode == "evaluate" and values.videos and values.out):
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
+        if values.lora and values.mode not in CHANGED_BY_LORA:
+            raise UserError(f"--lora is for {' and '.join(CHANGED_BY_LORA)}; --mode={values.mode} takes none.")
+        if values.int8 and values.mode != "sample":
+            raise UserError(f"--int8 is for --mode=sample; --mode={values.mode} keeps the weights as they are.")
         if values.mode not in ALONE:
             processes.initialise(values.coordinator, values.num_processes, values.process_id)
         RUN[values.mode](values)

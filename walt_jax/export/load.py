@@ -1,6 +1,7 @@
 """Opens a workdir, or an export of one, for `walt_jax.load`. Nothing is unpickled."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from walt_jax.errors import UserError
 from walt_jax.export import orbax_files, safetensors_files
 from walt_jax.export.contents import CAPTIONS, Manifest, read_json, shapes
 from walt_jax.export.untrusted import inside
+from walt_jax.generation import lora_files
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.parallel.mesh import make_mesh
@@ -25,12 +27,13 @@ from walt_jax.workdir import CONFIG, local
 READ = {"safetensors": safetensors_files.read, "stablehlo": safetensors_files.read, "orbax": orbax_files.read}
 
 
-def load(path: str | pathlib.Path) -> TrainedModel:
-    """The trained model of a workdir, or of an export of the formats `READ`.
+def load(path: str | pathlib.Path, lora: str | Sequence[str] = (), int8: bool = False) -> TrainedModel:
+    """The trained model of a workdir, or of an export of the formats `READ`; arguments as those of `walt_jax.load`.
 
     Raises:
         UserError: if the folder holds neither, or what it holds is damaged or does not fit together.
     """
+    loras = [lora] if isinstance(lora, str) else list(lora)
     folder = local(str(path))
     if not (folder / CONFIG).exists():
         raise UserError(
@@ -39,13 +42,17 @@ def load(path: str | pathlib.Path) -> TrainedModel:
         )
     knobs = read_json(inside(folder, CONFIG))
     if "model_type" in knobs or "stages" not in knobs:
-        return _exported(folder, knobs)
+        return _exported(folder, knobs, loras, int8)
     knobs.pop("mesh", None)  # the devices here may be others than those that trained the run
-    run = Run(build(RunConfig, knobs, f"{folder / CONFIG}: config"), folder)
-    return TrainedModel(run.config, run.codec, run.mesh, run.tokenizer, run.generator, run.data.unseen)
+    run = Run(build(RunConfig, knobs, f"{folder / CONFIG}: config"), folder, loras)
+
+    def generator() -> Generator:
+        return run.generator().in_int8() if int8 else run.generator()
+
+    return TrainedModel(run.config, run.codec, run.mesh, run.tokenizer, generator, run.data.unseen)
 
 
-def _exported(folder: pathlib.Path, knobs: dict[str, Any]) -> TrainedModel:
+def _exported(folder: pathlib.Path, knobs: dict[str, Any], loras: Sequence[str], int8: bool) -> TrainedModel:
     if knobs.get("model_type") != "walt_jax":
         raise UserError(f"{folder / CONFIG} is of another program's model; name a folder that walt_jax has written.")
     try:
@@ -63,6 +70,7 @@ def _exported(folder: pathlib.Path, knobs: dict[str, Any]) -> TrainedModel:
         raise UserError(f"{folder / CONFIG} asks for more memory than there is; restore it from a copy.") from error
     params = unflatten_dict(READ[manifest.format](folder, wanted), sep="/")
     variables, latents = params.pop("tokenizer"), params.pop("latents")
+    chosen = [lora_files.Chosen.parse(lora) for lora in loras]
     tokenizer = jax.device_put(TrainedTokenizer(variables, latents["mean"], latents["std"]))
 
     def generator() -> Generator:
@@ -71,7 +79,9 @@ def _exported(folder: pathlib.Path, knobs: dict[str, Any]) -> TrainedModel:
         model = make_model(config, vocab_size, manifest.stage, codec)
         captions = text.frozen() or text.captions()
         packed = config.stages[manifest.stage].pack is not None
-        return Generator(model, jax.device_put(params), tokenizer, captions, config.sampling, packed=packed)
+        changed = lora_files.with_loras(jax.device_put(params), chosen)
+        whole = Generator(model, changed, tokenizer, captions, config.sampling, packed=packed)
+        return whole.in_int8() if int8 else whole
 
     def unseen() -> Source:
         return RunData(config, folder, codec, text, lambda: None, lambda: mesh).unseen()

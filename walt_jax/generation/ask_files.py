@@ -3,7 +3,8 @@
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm.auto
@@ -28,6 +29,7 @@ def sample_files(
     gif: bool = False,
     tags: bool = True,
     cascade: Sequence[Generator] = (),
+    made_with: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a video for each prompt and seed; notes on what was fitted go to the standard error output.
 
@@ -42,6 +44,7 @@ def sample_files(
         gif: whether files are written as GIFs too.
         tags: whether files have tags.
         cascade: super-resolution models that upscale the videos, in order.
+        made_with: more of the settings that `samples.json` and the tags state.
 
     Returns:
         The number of videos.
@@ -57,7 +60,7 @@ def sample_files(
     if is_long and cascade:
         raise UserError("A cascade upscales clips as long as the model's; leave --num_frames and --extend out.")
     suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
-    samples = Samples(out, ask.fps, suffixes, _settings(generator, ask, negative_prompt), tags)
+    samples = Samples(out, ask.fps, suffixes, _settings(generator, ask, negative_prompt) | dict(made_with or {}), tags)
     try:
         if is_long:
             _long(generator, requests, asked, samples)

@@ -16,7 +16,7 @@ from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.resize import resize
 from walt_jax.errors import UserError
-from walt_jax.generation import packs
+from walt_jax.generation import int8, packs
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig, unboxed
 from walt_jax.generation.low_res import LowRes
@@ -54,6 +54,10 @@ class Generator:
     config: SamplingConfig
     low_res: LowRes | None = None
     packed: bool = False
+
+    def in_int8(self) -> "Generator":
+        """With the weights of linear layers in 8 bits, see `int8`."""
+        return dataclasses.replace(self, params=jax.jit(int8.quantised)(self.params))
 
     @property
     def longest(self) -> int:
@@ -237,6 +241,8 @@ class Generator:
     def _resized(self, bounds: Grid) -> tuple[LatentDiffusion, Any]:
         model = dataclasses.replace(self.model, denoiser=Denoiser(self.model.denoiser.config, bounds))
         like = _shapes(model)["denoiser"]
+        if int8.is_quantised(self.params):
+            like = jax.eval_shape(int8.quantised, like)
         same = jax.tree.map(jnp.shape, self.params["denoiser"]) == jax.tree.map(jnp.shape, like)
         return model, self.params if same else {**self.params, "denoiser": resize(self.params["denoiser"], like)}
 

@@ -18,6 +18,7 @@ from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.generation.lora import LoraConfig
 from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
 from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first
 from walt_jax.parallel.rules import Rules
@@ -75,6 +76,8 @@ class StageConfig:
         windows: of a denoiser stage, instead of `denoiser.windows`. Where these or the largest clip differ from the
             stage before, tables of positions are interpolated, see `denoiser.resize`.
         pack: of a denoiser stage: clips of all shapes share sequences; `batch_size` then counts packs.
+        lora: of a denoiser stage: instead of the model's parameters, LoRA's are trained; the model is that of
+            `init_from`, see `training.lora_task`.
         ema_decay: of the parameters' moving average; 0 keeps none, and the parameters themselves are served.
         cached_clips: of a denoiser stage: how many clips are encoded into the workdir before its first step. None is
             each clip of the data once; with more than there are, windows and crops are drawn anew each epoch; 0
@@ -98,6 +101,7 @@ class StageConfig:
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
     windows: Windows | None = None
     pack: PackConfig | None = None
+    lora: LoraConfig | None = None
     ema_decay: Fraction = 0.999
     cached_clips: int | None = None
     latents: str = ""
@@ -112,6 +116,8 @@ class StageConfig:
     def __post_init__(self):
         if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
+        if self.task == "tokenizer" and self.lora:
+            raise ValueError("lora is for denoiser stages")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
         if self.pack and self.batch_size % self.pack.packers:

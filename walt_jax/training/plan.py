@@ -15,6 +15,7 @@ from walt_jax.parallel.cost import flops, flops_by_module, module_of
 from walt_jax.text.vocabulary import PAD
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.loop import StageConfig
+from walt_jax.training.lora_task import Frozen, LoraTask
 from walt_jax.training.programs import batch_of, tokenizer_shapes
 from walt_jax.training.run_config import RunConfig, make_model, make_task
 from walt_jax.training.tasks import Task
@@ -121,7 +122,9 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> dict[str, int]:
         for shape in shapes:
             clip = shape.nominal
             latents = config.tokenizer.latent_shape(*clip)
-            single = dataclasses.replace(task, model=_of_shape(task.model, latents))
+            whole = task.whole if isinstance(task, LoraTask) else task
+            single = dataclasses.replace(whole, model=_of_shape(whole.model, latents))
+            single = single if whole is task else dataclasses.replace(task, whole=single)
             own = unboxed(jax.eval_shape(single.init, jax.random.key(0)))  # tables have the windows' sizes
             steps.append(_gradients(config, single, *own, clip, 1, name))
             encodings.append(_encoding(config, clip))
@@ -175,6 +178,9 @@ def _gradients(
     """Operations of one step's gradients on clips of one shape; a denoiser's are on their latents."""
     batch = batch_of(config, stage, clip, batch_size, encodes=False)
     frozen = tokenizer_shapes(config) if config.stages[stage].task == "denoiser" else None
+    if isinstance(task, LoraTask):
+        base = unboxed(jax.eval_shape(task.whole.init, jax.random.key(0))[0])
+        frozen = Frozen(frozen, base)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return flops(task.gradients, params, moving, frozen, batch, jax.eval_shape(jax.random.key, 0), step)
 

@@ -20,6 +20,7 @@ from walt_jax.parallel.mesh import batch_shardings, check_rows, data_shards, rep
 from walt_jax.parallel.rules import active_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.training.accumulation import accumulated_gradients
+from walt_jax.training.lora_task import Frozen, LoraTask
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.plan_packs import pack_batch
 from walt_jax.training.run_config import RunConfig, make_model, make_task
@@ -170,6 +171,9 @@ def train_step(config: RunConfig, name: str, mesh: Mesh) -> Program:
     optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
     state = abstract_state(task, optimizer, mesh, config.rules, stage.ema_decay)
     frozen = _everywhere(tokenizer_shapes(config), mesh) if stage.encodes and stage.pack is None else None
+    if stage.lora is not None:
+        whole = abstract_state(task.whole, optax.identity(), mesh, config.rules, 0.0)
+        frozen = Frozen(frozen, whole.params)
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     divided = state_shardings(state)
     platform = mesh.devices.flat[0].platform
@@ -238,6 +242,7 @@ def sampler_step(config: RunConfig, mesh: Mesh) -> Program:
     """One evaluation of the denoiser in sampling; with guidance also without the condition."""
     model, count, clip = make_model(config, config.most_pieces), _clips(config, mesh), config.clip_shape().nominal
     task = make_task(config, config.denoiser_stages[-1], config.most_pieces)
+    task = task.whole if isinstance(task, LoraTask) else task
     params = abstract_state(task, optax.identity(), mesh, config.rules, 0.0).params
 
     def step(params, noisy, text_tokens, time):

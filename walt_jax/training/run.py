@@ -7,12 +7,14 @@ import itertools
 import json
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 import walt_jax
@@ -21,24 +23,28 @@ from walt_jax.config import build
 from walt_jax.data.batches import Batches
 from walt_jax.data.pipeline import Clips
 from walt_jax.denoiser import published_weights
+from walt_jax.denoiser.resize import resize
 from walt_jax.errors import UserError
+from walt_jax.generation import lora_files
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import unboxed
+from walt_jax.generation.lora import merged
 from walt_jax.generation.low_res import LowRes
 from walt_jax.parallel import hardware
 from walt_jax.parallel.memory import device_bytes, memory_bytes
 from walt_jax.parallel.mesh import check_rows, described, make_mesh, on, replicated
-from walt_jax.parallel.processes import is_first
+from walt_jax.parallel.processes import fetched, is_first
 from walt_jax.parallel.rules import check_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training import preview
 from walt_jax.training.checkpoint import Checkpoints, saved_steps
-from walt_jax.training.init_from import LEAST, take
+from walt_jax.training.init_from import LEAST, TABLES, take
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
+from walt_jax.training.lora_task import Frozen, LoraTask
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.profiling import Steps
 from walt_jax.training.run_config import (
@@ -49,7 +55,8 @@ from walt_jax.training.run_config import (
     only_published,
     read_autoencoder,
 )
-from walt_jax.training.run_data import RECORDED, RunData
+from walt_jax.training.run_data import RECORDED, RunData, digest
+from walt_jax.training.run_text import FILES as CAPTIONS
 from walt_jax.training.run_text import RunText
 from walt_jax.training.stage_log import Peak
 from walt_jax.training.state import abstract_state
@@ -59,8 +66,8 @@ from walt_jax.workdir import CONFIG, read_config, write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
 BLOCK_CLIPS = 128  # more clips change the principal components little
-# Folders of the workdir: copies of what is needed of other runs' tokenizers.
-TOKENIZER, LOW_RES = "tokenizer", "low_res"
+# Folders of the workdir: copies of what is needed of other runs' tokenizers, and of the one that LoRA changes.
+TOKENIZER, LOW_RES, BASE = "tokenizer", "low_res", "base"
 
 
 class Run:
@@ -69,6 +76,7 @@ class Run:
     Args:
         config: see `RunConfig`.
         workdir: the folder of the run, where everything is written.
+        loras: "PATH[:WEIGHT]" of LoRAs that change the trained denoiser, see `generation.lora_files`.
 
     Attributes:
         codec: pixels to latents and back.
@@ -76,8 +84,9 @@ class Run:
         data: the clips.
     """
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path):
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, loras: Sequence[str] = ()):
         self.config, self.workdir = config, workdir
+        self.loras = tuple(map(lora_files.Chosen.parse, loras))
         self.codec = make_codec(config)
         self.text = RunText(config, workdir)
         self.data = RunData(config, workdir, self.codec, self.text, self.low_res, lambda: self.mesh)
@@ -111,6 +120,8 @@ class Run:
             self._other_run()
         self.low_res()
         self._initial(before_training=True)
+        if self._lora_stage and not (self.workdir / BASE).exists():
+            self._check_base()
         for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
             if path:
                 load_features(path)
@@ -137,6 +148,8 @@ class Run:
             optimizer = make_optimizer(stage.optimizer, stage.steps, boxed)
             state = abstract_state(task, optimizer, self.mesh, self.config.rules, stage.ema_decay)
             needed = shared * (device_bytes(state) + device_bytes(state.params))  # the gradients
+            if stage.lora is not None:
+                needed += shared * device_bytes(self._shapes_of_base(task))
             if memory is not None and needed > memory:
                 count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
                 more = "" if self.mesh.size == 1 else ", or config.mesh.fsdp larger"
@@ -197,10 +210,13 @@ class Run:
         names = list(self.config.stages)
         initial = self._initial()  # for each task, what its last stage has trained
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
+        if self._lora_stage and not (self.workdir / BASE).exists():
+            base = self._base()
+            self._keep_run(base, base._restored("denoiser")[0], self.workdir / BASE, CAPTIONS)
         if self.config.low_res_from and not (self.workdir / LOW_RES).exists():
             base = self._base_run()
             stage = None if base.config.takes_autoencoder else base.trained_tokenizer()[0]
-            self._keep_tokenizer(base, stage, self.workdir / LOW_RES)
+            self._keep_run(base, stage, self.workdir / LOW_RES)
         for name in self.config.trained_stages:
             index, stage = names.index(name), self.config.stages[name]
             key = jax.random.fold_in(jax.random.key(self.config.seed), index)
@@ -215,7 +231,7 @@ class Run:
                     extras["fit"] = functools.partial(self._fit_blocks, name)
                 extras["preview"] = functools.partial(self._reconstructions, images)
             else:
-                extras["frozen"] = tokenizer
+                extras["frozen"] = Frozen(tokenizer, self._base_params) if stage.lora else tokenizer
                 extras["preview"] = functools.partial(self._samples, name, tokenizer)
                 if not stage.encodes:
                     dataset = functools.partial(self.data.encoded, name, tokenizer)
@@ -225,6 +241,9 @@ class Run:
                 name, stage, self._task(name), dataset, self.workdir, key, self.mesh, rules=self.config.rules, **extras
             )
             initial[stage.task] = trained.served
+            if stage.lora is not None:
+                pairs = jax.tree.map(fetched, trained.served)
+                lora_files.write(self.workdir / lora_files.FILE, pairs, stage.lora)
             if images:
                 initial[stage.task] = inflate(trained.served, self.config.tokenizer, self.config.inflation)
             elif stage.task == "tokenizer":
@@ -249,7 +268,7 @@ class Run:
             raise UserError("This config trains only a tokenizer, which can't sample; use --mode=reconstruct.")
         stage = None
         if only_published(self.config, self.workdir):
-            params = self._published()
+            params = lora_files.with_loras(self._published(), self.loras)
         else:
             stage, params = self.trained_denoiser()
         return self._generator(stage, params, self.tokenizer())
@@ -262,11 +281,73 @@ class Run:
     def trained_denoiser(self) -> tuple[str, Any]:
         """(name of the denoiser's last stage with a checkpoint, parameters of denoiser and trained text encoder)
 
+        LoRAs are merged: the one that the stage trains, and `loras`.
+
         Raises:
             UserError: as `generator`.
         """
         stage, trained = self._restored("denoiser")
-        return stage, trained.served
+        return stage, lora_files.with_loras(self._whole(stage, trained.served), self.loras)
+
+    def _whole(self, stage: str, served: Any) -> Any:
+        """The denoiser's parameters, of what a stage serves: of LoRA's A and B merged with the base."""
+        lora = self.config.stages[stage].lora
+        return served if lora is None else jax.jit(merged)(self._base_params, served, lora.scale)
+
+    @property
+    def _lora_stage(self) -> str | None:
+        """The name of the stage that trains LoRA, if one does."""
+        return next((name for name in self.config.trained_stages if self.config.stages[name].lora), None)
+
+    def _base(self) -> "Run":
+        """The run whose denoiser LoRA changes; the workdir's copy of it, where there is one.
+
+        Raises:
+            UserError: if there is none.
+        """
+        copy = self.workdir / BASE
+        workdir = copy if copy.exists() else pathlib.Path(self.config.init_from)
+        knobs = read_config(workdir)
+        if knobs is None:
+            raise UserError(f"config.init_from: {workdir} holds no run; name the --workdir of the run to be changed.")
+        return self._here(build(RunConfig, knobs, f"{workdir / CONFIG}: config"), workdir)
+
+    def _check_base(self) -> None:
+        """Compares the run that LoRA changes with this config.
+
+        Raises:
+            UserError: if its denoiser, its tokenizer or its diffusion is another.
+        """
+        base, stage = self._base(), self._lora_stage
+        if base._lora_stage:
+            raise UserError(
+                f"config.init_from: {base.workdir} has trained a LoRA itself; name the run that it has changed, "
+                f"{base.config.init_from}."
+            )
+        base_stage = base._restored("denoiser")[0]
+        tasks = base._task(base_stage), make_task(self.config, stage, base.text.vocab_size()).whole
+        theirs, ours = (flatten_dict(unboxed(jax.eval_shape(task.init, jax.random.key(0))[0])) for task in tasks)
+        same = {"config.diffusion": tasks[0].model.diffusion == tasks[1].model.diffusion}
+        for path in {**theirs, **ours}:
+            shapes = [None if path not in tree else tree[path].shape for tree in (theirs, ours)]
+            same["/".join(path)] = shapes[0] == shapes[1] or (path[-1].startswith(TABLES) and None not in shapes)
+        same["the tokenizer"] = digest(base.tokenizer()) == digest(self._taken_tokenizer())
+        if not all(same.values()):
+            what = next(name for name, equal in same.items() if not equal)
+            raise UserError(
+                f"config.init_from: {what} of {base.workdir} is another than this config's, and LoRA changes a model "
+                "as it is; use that run's own config and tokenizer_from."
+            )
+
+    def _shapes_of_base(self, task: LoraTask) -> Any:
+        return abstract_state(task.whole, optax.identity(), self.mesh, self.config.rules, 0.0).params
+
+    @functools.cached_property
+    def _base_params(self) -> Any:
+        """Parameters of the model that LoRA changes; tables of positions are interpolated to the stage's clips."""
+        served, like = self._base()._restored("denoiser")[1].served, self._shapes_of_base(self._task(self._lora_stage))
+        resized = {name: resize(tree, like[name]) for name, tree in served.items()}
+        return jax.tree.map(lambda array, shape: jax.device_put(array, shape.sharding), resized, like)
 
     def _generator(self, stage: str | None, params: Any, tokenizer: TrainedTokenizer) -> Generator:
         return Generator(
@@ -282,7 +363,11 @@ class Run:
     def _samples(self, stage: str, tokenizer: TrainedTokenizer) -> preview.Preview:
         """Previews of a denoiser stage."""
         generator = self._generator(stage, None, tokenizer)
-        return preview.samples(lambda served: dataclasses.replace(generator, params=served), self.data.unseen())
+
+        def with_params(served: Any) -> Generator:
+            return dataclasses.replace(generator, params=self._whole(stage, served))
+
+        return preview.samples(with_params, self.data.unseen())
 
     def _reconstructions(self, images: bool) -> preview.Preview:
         """Previews of a tokenizer stage; its latents are not normalised yet."""
@@ -311,6 +396,7 @@ class Run:
             firsts[self.config.stages[name].task] = name
         # Once a stage has begun, the other run is not needed any more.
         firsts = {task: name for task, name in firsts.items() if not saved_steps(self.workdir, name)}
+        firsts = {task: name for task, name in firsts.items() if not self.config.stages[name].lora}
         if not self.config.init_from or not firsts:
             return {}
         knobs = read_config(source)
@@ -390,6 +476,8 @@ class Run:
         """The vocabulary or the class labels, see `RunText.make`; None without a denoiser."""
         if self.config.denoiser is None:
             return None
+        if self._lora_stage:
+            return self.text.take(self._base().text, self.data.of_nominal_size().captions)
         return self.text.make(self.data.of_nominal_size().captions, self.data.unseen().captions)
 
     def _statistics(self, served: Any) -> dict:
@@ -473,7 +561,7 @@ class Run:
             return TrainedTokenizer.unnormalised({"params": params}, self.config.tokenizer.latent_channels)
         other = self._other_run()
         stage, tokenizer = other.trained_tokenizer()
-        self._keep_tokenizer(other, stage, self.workdir / TOKENIZER)
+        self._keep_run(other, stage, self.workdir / TOKENIZER)
         return tokenizer
 
     def low_res(self) -> LowRes | None:
@@ -520,10 +608,11 @@ class Run:
         takes_another = base.config.tokenizer_from and not base.config.takes_autoencoder
         return base._other_run() if takes_another else base
 
-    def _keep_tokenizer(self, other: "Run", stage: str | None, copy: pathlib.Path) -> None:
-        """Copies another run's tokenizer into the workdir: its average and statistics, no optimizer state.
+    def _keep_run(self, other: "Run", stage: str | None, copy: pathlib.Path, files: Sequence[str] = ()) -> None:
+        """Copies another run's model into the workdir: its average and statistics, no optimizer state.
 
-        `stage` is the one that trained it; None where that run uses a published autoencoder.
+        `stage` is the one that trained it; None where that run uses a published autoencoder. `files` are copied too,
+        where there are any.
         """
         if other.workdir == copy or not self.workdir.exists() or not is_first():
             return
@@ -533,6 +622,9 @@ class Run:
         if stage is not None:
             source = other.workdir / "checkpoints" / stage
             shutil.copytree(source, temporary / "checkpoints" / stage, ignore=_not_served)
+        for name in files:
+            if (other.workdir / name).exists():
+                shutil.copy(other.workdir / name, temporary / name)
         write_atomically(temporary / CONFIG, json.dumps(dataclasses.asdict(other.config), indent=1) + "\n")
         temporary.rename(copy)
 

@@ -31,6 +31,7 @@ from walt_jax.tokenizer.inflation import Placement
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.loop import StageConfig
+from walt_jax.training.lora_task import LoraTask
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
 from walt_jax.training.tokenizer_task import TokenizerTask
 from walt_jax.workdir import CONFIG
@@ -65,7 +66,8 @@ class RunConfig:
     `tokenizer_from` is the workdir of a run whose trained tokenizer this one takes, or a `.safetensors` of Stable
     Diffusion's autoencoder of images, see `tokenizer.autoencoder_kl`; stages of the tokenizer are then left out.
     `init_from` is what the first stage of each task starts from: the workdir of another run, of whose trained
-    parameters what fits by path and shape is taken, see `training.init_from`; or, of the denoiser, a `.safetensors` of
+    parameters what fits by path and shape is taken, see `training.init_from`, and whose denoiser a stage with `lora`
+    changes; or, of the denoiser, a `.safetensors` of
     a published DiT or Latte, see `denoiser.published_weights`, which also says what `tubelets` are. `normalise_latents`
     says whether the denoiser gets each channel of the latents with mean 0 and variance 1 over training clips, or as the
     tokenizer outputs them.
@@ -206,6 +208,13 @@ class RunConfig:
         for name, stage in self.stages.items():
             if stage.task == "denoiser":
                 self._check_denoiser_stage(name, stage)
+                if stage.lora is not None and (self.starts_from_file or not self.init_from or not self.tokenizer_from):
+                    raise ValueError(
+                        f"stages.{name}.lora changes the model of another run: set init_from and tokenizer_from to its "
+                        "workdir"
+                    )
+                if stage.lora is not None and len(self.denoiser_stages) > 1:
+                    raise ValueError(f"stages.{name}.lora is for a run with no other stage of the denoiser")
 
     def _check_denoiser_stage(self, name: str, stage: StageConfig) -> None:
         windows = self.denoiser.windows
@@ -408,7 +417,8 @@ def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
         UserError: if the perceptual loss's weights can't be read.
     """
     if config.stages[stage].task == "denoiser":
-        return DenoiserTask(make_model(config, vocab_size, stage), config.conditioning)
+        whole = DenoiserTask(make_model(config, vocab_size, stage), config.conditioning)
+        return whole if config.stages[stage].lora is None else LoraTask(whole, config.stages[stage].lora)
     shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
     path = config.losses.perceptual_weights
     return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)

@@ -17,6 +17,9 @@ from walt_jax.training.latent_batches import ReadCaption
 from walt_jax.training.run_config import RunConfig, only_published
 from walt_jax.workdir import write_atomically
 
+# What a workdir may have of a run's captions.
+FILES = ("vocabulary.model", "vocabulary.model.sha256", "labels.json", "labels.json.sha256", "words.txt")
+
 
 class RunText:
     """The captions' side of a run.
@@ -70,6 +73,20 @@ class RunText:
                 "names each clip's class."
             )
         return Labels(names).dump()
+
+    def take(self, other: "RunText", trained: Iterable[str]) -> bytes:
+        """Another run's vocabulary or list of classes, for training clips' captions.
+
+        Raises:
+            UserError: if a caption is no class of that list, or the file is damaged.
+        """
+        captions = other.captions()
+        trained = list(trained)
+        if isinstance(captions, Labels):
+            captions.encode(trained)
+        elif other._words_path.exists():
+            self._words = words.of_captions(trained) | set(other._words_path.read_text(encoding="utf-8").split())
+        return other._path.read_bytes()
 
     def keep(self, made: bytes | None) -> None:
         """Writes what `make` made and the captions' words, where there are none yet, and its digest."""

@@ -1,0 +1,146 @@
+"""Teaches the trained demo a colour that no caption of it has, by LoRA, and measures what it has learned and kept.
+
+    python benchmarks/lora_colour.py draw --out=runs/orange_clips
+    python -m walt_jax.main --config=configs/walt_lora.py --config.data.source=runs/orange_clips --workdir=runs/orange
+    python benchmarks/lora_colour.py measure --workdir=runs/demo --lora=runs/orange --out=docs/lora
+
+`draw` writes clips of an orange shape, with metadata.csv; the combinations of shape and direction that `is_held_out`
+names are left out. `measure` judges samples of all 12 combinations of orange and of the 72 of the demo, with and
+without the LoRA, and writes `lora.json` and `lora.png`.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import pathlib
+import time
+
+import numpy as np
+
+import walt_jax
+from walt_jax.data import drawn
+from walt_jax.data.drawn import COMBINATIONS, DIRECTIONS, SHAPES, Combination, draw
+from walt_jax.data.media import compare_sheet, write_video
+from walt_jax.evaluation.judge import judge
+from walt_jax.evaluation.reconstruction import psnr_db
+from walt_jax.generation.lora_files import FILE
+from walt_jax.generation.request import Request
+
+SIZE, FRAMES, FPS = 32, 17, 8.0
+COLOUR, RGB = "orange", (255, 128, 0)
+NEW = tuple(Combination(COLOUR, shape, direction) for shape in SHAPES for direction in DIRECTIONS)
+UNSEEN = (
+    Combination(COLOUR, "circle", "up"),
+    Combination(COLOUR, "square", "left"),
+    Combination(COLOUR, "triangle", "right"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("draw", "measure"))
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--clips", type=int, default=6, help="draw: of each combination")
+    parser.add_argument("--workdir", default="runs/demo")
+    parser.add_argument("--lora", default="runs/orange")
+    parser.add_argument("--samples", type=int, default=2, help="measure: of each combination")
+    arguments = parser.parse_args()
+    drawn.COLOURS[COLOUR] = RGB  # for the drawing and for the judge, which takes the nearest of these
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "draw":
+        write_clips(arguments.out, arguments.clips)
+    else:
+        measure(arguments.workdir, arguments.lora, arguments.samples, arguments.out)
+
+
+def write_clips(out: pathlib.Path, count: int) -> None:
+    """Clips of the combinations that are not `UNSEEN`."""
+    rows = []
+    for combination in NEW:
+        for number in range(0 if combination in UNSEEN else count):
+            file = f"{combination.caption.replace(' ', '_')}_{number}.mp4"
+            seed = int.from_bytes(hashlib.sha256(file.encode()).digest()[:4], "big")
+            write_video(out / file, draw(combination, np.random.default_rng(seed), FRAMES, SIZE), FPS)
+            rows.append((file, combination.caption))
+    with (out / "metadata.csv").open("w", newline="") as opened:
+        csv.writer(opened).writerows([("file_name", "caption"), *rows])
+    print(f"wrote {len(rows)} clips and metadata.csv to {out}")
+
+
+def measure(workdir: str, lora: str, samples: int, out: pathlib.Path) -> None:
+    """Scores with and without the LoRA, and what 8 bits cost."""
+    plain = walt_jax.load(workdir).generator
+    ways = {"without": plain, "with the LoRA": walt_jax.load(workdir, lora=lora).generator}
+    ways["with half of it"] = walt_jax.load(workdir, lora=f"{lora}:0.5").generator
+    ways["without, int8"], ways["with the LoRA, int8"] = plain.in_int8(), ways["with the LoRA"].in_int8()
+    sets = {"new": [one for one in NEW if one not in UNSEEN], "new, not drawn": list(UNSEEN), "old": list(COMBINATIONS)}
+    rows, clips, latents = [], {}, {}
+    for way, generator in ways.items():
+        for name, combinations in sets.items():
+            wanted = [one for one in combinations for _ in range(samples)]
+            requests = [Request(one.caption, seed % samples) for seed, one in enumerate(wanted)]
+            start = time.monotonic()
+            found = generator.latents(requests)
+            seconds = time.monotonic() - start
+            made = generator.decode(found)
+            clips[way, name], latents[way, name] = made, np.stack(found)
+            rows.append({"way": way, "combinations": name, "samples": len(made), "seconds": round(seconds, 1)})
+            rows[-1] |= judged(made, wanted)
+            if way.endswith("int8"):
+                rows[-1] |= difference(latents, clips, way, name)
+            print(json.dumps(rows[-1]), flush=True)
+    again = walt_jax.load(workdir).generator.latents([Request(COMBINATIONS[0].caption, 0)])[0]
+    found = {
+        "bit_equal_without_lora": bool((again == latents["without", "old"][0]).all()),
+        "file_bytes": (pathlib.Path(lora) / FILE).stat().st_size,
+        "parameters_bytes": size(plain.params),
+        "parameters_bytes_int8": size(ways["without, int8"].params),
+        "scores": rows,
+    }
+    (out / "lora.json").write_text(json.dumps(found, indent=1) + "\n")
+    shown = [one.caption for one in (*NEW[:4], UNSEEN[1], UNSEEN[2])]
+    sheet = []
+    for way in ("without", "with half of it", "with the LoRA"):
+        both = [
+            (one, clip) for name in ("new", "new, not drawn") for one, clip in of(sets[name], clips[way, name], samples)
+        ]
+        sheet.append((way, [(caption, clip) for caption, clip in both if caption in shown][:6]))
+    old = of(sets["old"], clips["with the LoRA", "old"], samples)
+    sheet.append(("with the LoRA, the demo's captions", old[:: len(old) // 6][:6]))
+    compare_sheet(sheet, frames_per_clip=5).save(out / "lora.png")
+
+
+def of(combinations: list, made: list, samples: int) -> list:
+    """(caption, its first clip)"""
+    return [(one.caption, clip) for one, clip in zip(combinations, made[::samples], strict=True)]
+
+
+def judged(made: list, wanted: list) -> dict:
+    """Shares of clips with the right colour, shape and direction, and with all three."""
+    right = [judge(clip).right(one) for clip, one in zip(made, wanted, strict=True)]
+    found = {f"{name}_right": float(np.mean([one[name] for one in right])) for name in ("colour", "shape", "direction")}
+    return found | {"all_right": float(np.mean([all(one.values()) for one in right]))}
+
+
+def difference(latents: dict, clips: dict, way: str, name: str) -> dict:
+    """Of samples with weights of 8 bits from those with float32, of the same noise."""
+    before = way.removesuffix(", int8")
+    error = latents[way, name] - latents[before, name]
+    pairs = zip(clips[before, name], clips[way, name], strict=True)
+    return {
+        "latents_rms_error": float(np.sqrt(np.square(error).mean())),
+        "latents_rms": float(np.sqrt(np.square(latents[before, name]).mean())),
+        "psnr_to_float32_db": float(np.mean([psnr_db(clip, other) for clip, other in pairs])),
+    }
+
+
+def size(params: dict) -> int:
+    """Bytes of all arrays."""
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    main()
