@@ -71,9 +71,8 @@ def test_the_run_is_the_base_with_its_file_merged(trained):
     ):
         for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
-    assert any(
-        (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (found, before)), strict=True)
-    )
+    pairs = zip(*map(jax.tree.leaves, (found, before)), strict=True)
+    assert any((np.asarray(one) != np.asarray(two)).any() for one, two in pairs)
 
 
 def test_it_does_not_need_the_base_any_more(trained):
@@ -84,9 +83,8 @@ def test_it_does_not_need_the_base_any_more(trained):
         again = Run(run.config, run.workdir)
         again.check()
         assert again.make_vocabulary() == (run.workdir / "vocabulary.model").read_bytes()
-        assert (
-            walt_jax.load(run.workdir).sample(PROMPT) == walt_jax.load(hidden, str(run.workdir)).sample(PROMPT)
-        ).all()
+        videos = [one.sample(PROMPT) for one in (walt_jax.load(run.workdir), walt_jax.load(hidden, str(run.workdir)))]
+        assert np.abs(videos[0].astype(int) - videos[1]).max() <= 1
     finally:
         hidden.rename(base)
 
@@ -126,7 +124,7 @@ def test_another_model_is_refused_before_training(trained, tmp_path):
     for flags, says in (
         (
             ["--config.denoiser.mlp_ratio=3"],
-            "mlp_in.* of .* is another than this config's, and LoRA changes a model as",
+            "mlp_in.* of .* is another than this config's, and LoRA",
         ),
         (["--config.diffusion.times.mean=0.5"], "config.diffusion of .* is another than this config's"),
         ([f"--config.init_from={run.workdir}"], "has trained a LoRA itself; name the run that it has changed"),
