@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from walt_jax.config import build
-from walt_jax.diffusion.guidance import GuidanceConfig, guide, scale_at
+from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig, difference_of, guide, scale_at
 from walt_jax.diffusion.parameterization import clean, target
 from walt_jax.diffusion.sampler import sample
 from walt_jax.diffusion.schedule import Schedule
@@ -75,6 +75,53 @@ def test_rescaling_by_hand():
     assert jnp.isfinite(constant).all()
 
 
+def apg_by_hand(conditional, unconditional, scale, parallel, norm, momentum, before):
+    """Sadat et al.'s equations for one clip, as a flat vector in float64: (guided, running average of Δ)."""
+    average = (conditional - unconditional) + momentum * before
+    delta = average * min(1.0, norm / np.linalg.norm(average)) if norm else average
+    unit = conditional / np.linalg.norm(conditional)
+    along = (delta @ unit) * unit
+    return conditional + (scale - 1) * ((delta - along) + parallel * along), average
+
+
+@pytest.mark.parametrize(("parallel", "norm", "momentum"), [(0.0, 1.5, -0.5), (0.3, 0.0, 0.0), (1.0, 0.7, -0.75)])
+def test_apg_by_hand(parallel, norm, momentum):
+    """Over three evaluations, each clip for itself."""
+    config = GuidanceConfig(3.0, apg=APGConfig(parallel, norm, momentum))
+    rng, before, expected_before = np.random.default_rng(1), jnp.zeros(SHAPE), np.zeros((2, 15))
+    for _ in range(3):
+        conditional, unconditional = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+        guided = guide(config, TIME, conditional, unconditional, before)
+        before = difference_of(config, conditional, unconditional, before)
+        for clip in range(2):
+            ours, average = apg_by_hand(
+                conditional[clip].ravel().astype(float), unconditional[clip].ravel().astype(float),
+                3.0, parallel, norm, momentum, expected_before[clip],
+            )  # fmt: skip
+            expected_before[clip] = average
+            np.testing.assert_allclose(guided[clip].ravel(), ours, atol=1e-4)
+            np.testing.assert_allclose(before[clip].ravel(), average, atol=1e-4)
+
+
+def test_apg_without_effect_is_guidance():
+    plain = guide(GuidanceConfig(3.0), TIME, CONDITIONAL, UNCONDITIONAL)
+    off = GuidanceConfig(3.0, apg=APGConfig(parallel=1.0, norm=0.0, momentum=0.0))
+    np.testing.assert_allclose(guide(off, TIME, CONDITIONAL, UNCONDITIONAL), plain, atol=1e-6)
+    np.testing.assert_array_equal(
+        guide(GuidanceConfig(1.0, apg=APGConfig()), TIME, CONDITIONAL, UNCONDITIONAL), CONDITIONAL
+    )
+    zeros = guide(GuidanceConfig(3.0, apg=APGConfig(norm=1.0)), TIME, jnp.zeros(SHAPE), jnp.zeros(SHAPE))
+    np.testing.assert_array_equal(zeros, 0)
+    measures = {
+        off: False,
+        GuidanceConfig(3.0, apg=APGConfig(1.0, 0.0, -0.5)): False,
+        GuidanceConfig(rescale=0.1): True,
+    }
+    measures |= {GuidanceConfig(3.0, apg=APGConfig(0.5)): True, GuidanceConfig(3.0, apg=APGConfig(1.0, 2.0)): True}
+    for config, expected in measures.items():
+        assert config.measures_clips == expected
+
+
 def test_each_clip_may_have_its_time():
     config = GuidanceConfig(3.0, "power_cosine", power=2.0)
     times = jnp.array([0.1, 0.6])
@@ -116,6 +163,7 @@ def test_from_a_config():
         ({"kind": "interval", "interval": [0.5, 1.5]}, "at most 1"),
         ({"kind": "power_cosine", "power": 0.0}, "power is 0"),
         ({"rescale": 1.5}, "at most 1"),
+        ({"apg": {"momentum": -1.0}}, "apg.momentum"),
     ):
         with pytest.raises(UserError, match=message):
             config(**knobs)

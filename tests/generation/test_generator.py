@@ -8,10 +8,12 @@ import pytest
 from small_generator import make
 
 from walt_jax.denoiser.resize import resize
+from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.asking import encoded
 from walt_jax.generation.latent_diffusion import NEVER, unboxed
 from walt_jax.generation.long_video import segments, windows
+from walt_jax.generation.packs import can_pack
 from walt_jax.generation.request import Given, Request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -43,6 +45,21 @@ def test_a_pack_gives_each_request_what_it_gives_alone(generator):
             kept = np.broadcast_to(request.given.until == 0, latents.shape)
             np.testing.assert_allclose(latents[kept], request.given.latents[kept], atol=1e-6)
     assert np.abs(together[0] - together[3]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("apg", "packs_too"),
+    [(APGConfig(0.0), False), (APGConfig(1.0, 2.0), False), (APGConfig(1.0, 0.0, -0.5), True)],
+)
+def test_guidance_that_measures_clips_is_not_packed(generator, apg, packs_too):
+    """Momentum alone is each value's own, and a pack gives what its clips give alone."""
+    config = SamplingConfig(2, guidance=GuidanceConfig(2.0, apg=apg), batch_size=2)
+    assert can_pack(generator.model, config) == packs_too
+    if packs_too:
+        generator = dataclasses.replace(generator, config=config)
+        requests = [Request("a", 0, size=SIZES[0]), Request("b", 1, size=SIZES[2])]
+        for request, latents in zip(requests, generator.latents(requests), strict=True):
+            np.testing.assert_allclose(latents, generator.latents([request])[0], atol=2e-4, rtol=1e-4)
 
 
 def test_each_request_matters(generator):

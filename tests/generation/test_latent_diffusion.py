@@ -1,8 +1,10 @@
 """Sampling: what is observed keeps the noise of training, guidance leaves it out, low resolution reaches the model."""
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.walt_block import WaltConfig
-from walt_jax.diffusion.guidance import GuidanceConfig
+from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.diffusion.schedule import Schedule
+from walt_jax.generation import latent_diffusion
 from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig
 
 SHAPE = (3, 2, 2, 2)
@@ -71,9 +74,19 @@ def observed_frames():
     return observed, until
 
 
+@pytest.fixture(params=[0, 128], ids=["one after the other", "in one batch"])
+def at_once(request, monkeypatch):
+    """Whether conditional and unconditional are evaluated in one batch."""
+    monkeypatch.setattr(latent_diffusion, "AT_ONCE", request.param)
+    jax.clear_caches()  # programs know nothing of the constant
+    yield request.param > 0
+    jax.clear_caches()
+
+
 def split(calls):
-    """Those with the clips' labels, and those with the empty one."""
-    return [[call for call in calls if (call["label"] == 4).all() == dropped] for dropped in (False, True)]
+    """The rows of each call with the clips' labels, and those with the empty one."""
+    rows = [[(call, (call["label"] == 4).all(-1) == dropped) for call in calls] for dropped in (False, True)]
+    return [[{name: a[own] for name, a in call.items()} for call, own in some if own.any()] for some in rows]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "unipc"])
@@ -107,16 +120,49 @@ def test_without_observed_frames_the_mask_is_empty():
         assert not call["observed_mask"].any() and not call["observed"].any()
 
 
-def test_guidance_leaves_observed_positions_out():
+def test_guidance_leaves_observed_positions_out(at_once):
     observed, until = observed_frames()
     calls, _ = draw(Recorder, SamplingConfig(6, "ddim", GuidanceConfig(scale=2.0)), observed=observed, until=until)
     conditional, unconditional = split(calls)
-    assert len(conditional) == len(unconditional) == len(calls) / 2 > 0
+    assert len(conditional) == len(unconditional) == len(calls) / (1 if at_once else 2) == 6
     for call in conditional:
         np.testing.assert_array_equal(call["observed_mask"], until.reshape(2, 12, 1) == 0)
         np.testing.assert_allclose(call["observed"], (observed * (until == 0)).reshape(2, 12, 2))
     for call in unconditional:
         assert not call["observed_mask"].any() and not call["observed"].any()
+
+
+def real(sampling, config, **conditions):
+    """Latents of two clips from a denoiser with random parameters; nothing of it is zero."""
+    model = LatentDiffusion(None, None, Denoiser(config, SHAPE[:3]), DiffusionConfig(Schedule("cosine"), "v"), SHAPE)
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0))))
+    rng = np.random.default_rng(2)
+    params = tree.unflatten([0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    return np.asarray(model.sample(params, LABELS, EMPTY, SEEDS, sampling, **conditions))
+
+
+@pytest.mark.parametrize("apg", [None, APGConfig(0.2, 3.0, -0.5)])
+def test_one_batch_for_both_gives_the_same(monkeypatch, apg):
+    """Self-conditioning, observed frames and guidance included."""
+    config, found = dataclasses.replace(CONFIG, self_conditioning=True), []
+    observed, until = observed_frames()
+    for most in (0, 128):
+        monkeypatch.setattr(latent_diffusion, "AT_ONCE", most)
+        jax.clear_caches()
+        sampling = SamplingConfig(3, "ddim", GuidanceConfig(2.0, apg=apg))
+        found.append(real(sampling, config, observed=observed, until=until))
+    jax.clear_caches()
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    assert np.abs(found[0] - real(SamplingConfig(3), config, observed=observed, until=until)).max() > 0.1
+
+
+def test_apg_carries_its_momentum():
+    """The estimates are always the labels, so Δ = x_c − x_u is one number: the last step has all of the momentum."""
+    apg = APGConfig(parallel=1.0, momentum=-0.5)
+    _, out = draw(Labeller, SamplingConfig(3, "ddim", GuidanceConfig(2.0, apg=apg)))
+    label = np.asarray(LABELS).reshape(2, 1, 1, 1, 1) + np.zeros((2, *SHAPE))
+    momentum = 1 - 0.5 * (1 - 0.5)
+    np.testing.assert_allclose(out, label + (label - 4) * momentum, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [0, 1])
@@ -130,12 +176,12 @@ def test_so_many_channels_are_guided(channels):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_low_resolution_reaches_both_models_without_noise():
+def test_low_resolution_reaches_both_models_without_noise(at_once):
     config = dataclasses.replace(CONFIG, frame_prediction=False, upscale=2)
     low_res = np.random.default_rng(1).normal(size=(2, 3, 1, 1, 2)).astype(np.float32)
     calls, _ = draw(Recorder, SamplingConfig(3, "ddim", GuidanceConfig(scale=2.0)), config, low_res=low_res)
-    assert [len(some) for some in split(calls)] == [len(calls) / 2] * 2
-    for call in calls:
+    assert [len(some) for some in split(calls)] == [3] * 2
+    for call in itertools.chain(*split(calls)):
         np.testing.assert_array_equal(call["low_res"], low_res)
         np.testing.assert_array_equal(call["low_res_time"], np.zeros((2, 1)))
 

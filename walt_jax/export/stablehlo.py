@@ -16,6 +16,7 @@ from jax import export
 
 from walt_jax.denoiser.layout import from_tokens
 from walt_jax.diffusion.sampler import TimeGrid
+from walt_jax.errors import UserError
 from walt_jax.export.contents import Contents, Manifest
 from walt_jax.export.untrusted import Shapes
 from walt_jax.generation.codec import TrainedTokenizer
@@ -87,6 +88,11 @@ def programs(manifest: Manifest, vocab_size: int, weights: Shapes) -> dict[str, 
             later = {takes: jax.ShapeDtypeStruct((batch, length - 1, *rest), dtype), "cache": cache}
             found[f"{name}_next"] = (program, later)
     if manifest.stage:
+        apg = config.sampling.guidance.apg
+        if apg is not None and apg.momentum:
+            raise UserError(
+                "A step that is exported on its own has no last step: set --config.sampling.guidance.apg.momentum=0."
+            )
         model = make_model(config, vocab_size, manifest.stage, codec)
         found["step"] = (_step(model, config.sampling), _step_arguments(model, config, batch))
     return found
@@ -113,16 +119,19 @@ def _step(model: LatentDiffusion, sampling: SamplingConfig) -> Callable[..., Any
         free = jax.tree.map(lambda one: jnp.broadcast_to(one[None], (len(latents), *one.shape)), empty)
         seeds = jnp.zeros(len(latents), jnp.uint32)  # DDIM has no randomness
         asked = model.asked(text, free, seeds, latents.shape[1:], observed, until)
-        predict, levels, (first, learned, guided) = model.predictor(params, asked, sampling)
-        z, estimates = model.tokens(latents), [model.tokens(estimates[number]) for number in range(len(first))]
-        x, (estimates, _, _) = predict(z, time, (estimates, learned, guided))
+        predict, levels, first = model.predictor(params, asked, sampling)
+        z, estimates = (
+            model.tokens(latents),
+            [model.tokens(estimates[number]) for number in range(len(first.estimates))],
+        )
+        x, carried = predict(z, time, first._replace(estimates=estimates))
         times = jnp.stack([time, next_time])
         z = TimeGrid(times, *jax.vmap(levels)(times)).step(0, z, x)
 
         def as_latents(tokens):
             return from_tokens(tokens, model.layout.grid, model.denoiser.config.patch_size)
 
-        return as_latents(z), jnp.stack([as_latents(estimate) for estimate in estimates])
+        return as_latents(z), jnp.stack([as_latents(estimate) for estimate in carried.estimates])
 
     return step
 

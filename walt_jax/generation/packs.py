@@ -21,7 +21,7 @@ def can_pack(model: LatentDiffusion, config: SamplingConfig) -> bool:
     resolution and of outputs need equal clips.
     """
     denoiser = model.denoiser.config
-    whole = config.guidance.rescale > 0 or config.sampler == "ddpm"
+    whole = config.guidance.measures_clips or config.sampler == "ddpm"
     return not whole and denoiser.upscale == 1 and not denoiser.output_conv
 
 
