@@ -135,6 +135,8 @@ def test_rows_are_dealt_so_that_each_device_keeps_its_own():
 class Line:
     """(w · x + noise − y)² over the rows of a batch."""
 
+    moves = True
+
     def draw(self, batch, key):
         return jax.random.normal(key, batch["y"].shape)
 

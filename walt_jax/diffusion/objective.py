@@ -146,7 +146,7 @@ def diffusion_loss(
             for t in step_before(time)
         )
         error = error + variational_loss(v, miss, here, before)
-    by_level = _binned(error * counted, counted, spread(time[..., None]))
+    by_level = binned(error * counted, counted, spread(time[..., None]))
     total = (error * counted).sum()
     for level in range(1, config.multiscale + 1):
         # A sum over all positions, like the others: each coarse value stands for a square of them.
@@ -154,7 +154,8 @@ def diffusion_loss(
     return total / 2**config.multiscale / jnp.maximum(counted.sum(), 1), by_level
 
 
-def _binned(errors: Float[Array, "b n p"], counted: Float[Array, "b n p"], time: Float[Array, "b n 1"]) -> Binned:
+def binned(errors: Float[Array, "b n p"], counted: Float[Array, "b n p"], time: Float[Array, "b n 1"]) -> Binned:
+    """Sums of errors over the clips of each part of diffusion time; no gradient flows."""
     errors, counted = (jax.lax.stop_gradient(values).sum(-1, keepdims=True) for values in (errors, counted))
     level = jnp.minimum(time * LEVELS, LEVELS - 1).astype(jnp.int32)
     own = (level == jnp.arange(LEVELS)[None, None]).astype(errors.dtype)

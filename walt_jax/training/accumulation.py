@@ -41,7 +41,10 @@ def accumulated_gradients(
     def one(index: Int[Array, ""], part: Any) -> tuple[Float[Array, ""], Any]:
         """A micro-batch's weight, and its results times that; what is binned is a sum already."""
         own, draws = part
-        results = task.gradients(params, moving, frozen, own, jax.random.fold_in(key, index), step, draws)
+        gradients, moved, metrics = task.gradients(
+            params, moving, frozen, own, jax.random.fold_in(key, index), step, draws
+        )
+        results = gradients, moved if task.moves else {}, metrics
         weight = task.weight(own, draws)
         return weight, _map(lambda leaf: weight * leaf, results)
 
@@ -52,7 +55,8 @@ def accumulated_gradients(
     shapes = jax.eval_shape(one, indices[0], jax.tree.map(lambda leaf: leaf[0], parts))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (weight, results), _ = jax.lax.scan(add, zeros, (indices, parts))
-    return _map(lambda leaf: leaf / weight, results)
+    gradients, moved, metrics = _map(lambda leaf: leaf / weight, results)
+    return gradients, moved if task.moves else moving, metrics
 
 
 def _map(change: Any, results: Any) -> Any:

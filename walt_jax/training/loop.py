@@ -23,6 +23,7 @@ from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
 from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first
 from walt_jax.parallel.rules import Rules
 from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
+from walt_jax.training.few_steps import DistillationConfig
 from walt_jax.training.init_from import completed
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -75,6 +76,7 @@ class StageConfig:
             stage inflates.
         windows: of a denoiser stage, instead of `denoiser.windows`. Where these or the largest clip differ from the
             stage before, tables of positions are interpolated, see `denoiser.resize`.
+        distillation: of a denoiser stage after another, or with `init_from`: see `few_steps.DistillationConfig`.
         pack: of a denoiser stage: clips of all shapes share sequences; `batch_size` then counts packs.
         lora: of a denoiser stage: instead of the model's parameters, LoRA's are trained; the model is that of
             `init_from`, see `training.lora_task`.
@@ -101,7 +103,7 @@ class StageConfig:
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
     windows: Windows | None = None
     pack: PackConfig | None = None
-    lora: LoraConfig | None = None
+    distillation: DistillationConfig | None = None
     ema_decay: Fraction = 0.999
     cached_clips: int | None = None
     latents: str = ""
@@ -116,8 +118,8 @@ class StageConfig:
     def __post_init__(self):
         if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
-        if self.task == "tokenizer" and self.lora:
-            raise ValueError("lora is for denoiser stages")
+        if self.task == "tokenizer" and self.distillation:
+            raise ValueError("distillation is for denoiser stages")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
         if self.pack and self.batch_size % self.pack.packers:

@@ -30,6 +30,7 @@ from walt_jax.tokenizer.autoencoder_kl_weights import load_weights
 from walt_jax.tokenizer.inflation import Placement
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import load_features
+from walt_jax.training.few_steps import DistillationTask
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.lora_task import LoraTask
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
@@ -205,6 +206,7 @@ class RunConfig:
                 f"denoiser.upscale is {scale} and low_res_from {self.low_res_from!r}; super-resolution needs both, and "
                 "other runs neither: set low_res_from to the workdir of the base run, or upscale to 1"
             )
+        self._check_distillation()
         for name, stage in self.stages.items():
             if stage.task == "denoiser":
                 self._check_denoiser_stage(name, stage)
@@ -215,6 +217,43 @@ class RunConfig:
                     )
                 if stage.lora is not None and len(self.denoiser_stages) > 1:
                     raise ValueError(f"stages.{name}.lora is for a run with no other stage of the denoiser")
+
+    def _check_distillation(self) -> None:
+        """Checks that what is distilled has a teacher, whose steps it halves, and is sampled as it is trained."""
+        teacher = None
+        for name in self.denoiser_stages:
+            stage = self.stages[name].distillation
+            where = f"stages.{name}.distillation"
+            before, teacher = teacher, stage
+            if stage is None and before is not None:
+                raise ValueError(f"stages.{name} comes after a distillation; only another distillation may")
+            if stage is None:
+                continue
+            if name == self.denoiser_stages[0] and not self.init_from:
+                raise ValueError(f"{where} needs a teacher: let another denoiser stage precede it, or set init_from")
+            if before is not None and before.steps != 2 * stage.steps:
+                raise ValueError(
+                    f"{where}.steps is {stage.steps}; of a teacher of {before.steps} it should be the half"
+                )
+            if before is not None and stage.guidance.needs_unconditional:
+                raise ValueError(
+                    f"{where}.guidance is the first teacher's, which its students have learned; leave it out"
+                )
+            if stage.guidance.apg is not None and stage.guidance.apg.momentum:
+                raise ValueError(f"{where}.guidance.apg.momentum is for sampling; two steps of a teacher have none")
+            not_read = {
+                "diffusion.multiscale": self.diffusion.multiscale,
+                "diffusion.adaptive": self.diffusion.adaptive,
+                "packs where guidance measures clips": self.stages[name].pack and stage.guidance.measures_clips,
+                "guidance where text is pretrained": self.pretrained_text and stage.guidance.needs_unconditional,
+            }
+            for what, there in not_read.items():
+                if there:
+                    raise ValueError(f"{where} does not go with {what}")
+        if teacher is not None and (self.sampling.sampler, self.sampling.guidance.scale) != ("ddim", 1.0):
+            raise ValueError(
+                "what is distilled has learned its guidance: set sampling.guidance.scale=1, sampler='ddim'"
+            )
 
     def _check_denoiser_stage(self, name: str, stage: StageConfig) -> None:
         windows = self.denoiser.windows
@@ -417,8 +456,10 @@ def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
         UserError: if the perceptual loss's weights can't be read.
     """
     if config.stages[stage].task == "denoiser":
-        whole = DenoiserTask(make_model(config, vocab_size, stage), config.conditioning)
-        return whole if config.stages[stage].lora is None else LoraTask(whole, config.stages[stage].lora)
+        model, distillation = make_model(config, vocab_size, stage), config.stages[stage].distillation
+        if distillation is not None:
+            return DistillationTask(model, config.conditioning, distillation)
+        return DenoiserTask(model, config.conditioning)
     shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
     path = config.losses.perceptual_weights
     return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)

@@ -65,8 +65,8 @@ def abstract_state(
 ) -> TrainState:
     """Shapes and types of a stage's state, and how each array is divided over the mesh.
 
-    Moments and the average are divided as their parameters are; what a task moves without a gradient, such as a
-    codebook, is on all devices.
+    Moments, the average and a distillation's teacher are divided as their parameters are; what else has no gradient,
+    such as a codebook, is on all devices.
 
     Args:
         task, optimizer, ema_decay: the stage's.
@@ -81,7 +81,7 @@ def abstract_state(
     create = functools.partial(TrainState.create, task=task, optimizer=optimizer, ema_decay=ema_decay)
     shapes = jax.eval_shape(create, params, moving)
     divided, whole = shardings(boxed, mesh, rules), replicated(mesh)
-    stays = jax.tree.map(lambda _: whole, moving)
+    stays = like_parameters(moving, params, divided, mesh)
     ema = task.served(divided, stays) if ema_decay else None
     kept = host_shardings(like_parameters(shapes.opt_state, params, divided, mesh), shapes.opt_state)
     return jax.tree.map(

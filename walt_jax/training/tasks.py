@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -16,7 +16,7 @@ from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.adaptive import complexity
 from walt_jax.diffusion.objective import Binned, Draws, diffusion_loss, draw
 from walt_jax.generation.codec import TrainedTokenizer
-from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips
+from walt_jax.generation.latent_diffusion import LatentDiffusion, TextTokens, single_clips
 
 Metrics = dict[str, Float[Array, ""] | Binned]
 
@@ -26,7 +26,13 @@ EVERY, RANDOM_FRAMES, RECTANGLES, AREA, ASPECT, MARGIN = 4, 0.2, 4, 0.5, 0.3, 3
 
 
 class Task(Protocol):
-    """The loop's interface to what it trains."""
+    """The loop's interface to what it trains.
+
+    Attributes:
+        moves: whether steps change `moving`; where they don't, it is never averaged over micro-batches.
+    """
+
+    moves: bool
 
     def init(self, key: PRNGKeyArray) -> tuple[Any, Any]:
         """Fresh parameters with their logical axis names, `nn.Partitioned`, and `moving`: what has no gradient."""
@@ -117,6 +123,28 @@ class Drawn:
     low_res: tuple[Float[Array, "b 1"], Float[Array, "b t2 h2 w2 c"]] | None = None
 
 
+class Inputs(NamedTuple):
+    """What a batch's loss is computed from.
+
+    Attributes:
+        layout: where the clips are.
+        tokens: clean latents.
+        text: captions or labels.
+        counted: 1 for each value with a loss, 0 for padding and observed values.
+        sizes: tokens of each clip along (t, h, w).
+        complexity: see `diffusion.adaptive`; None where it is not read.
+        conditions: other arguments of `LatentDiffusion.condition`.
+    """
+
+    layout: Layout
+    tokens: Float[Array, "b n p"]
+    text: TextTokens
+    counted: Float[Array, "b n p"]
+    sizes: Int[Array, "b s 3"]
+    complexity: Float[Array, "b 1"] | None
+    conditions: dict[str, Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class DenoiserTask:
     """W.A.L.T on the frozen tokenizer's latents.
@@ -132,6 +160,8 @@ class DenoiserTask:
 
     model: LatentDiffusion
     conditioning: ConditioningConfig
+
+    moves = False
 
     def init(self, key: PRNGKeyArray) -> tuple[Any, Any]:
         return self.model.init(key), {}
@@ -169,9 +199,41 @@ class DenoiserTask:
         step: Int[Array, ""],
         draws: Drawn | None = None,
     ) -> tuple[Any, Any, Metrics]:
-        """Gradients of the diffusion loss over the values that are not observed."""
-        model, energy = self.model, None
+        """Gradients of the loss over the values that are not observed."""
         draws = self.draw(batch, key) if draws is None else draws
+        inputs = self._inputs(frozen, batch, draws)
+        (value, by_level), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, moving, inputs, draws, step)
+        metrics = {"loss": value, "loss_by_noise": by_level}
+        if inputs.layout.pack is not None:
+            metrics["tokens_valid_fraction"] = inputs.layout.valid().mean()
+            metrics["clips_deferred"] = inputs.layout.pack.deferred.sum()
+        return gradients, moving, metrics
+
+    def loss(
+        self, params: Any, moving: Any, inputs: Inputs, draws: Drawn, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Binned]:
+        """The diffusion loss; and errors by noise level."""
+        model, layout = self.model, inputs.layout
+
+        def coarse(values, size):
+            values = from_tokens(values, layout.grid, model.denoiser.config.patch_size)
+            return reduce(values, "b t (h s) (w r) c -> b t h w c", "mean", s=size, r=size)
+
+        return diffusion_loss(
+            model.denoise(params, model.condition(params, inputs.text, **inputs.conditions), layout),
+            inputs.tokens,
+            inputs.counted,
+            inputs.sizes.prod(-1),
+            inputs.complexity,
+            layout.spread,
+            draws.loss,
+            model.diffusion,
+            coarse,
+        )
+
+    def _inputs(self, frozen: TrainedTokenizer, batch: Any, draws: Drawn) -> Inputs:
+        """What a batch's loss is computed from; clips that are not encoded yet are."""
+        model, energy = self.model, None
         layout, _, clips = self._shapes(batch)
         if "pack" in batch:
             tokens, text_tokens = batch["tokens"], batch["text"]
@@ -180,30 +242,14 @@ class DenoiserTask:
             tokens, text_tokens = model.tokens(latents), single_clips(batch["text"])
             if model.diffusion.adaptive > 0:
                 energy = complexity(latents)[:, None]
-        sizes = jnp.broadcast_to(layout.clip_sizes(), (*clips, 3))
-        counted = self._counted(layout, tokens.shape, draws)
         conditions = {}
         if draws.observed is not None:
             conditions = {"observed": tokens, "mask": draws.observed}
         if draws.low_res is not None:
             conditions["low_res"], conditions["low_res_time"] = self._noised(batch["low_res"], *draws.low_res)
-
-        def loss(params):
-            denoise = model.denoise(params, model.condition(params, text_tokens, **conditions), layout)
-            return diffusion_loss(
-                denoise, tokens, counted, sizes.prod(-1), energy, layout.spread, draws.loss, model.diffusion, coarse
-            )
-
-        def coarse(values, size):
-            values = from_tokens(values, layout.grid, model.denoiser.config.patch_size)
-            return reduce(values, "b t (h s) (w r) c -> b t h w c", "mean", s=size, r=size)
-
-        (value, by_level), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        metrics = {"loss": value, "loss_by_noise": by_level}
-        if layout.pack is not None:
-            metrics["tokens_valid_fraction"] = layout.valid().mean()
-            metrics["clips_deferred"] = layout.pack.deferred.sum()
-        return gradients, moving, metrics
+        sizes = jnp.broadcast_to(layout.clip_sizes(), (*clips, 3))
+        counted = self._counted(layout, tokens.shape, draws)
+        return Inputs(layout, tokens, text_tokens, counted, sizes, energy, conditions)
 
     def _shapes(self, batch: Any) -> tuple[Layout, tuple[int, int, int], tuple[int, int]]:
         """The layout, the shape (b, n, p) of the tokens, and (b, s) of the clips."""

@@ -40,6 +40,8 @@ class TokenizerTask:
     config: LossConfig
     features: FeatureWeights | None = None
 
+    moves = True
+
     @functools.cached_property
     def discriminator(self) -> Discriminator | None:
         if self.config.discriminator is None:
