@@ -3,7 +3,9 @@
     python benchmarks/sampler_steps.py --workdir=runs/demo --samplers ddim dpm++2m unipc --steps 4 8 16 25 50
 
 Other sampling settings are JSON: `--sampling '{"guidance": {"scale": 1.0}}'`. Prints a line for each sampler and
-number of steps and, with `--out`, writes them to a JSON file. Frames are judged as they are decoded, not as compressed files.
+number of steps and, with `--out`, writes them to a JSON file. Frames are judged as they are decoded, not as compressed
+files. Times are those of sampling, without decoding; CPU time is added up over cores, and unlike wall time does not
+depend on what else the machine does.
 """
 
 import argparse

@@ -47,6 +47,8 @@ class DenoiserConfig:
         self_conditioning: whether the last estimate of the clean latents is concatenated with the noisy ones.
         frame_prediction: whether the input has the clean latents of observed positions.
         learned_sigma: whether the output also has v, which interpolates the sampler's variance (DiT).
+        mean_velocity: whether the input also has the end of the sampler's step, and guidance's scale and interval; the
+            output is then the mean velocity over the step, see `diffusion.alpha_flow`.
         isolate_images: identity attention for tokens of images in windows that span time (W.A.L.T).
         scan: whether one cycle of `windows` is compiled and scanned over, or all layers are compiled one after the
             other. Compiling deep models takes a fraction of the time when scanned; on CPU the backward pass of a scan
@@ -72,6 +74,7 @@ class DenoiserConfig:
     self_conditioning: bool = True
     frame_prediction: bool = False
     learned_sigma: bool = False
+    mean_velocity: bool = False
     isolate_images: bool = False
     scan: bool = False
     remat: Literal["none", "dots", "dots_on_host", "narrow", "block"] = "none"
@@ -109,6 +112,11 @@ class DenoiserConfig:
         """The windows of each block of a cycle."""
         windows = tuple(Window(*window) for window in self.windows)
         return tuple((window,) for window in windows) if self.split == "blocks" else (windows,)
+
+    @property
+    def cycles(self) -> int:
+        """How often the windows are repeated."""
+        return self.layers // len(self.block_windows)
 
     @property
     def attention_windows(self) -> tuple[Window, ...]:

@@ -79,6 +79,46 @@ class Condition:
     low_res_time: Float[Array, "b s"] | None = None
 
 
+@flax.struct.dataclass
+class Step:
+    """The sampler's step that a mean velocity is over, and the guidance of it; read with `mean_velocity`.
+
+    Attributes:
+        end: the time at which each clip's step ends, 0..1.
+        scale: guidance's w, at least 1, where 1 is the conditional model.
+        interval: lowest and highest time at which it is guided.
+    """
+
+    end: Float[Array, "b s"]
+    scale: Float[Array, "b s"]
+    interval: Float[Array, "b s 2"]
+
+    @classmethod
+    def instant(cls, time: Float[Array, "b s"]) -> "Step":
+        """Of no length and without guidance: the mean velocity is that at the time itself."""
+        return cls(time, jnp.ones_like(time), jnp.stack([jnp.zeros_like(time), jnp.ones_like(time)], axis=-1))
+
+
+@flax.struct.dataclass
+class BlockCache:
+    """FirstBlockCache (diffusers): what the blocks added in the last evaluation of a sampler that had all of them.
+
+    Attributes:
+        first: to the residual stream by the first block; zeros where there has been no evaluation.
+        rest: by all the others.
+        threshold: below which change of `first`, relative to its mean absolute value, `rest` is used again.
+    """
+
+    first: Float[Array, "b n d"]
+    rest: Float[Array, "b n d"]
+    threshold: float = flax.struct.field(pytree_node=False)
+
+    def keeps(self, first: Float[Array, "b n d"]) -> Bool[Array, " b"]:
+        """Whether a row's first block has changed so little, on average, that the others are not computed."""
+        change, size = (jnp.abs(values).mean((1, 2)) for values in (first - self.first, self.first))
+        return change < self.threshold * size
+
+
 def fixed_positions(place: Int[Array, "*n"], dim: int) -> Float[Array, "*n d"]:
     """Sines, then cosines, of a place at `dim / 2` frequencies from 1 down to nearly 1/10,000."""
     frequencies = 10_000.0 ** -(jnp.arange(dim // 2) / (dim // 2))
@@ -100,15 +140,21 @@ class Cycle(nn.Module):
         first: Float[Array, ""] | None,
         context: parts.Context,
         skip: Float[Array, "b n d"] | None = None,
+        blocks: range | None = None,
     ) -> tuple[Float[Array, "b n d"], None]:
-        """`first` is 1 in the first cycle and 0 in later ones; read where embeddings of time are added in blocks."""
+        """`first` is 1 in the first cycle and 0 in later ones; read where embeddings of time are added in blocks.
+
+        `blocks` are the numbers of those that are computed; None is all.
+        """
         cfg, time = self.config, context.time
         for index, windows in enumerate(cfg.block_windows):
             own = None
             if time is not None and any(window.time != 1 for window in windows):
                 own, time = (time * first).astype(x.dtype), None
-                if not cfg.time_in_attention:
-                    x, own = x.at[:, : own.shape[1]].add(own), None
+            if blocks is not None and index not in blocks:
+                continue
+            if own is not None and not cfg.time_in_attention:
+                x, own = x.at[:, : own.shape[1]].add(own), None
             lowest = self.number == 0 and index == 0
             block = BLOCKS[cfg.block](cfg, windows, self.bounds, lowest, name=f"block{index}")
             skipped = () if skip is None or index else (skip,)
@@ -135,8 +181,13 @@ class Denoiser(nn.Module):
         condition: Condition,
         layout: Layout,
         estimate: Float[Array, "b n p"] | None = None,
-    ) -> Float[Array, "b n p"]:
+        step: Step | None = None,
+        cache: BlockCache | None = None,
+    ) -> Float[Array, "b n p"] | tuple[Float[Array, "b n p"], BlockCache]:
         """`time` is in 0 (clean) to 1 (noise); `estimate`, of the clean latents, is zeros where there is none.
+
+        `step` is read with `mean_velocity`; None is `Step.instant`. With a cache, the next evaluation's is returned,
+        too.
 
         With `learned_sigma` there are twice as many values a token, see `diffusion.learned_sigma`.
         """
@@ -147,11 +198,16 @@ class Denoiser(nn.Module):
         x = parts.linear(cfg, "patch_in", cfg.dim, "latent", "embed")(inputs)
         x = x + self._positions(layout).astype(x.dtype)
 
-        context = self._context(time, condition, layout)
+        context = self._context(time, condition, layout, step)
         if cfg.condition_by == "tokens":
             x = jnp.concatenate([x, rearrange(context.text, "b s m d -> b (s m) d")], axis=1)
             context = context.replace(text=None, extra=ExtraTokens(context.text_mask))
-        x = self._blocks(constrain(x, "batch", "tokens", "embed"), context)[:, : noisy.shape[1]]
+        x = constrain(x, "batch", "tokens", "embed")
+        if cache is None:
+            x = self._blocks(x, context)
+        else:
+            x, cache = self._cached_blocks(x, context, cache)
+        x = x[:, : noisy.shape[1]]
 
         x = self._last_norm(x, context)
         width = (2 if cfg.learned_sigma else 1) * noisy.shape[-1]
@@ -159,7 +215,7 @@ class Denoiser(nn.Module):
         x = layout.to_raster(x.astype(jnp.float32))
         if cfg.output_conv:
             x = to_tokens(self._conv("conv_out", from_tokens(x, layout.grid, cfg.patch_size)), cfg.patch_size)
-        return x
+        return x if cache is None else (x, cache)
 
     def _inputs(self, noisy: Array, condition: Condition, estimate: Array | None) -> list[Array]:
         """What is concatenated to make a token."""
@@ -183,11 +239,17 @@ class Denoiser(nn.Module):
         conv = nn.Conv(scale**2 * x.shape[-1], (1, 3, 3), kernel_init=kernel_init, bias_init=bias_init, name=name)
         return rearrange(conv(x), "b t h w (p q c) -> b t (h p) (w q) c", p=scale, q=scale)
 
-    def _context(self, time: Float[Array, "b s"], condition: Condition, layout: Layout) -> parts.Context:
+    def _context(
+        self, time: Float[Array, "b s"], condition: Condition, layout: Layout, step: Step | None
+    ) -> parts.Context:
         """Time, label and text embedded: their sum c, or tokens, and keys of cross-attention."""
         cfg, label, text, mask = self.config, None, None, condition.text_mask
         dtype, init = jnp.dtype(cfg.dtype), cfg.inits.embedder
         c = parts.embed_time(cfg, time) if cfg.embeds_time else timestep_embedding(time, cfg.dim).astype(dtype)
+        if cfg.mean_velocity:
+            step = step or Step.instant(time)
+            guidance = jnp.concatenate([(1 - 1 / step.scale)[..., None], step.interval], axis=-1)
+            c = c + parts.embed_step(cfg, time - step.end, guidance)
         if cfg.classes:
             label = parts.embed_label(self, cfg, condition.label)
         if condition.text is not None:
@@ -266,11 +328,41 @@ class Denoiser(nn.Module):
             return None
         return fixed_positions(layout.coordinates()[..., 0], self.config.dim)
 
+    def _cached_blocks(
+        self, x: Float[Array, "b n d"], context: parts.Context, cache: BlockCache
+    ) -> tuple[Float[Array, "b n d"], BlockCache]:
+        """All blocks, or the first one with what the others last added; the cache that follows.
+
+        A row is treated as it would be alone: where only some need the others, those are computed for all rows, and the
+        remaining rows don't use them.
+        """
+        cfg, params = self.config, self.variables["params"]
+
+        def cycle(number, x, blocks=None):
+            # Unbound modules: Flax's own can't be called within a JAX transformation.
+            module = Cycle(cfg, self.bounds, 0 if cfg.scan else number, parent=None)
+            own = jax.tree.map(lambda leaf: leaf[number], params["cycles"]) if cfg.scan else params[f"cycle{number}"]
+            return module.apply({"params": own}, x, np.float32(number == 0), context, blocks=blocks)[0]
+
+        def others(x):
+            y = cycle(0, x, range(1, len(cfg.block_windows)))
+            for number in range(1, cfg.cycles):
+                y = cycle(number, y)
+            return y - x
+
+        first, before = cycle(0, x, range(1)), x
+        x, first = first, first - before
+        keeps = cache.keeps(first)
+        rest = jax.lax.cond(keeps.all(), lambda _: cache.rest, others, x)
+        keeps = keeps[:, None, None]
+        first, rest = jnp.where(keeps, cache.first, first), jnp.where(keeps, cache.rest, rest)
+        return x + rest, cache.replace(first=first, rest=rest)
+
     def _blocks(self, x: Float[Array, "b n d"], context: parts.Context) -> Float[Array, "b n d"]:
         cfg, cycle_type = self.config, Cycle
         if cfg.remat != "none":
             cycle_type = nn.remat(Cycle, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan)
-        cycles = cfg.layers // len(cfg.block_windows)
+        cycles = cfg.cycles
         first = np.arange(cycles) == 0
         if not cfg.scan:
             skips = []

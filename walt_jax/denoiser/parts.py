@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 from walt_jax.denoiser.attention import ExtraTokens, WindowAttention
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout
-from walt_jax.denoiser.sinusoids import TIME_WAVES, timestep_embedding
+from walt_jax.denoiser.sinusoids import TIME_WAVES, sinusoids, timestep_embedding
 from walt_jax.denoiser.windows import Window
 from walt_jax.layers import Linear
 from walt_jax.parallel.rules import gathered
 
 ZEROS = nn.initializers.zeros
+GUIDANCE_WAVES, GUIDANCE_PHASE = 32, 16.0  # numbers in 0..1 as angles up to 16, so that 0.1 more is another input
 
 
 def linear(config: DenoiserConfig, name: str, features: int, *axes: str, **changed: Any) -> Linear:
@@ -63,6 +64,18 @@ def embed_time(config: DenoiserConfig, time: Float[Array, "b s"], name: str = "t
     init, x = config.inits.embedder, timestep_embedding(time, TIME_WAVES, config.time_frequencies == "diffusers")
     x = nn.swish(linear(config, f"{name}_in", config.dim, "embed", "mlp", kernel_init=init)(x))
     return linear(config, f"{name}_out", config.dim, "embed", "mlp", kernel_init=init)(x)
+
+
+def embed_step(config: DenoiserConfig, length: Float[Array, "b s"], guidance: Float[Array, "b s 3"]) -> Array:
+    """Two layers on the sinusoids of a step's length in time and of guidance, [b, s, d]; the second starts at zero.
+
+    So a model that starts from one without these inputs is that model at first. They belong to the module that calls
+    this.
+    """
+    waves = sinusoids(GUIDANCE_PHASE * guidance, GUIDANCE_WAVES)
+    x = [timestep_embedding(length, TIME_WAVES), waves.reshape(*length.shape, 3 * GUIDANCE_WAVES)]
+    x = linear(config, "step_in", config.dim, "embed", "mlp", kernel_init=config.inits.embedder)(jnp.concatenate(x, -1))
+    return linear(config, "step_out", config.dim, "embed", "mlp", kernel_init=ZEROS)(nn.swish(x))
 
 
 def embed_label(module: nn.Module, config: DenoiserConfig, label: Int[Array, "b s"]) -> Float[Array, "b s d"]:

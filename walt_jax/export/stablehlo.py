@@ -88,11 +88,15 @@ def programs(manifest: Manifest, vocab_size: int, weights: Shapes) -> dict[str, 
             later = {takes: jax.ShapeDtypeStruct((batch, length - 1, *rest), dtype), "cache": cache}
             found[f"{name}_next"] = (program, later)
     if manifest.stage:
-        apg = config.sampling.guidance.apg
-        if apg is not None and apg.momentum:
-            raise UserError(
-                "A step that is exported on its own has no last step: set --config.sampling.guidance.apg.momentum=0."
-            )
+        guidance = config.sampling.guidance
+        for knob, carries in (
+            ("first_block_cache", config.sampling.first_block_cache),
+            ("guidance.apg.momentum", guidance.apg is not None and guidance.apg.momentum),
+        ):
+            if carries:
+                raise UserError(
+                    f"A step that is exported carries no more than estimates: set config.sampling.{knob} to 0."
+                )
         model = make_model(config, vocab_size, manifest.stage, codec)
         found["step"] = (_step(model, config.sampling), _step_arguments(model, config, batch))
     return found

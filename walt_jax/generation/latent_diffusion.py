@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
-from walt_jax.config import Fraction, Positive
-from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
-from walt_jax.denoiser.model import Condition, Denoiser
+from walt_jax.config import Positive
+from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
+from walt_jax.denoiser.model import BlockCache, Condition, Denoiser, Step
 from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, difference_of, guide
 from walt_jax.diffusion.learned_sigma import split_sigma
@@ -48,15 +48,16 @@ class SamplingConfig:
         sampler: see `diffusion.sampler`; W.A.L.T's is "ddim".
         guidance: see `GuidanceConfig`; guidance doubles the cost: the model is also evaluated without the condition.
         batch_size: clips sampled together.
-        low_res_noise: the diffusion time of the noise that super-resolution's input gets; a little hides what the base
-            model does not do as its training clips have it. At most `conditioning.low_res_noise` of training.
+        first_block_cache: where above 0, FirstBlockCache's threshold: an evaluation whose first block adds what it
+            added before, but for a change below so many times its mean absolute value, takes what the other blocks
+            added then. 0.05 to 0.2; a clip's own, and the time is saved where all of a batch do.
     """
 
     steps: Positive
     sampler: Literal["ddpm", "ddim", "dpm++2m", "unipc", "euler", "heun"] = "ddim"
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     batch_size: Positive = 8
-    low_res_noise: Fraction = 0.0
+    first_block_cache: float = 0.0
 
 
 @flax.struct.dataclass
@@ -94,12 +95,14 @@ class Carried(NamedTuple):
         learned: v of `learned_sigma`; None where the denoiser has none.
         guided: the last guided estimate.
         difference: see `guidance.difference_of`; None without APG.
+        caches: of each model, or one for the batch of both; empty without `first_block_cache`.
     """
 
     estimates: list[Float[Array, "b n p"]]
     learned: Float[Array, "b n p"] | None
     guided: Float[Array, "b n p"]
     difference: Float[Array, "b n p"] | None = None
+    caches: tuple[BlockCache, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +204,13 @@ class LatentDiffusion:
         return jnp.repeat(mask, self.latent_shape[3], axis=-1)
 
     def denoise(self, params: dict[str, Any], condition: Condition, layout: Layout) -> Denoise:
-        """The denoiser with its condition fixed: a function of noisy latents, time and the last estimate."""
+        """The denoiser with its condition fixed: a function of noisy latents, time and the last estimate.
 
-        def apply(noisy, time, estimate):
-            return self.denoiser.apply({"params": params["denoiser"]}, noisy, time, condition, layout, estimate)
+        Further arguments are the `Step`, where it predicts mean velocities, and a `BlockCache`.
+        """
+
+        def apply(noisy, time, estimate, *more):
+            return self.denoiser.apply({"params": params["denoiser"]}, noisy, time, condition, layout, estimate, *more)
 
         return apply
 
@@ -250,10 +256,11 @@ class LatentDiffusion:
         known = (asked.until == 0).astype(clean.dtype)
         low_res_time = jnp.zeros(clips)
         ways = [(asked.text, clean, known, asked.low_res, low_res_time)]
-        if config.guidance.needs_unconditional:
+        means = self.denoiser.config.mean_velocity
+        if config.guidance.needs_unconditional and not means:
             # Without caption and without observed frames: guidance is on both.
             ways.append((asked.free, jnp.zeros_like(clean), jnp.zeros_like(known), asked.low_res, low_res_time))
-        models = self._at_once(params, ways, layout)
+        models, batches = self._models(params, ways, layout)
         tokens = jnp.maximum(sizes.prod(-1), 1)
 
         def levels(time):
@@ -265,7 +272,9 @@ class LatentDiffusion:
         def predict(z, time, carried):
             # Self-conditioning: each model gets its own last estimate, as in training.
             times, level = jnp.full(clips, time), levels(time)
-            split_outputs = [split_sigma(output, z.shape[-1]) for output in models(z, times, carried.estimates)]
+            step = _step_of(config, times) if means else None
+            outputs, caches = models(z, times, carried.estimates, step, carried.caches)
+            split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
             estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
             guided, difference = estimates[0], None
             if len(ways) > 1:
@@ -277,16 +286,21 @@ class LatentDiffusion:
             # Where clean latents are given, and held at this time, their noise stays that of training at each time.
             held = self.per_value((time > asked.until).astype(clean.dtype))
             guided = held * clean + (1 - held) * guided
-            return guided, Carried(estimates, split_outputs[0][1], guided, difference)
+            return guided, Carried(estimates, split_outputs[0][1], guided, difference, caches)
 
         none = jnp.zeros_like(clean)
-        has_momentum = len(ways) > 1 and config.guidance.apg is not None
         learned = none if self.denoiser.config.learned_sigma else None
-        return predict, levels, Carried([none] * len(ways), learned, none, none if has_momentum else None)
+        difference = none if len(ways) > 1 and config.guidance.apg is not None else None
+        caches = ()
+        if config.first_block_cache > 0:
+            dim, dtype = self.denoiser.config.dim, jnp.dtype(self.denoiser.config.dtype)
+            nothing = jnp.zeros((len(ways) // batches * len(clean), clean.shape[1], dim), dtype)
+            caches = (BlockCache(nothing, nothing, config.first_block_cache),) * batches
+        return predict, levels, Carried([none] * len(ways), learned, none, difference, caches)
 
-    def _at_once(
+    def _models(
         self, params: dict[str, Any], ways: list[tuple[Any, ...]], layout: Layout
-    ) -> Callable[[Array, Array, list[Array]], list[Array]]:
+    ) -> tuple[Callable[..., tuple[list[Array], tuple[BlockCache, ...]]], int]:
         """The denoiser with each of these conditions, one after the other or as rows of one batch.
 
         Args:
@@ -295,23 +309,31 @@ class LatentDiffusion:
             layout: of a batch.
 
         Returns:
-            (noisy latents, times, the last estimate of each way) -> the output of each way.
+            (a function, how many batches it evaluates); the function is (noisy latents, times, the last estimate of
+            each way, the step or None, a cache for each batch or none) -> (the output of each way, caches).
         """
         rows, tokens, _ = ways[0][1].shape
         few = isinstance(rows, int) and rows * tokens <= AT_ONCE  # rows of an exported program may be symbolic
-        if len(ways) == 1 or layout.pack is not None or not few:
-            alone = [self.denoise(params, self.condition(params, *way), layout) for way in ways]
-            return lambda z, times, estimates: [
-                model(z, times, estimate) for model, estimate in zip(alone, estimates, strict=True)
-            ]
-        together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *ways)
-        model = self.denoise(params, self.condition(params, *together), layout)
+        if len(ways) > 1 and layout.pack is None and few:
+            ways, each = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *ways)], len(ways)
+        else:
+            each = 1
+        denoisers = [self.denoise(params, self.condition(params, *way), layout) for way in ways]
 
-        def all_ways(z, times, estimates):
-            repeated = (jnp.concatenate([values] * len(ways)) for values in (z, times))
-            return jnp.split(model(*repeated, jnp.concatenate(estimates)), len(ways))
+        def evaluate(z, times, estimates, step, caches):
+            z, times, step = jax.tree.map(lambda values: jnp.concatenate([values] * each), (z, times, step))
+            outputs, after = [], []
+            for number, denoise in enumerate(denoisers):
+                estimate = jnp.concatenate(estimates[number * each : (number + 1) * each])
+                if caches:
+                    output, cache = denoise(z, times, estimate, step, caches[number])
+                    after.append(cache)
+                else:
+                    output = denoise(z, times, estimate, *([] if step is None else [step]))
+                outputs += jnp.split(output, each)
+            return outputs, tuple(after)
 
-        return all_ways
+        return evaluate, len(denoisers)
 
     def _denoiser(self, params: dict[str, Any], asked: Asked, text: TextTokens, clean: Array, known: Array) -> Denoise:
         """The denoiser under one condition, of whole clips or tile by tile."""
@@ -434,10 +456,12 @@ class LatentDiffusion:
         return self.tokens(self.noise(seeds, shape)), asked
 
 
-def text_shape(text_tokens: TextTokens) -> tuple[int, int]:
-    """How many sequences there are, and clips of each."""
-    b, s = jax.tree.leaves(text_tokens)[0].shape[:2]
-    return b, s
+def _step_of(config: SamplingConfig, time: Float[Array, "b s"]) -> Step:
+    """The sampler's step that begins at a time, with the config's guidance."""
+    end = jnp.maximum(time - 1 / config.steps, 0)
+    low, high = config.guidance.interval or (0.0, 1.0)
+    interval = jnp.broadcast_to(jnp.array([low, high])[None, None], (*time.shape, 2))
+    return Step(end, jnp.full_like(time, config.guidance.scale), interval)
 
 
 def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:

@@ -17,11 +17,11 @@ UNIT = 128  # a pack's length is a multiple, so that packs of similar requests s
 def can_pack(model: LatentDiffusion, config: SamplingConfig) -> bool:
     """Whether clips in a pack give what they give alone.
 
-    The noise that "ddpm" adds, and what guidance measures over a clip, would be a whole pack's; convolutions of super-
-    resolution and of outputs need equal clips.
+    The noise that "ddpm" adds, and what guidance and FirstBlockCache measure over a clip, would be a whole pack's;
+    convolutions of super-resolution and of outputs need equal clips.
     """
     denoiser = model.denoiser.config
-    whole = config.guidance.measures_clips or config.sampler == "ddpm"
+    whole = config.guidance.measures_clips or config.sampler == "ddpm" or config.first_block_cache > 0
     return not whole and denoiser.upscale == 1 and not denoiser.output_conv
 
 

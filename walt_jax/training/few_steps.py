@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from walt_jax.config import Positive
+from walt_jax.denoiser.model import Step
+from walt_jax.diffusion.alpha_flow import AlphaFlowConfig, StepDraws, alpha_at, alpha_flow_loss, draw_steps
 from walt_jax.diffusion.guidance import GuidanceConfig
-from walt_jax.diffusion.objective import Binned
+from walt_jax.diffusion.objective import Binned, Draws
 from walt_jax.diffusion.progressive import Latents, distillation_loss
 from walt_jax.generation.latent_diffusion import LatentDiffusion, TextTokens, unboxed
 from walt_jax.text.frozen import Embedded
@@ -75,6 +78,56 @@ class DistillationTask(DenoiserTask):
             draws.loss,
             self.distillation.steps,
             guidance,
+            model.diffusion,
+        )
+
+
+@flax.struct.dataclass
+class MeanVelocityDrawn(Drawn):
+    """What is random about a batch, and about the steps of its clips."""
+
+    steps: StepDraws | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanVelocityTask(DenoiserTask):
+    """A flow model that learns mean velocities, see `diffusion.alpha_flow`.
+
+    Attributes:
+        alpha_flow: see `AlphaFlowConfig`.
+        steps: of the stage, in which α falls.
+    """
+
+    alpha_flow: AlphaFlowConfig
+    steps: int
+
+    def draw(self, batch: Any, key: PRNGKeyArray) -> MeanVelocityDrawn:
+        drawn = super().draw(batch, key)
+        loss, key_steps = drawn.loss, jax.random.fold_in(key, 1)
+        time, steps = draw_steps(key_steps, loss.time, self.model.diffusion.times, self.alpha_flow)
+        loss = Draws(time, loss.noise, loss.self_conditioned)
+        return MeanVelocityDrawn(loss, drawn.observed, drawn.low_res, steps)
+
+    def loss(
+        self, params: Any, moving: Any, inputs: Inputs, draws: MeanVelocityDrawn, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Binned]:
+        """See `alpha_flow_loss`."""
+        model, held = self.model, None
+        if draws.observed is not None:
+            held = model.per_value(draws.observed)
+
+        def velocity(text, conditions):
+            denoise = model.denoise(params, model.condition(params, text, **conditions), inputs.layout)
+            return lambda z, time, end, scale, interval: denoise(z, time, None, Step(end, scale, interval))
+
+        return alpha_flow_loss(
+            velocity(inputs.text, inputs.conditions),
+            velocity(without_captions(model, inputs.text), without_frames(inputs.conditions)),
+            Latents(inputs.tokens, inputs.counted, held, inputs.sizes.prod(-1), inputs.layout.spread),
+            draws.loss,
+            draws.steps,
+            alpha_at(self.alpha_flow, jnp.asarray(step, jnp.float32) / self.steps),
+            self.alpha_flow,
             model.diffusion,
         )
 

@@ -17,6 +17,7 @@ from walt_jax.clock import Clock
 from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
+from walt_jax.diffusion.alpha_flow import AlphaFlowConfig
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.lora import LoraConfig
 from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
@@ -77,6 +78,7 @@ class StageConfig:
         windows: of a denoiser stage, instead of `denoiser.windows`. Where these or the largest clip differ from the
             stage before, tables of positions are interpolated, see `denoiser.resize`.
         distillation: of a denoiser stage after another, or with `init_from`: see `few_steps.DistillationConfig`.
+        alpha_flow: of a denoiser stage with `denoiser.mean_velocity`: see `diffusion.alpha_flow`.
         pack: of a denoiser stage: clips of all shapes share sequences; `batch_size` then counts packs.
         lora: of a denoiser stage: instead of the model's parameters, LoRA's are trained; the model is that of
             `init_from`, see `training.lora_task`.
@@ -104,6 +106,7 @@ class StageConfig:
     windows: Windows | None = None
     pack: PackConfig | None = None
     distillation: DistillationConfig | None = None
+    alpha_flow: AlphaFlowConfig | None = None
     ema_decay: Fraction = 0.999
     cached_clips: int | None = None
     latents: str = ""
@@ -118,8 +121,8 @@ class StageConfig:
     def __post_init__(self):
         if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
-        if self.task == "tokenizer" and self.distillation:
-            raise ValueError("distillation is for denoiser stages")
+        if self.task == "tokenizer" and (self.distillation or self.alpha_flow):
+            raise ValueError("distillation and alpha_flow are for denoiser stages")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
         if self.pack and self.batch_size % self.pack.packers:

@@ -30,7 +30,7 @@ from walt_jax.tokenizer.autoencoder_kl_weights import load_weights
 from walt_jax.tokenizer.inflation import Placement
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.tokenizer.perceptual import load_features
-from walt_jax.training.few_steps import DistillationTask
+from walt_jax.training.few_steps import DistillationTask, MeanVelocityTask
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.lora_task import LoraTask
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
@@ -198,6 +198,8 @@ class RunConfig:
             )
         if self.sampling.guidance.channels > shape[3]:
             raise ValueError(f"sampling.guidance.channels is more than the latents' {shape[3]}")
+        if self.sampling.first_block_cache and (denoiser.skips or denoiser.condition_by == "tokens"):
+            raise ValueError("sampling.first_block_cache is for blocks one after the other; U-ViT's have long skips")
         scale = denoiser.upscale
         if conditioning.low_res_noise and scale == 1:
             raise ValueError("conditioning.low_res_noise is for what upscales: set denoiser.upscale, or leave it out")
@@ -207,6 +209,7 @@ class RunConfig:
                 "other runs neither: set low_res_from to the workdir of the base run, or upscale to 1"
             )
         self._check_distillation()
+        self._check_mean_velocity()
         for name, stage in self.stages.items():
             if stage.task == "denoiser":
                 self._check_denoiser_stage(name, stage)
@@ -254,6 +257,39 @@ class RunConfig:
             raise ValueError(
                 "what is distilled has learned its guidance: set sampling.guidance.scale=1, sampler='ddim'"
             )
+
+    def _check_mean_velocity(self) -> None:
+        """Checks that mean velocities are learned where the denoiser predicts them, and sampled as they are meant."""
+        learned = [name for name in self.denoiser_stages if self.stages[name].alpha_flow is not None]
+        if not self.denoiser.mean_velocity:
+            if learned:
+                raise ValueError(f"stages.{learned[0]}.alpha_flow needs denoiser.mean_velocity=True")
+            return
+        if learned != self.denoiser_stages:
+            raise ValueError(
+                "denoiser.mean_velocity is for runs whose denoiser stages all have alpha_flow; set init_from"
+            )
+        if not self.init_from and self.stages[learned[0]].alpha_flow.anneal == 0:
+            raise ValueError("alpha_flow starts from a flow model: set init_from, or let α fall from 1 with anneal")
+        guidance = self.sampling.guidance
+        wrong = {
+            "diffusion.parameterization other than 'flow'": self.diffusion.parameterization != "flow",
+            "diffusion.schedule.name other than 'flow'": self.diffusion.schedule.name != "flow",
+            "diffusion.self_conditioning": self.diffusion.self_conditioning,
+            "diffusion.multiscale": self.diffusion.multiscale,
+            "diffusion.min_snr": self.diffusion.min_snr,
+            "diffusion.adaptive": self.diffusion.adaptive,
+            "denoiser.learned_sigma": self.denoiser.learned_sigma,
+            "denoiser.embedders_per_block": getattr(self.denoiser, "embedders_per_block", False),
+            "pretrained text": self.pretrained_text,
+            "samplers other than 'ddim' and 'euler'": self.sampling.sampler not in ("ddim", "euler"),
+            "sampling.guidance.scale below 1": guidance.scale < 1,
+            "sampling.guidance.kind 'power_cosine'": guidance.kind == "power_cosine",
+            "sampling.guidance.rescale, channels or apg": guidance.rescale or guidance.channels or guidance.apg,
+        }
+        for what, there in wrong.items():
+            if there:
+                raise ValueError(f"denoiser.mean_velocity does not go with {what}")
 
     def _check_denoiser_stage(self, name: str, stage: StageConfig) -> None:
         windows = self.denoiser.windows
@@ -456,9 +492,11 @@ def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
         UserError: if the perceptual loss's weights can't be read.
     """
     if config.stages[stage].task == "denoiser":
-        model, distillation = make_model(config, vocab_size, stage), config.stages[stage].distillation
-        if distillation is not None:
-            return DistillationTask(model, config.conditioning, distillation)
+        model, own = make_model(config, vocab_size, stage), config.stages[stage]
+        if own.distillation is not None:
+            return DistillationTask(model, config.conditioning, own.distillation)
+        if own.alpha_flow is not None:
+            return MeanVelocityTask(model, config.conditioning, own.alpha_flow, own.steps)
         return DenoiserTask(model, config.conditioning)
     shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
     path = config.losses.perceptual_weights
