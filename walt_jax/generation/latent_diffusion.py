@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
-from walt_jax.config import Positive
-from walt_jax.denoiser.layout import Layout, from_tokens, to_tokens
+from walt_jax.config import Fraction, Positive
+from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import BlockCache, Condition, Denoiser, Step
 from walt_jax.diffusion import parameterization
 from walt_jax.diffusion.guidance import GuidanceConfig, difference_of, guide
@@ -51,6 +51,8 @@ class SamplingConfig:
         first_block_cache: where above 0, FirstBlockCache's threshold: an evaluation whose first block adds what it
             added before, but for a change below so many times its mean absolute value, takes what the other blocks
             added then. 0.05 to 0.2; a clip's own, and the time is saved where all of a batch do.
+        low_res_noise: the diffusion time of the noise that super-resolution's input gets; a little hides what the base
+            model does not do as its training clips have it. At most `conditioning.low_res_noise` of training.
     """
 
     steps: Positive
@@ -58,6 +60,7 @@ class SamplingConfig:
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     batch_size: Positive = 8
     first_block_cache: float = 0.0
+    low_res_noise: Fraction = 0.0
 
 
 @flax.struct.dataclass
@@ -254,13 +257,13 @@ class LatentDiffusion:
         sizes = layout.clip_sizes()
         clips = (len(clean), sizes.shape[1])
         known = (asked.until == 0).astype(clean.dtype)
-        low_res_time = jnp.zeros(clips)
+        low_res_time = jnp.zeros(clips) if asked.low_res_time is None else asked.low_res_time
         ways = [(asked.text, clean, known, asked.low_res, low_res_time)]
         means = self.denoiser.config.mean_velocity
         if config.guidance.needs_unconditional and not means:
             # Without caption and without observed frames: guidance is on both.
             ways.append((asked.free, jnp.zeros_like(clean), jnp.zeros_like(known), asked.low_res, low_res_time))
-        models, batches = self._models(params, ways, layout)
+        models, batches = self._models(params, ways, asked)
         tokens = jnp.maximum(sizes.prod(-1), 1)
 
         def levels(time):
@@ -292,21 +295,21 @@ class LatentDiffusion:
         learned = none if self.denoiser.config.learned_sigma else None
         difference = none if len(ways) > 1 and config.guidance.apg is not None else None
         caches = ()
-        if config.first_block_cache > 0:
+        if config.first_block_cache > 0 and asked.tile is None:
             dim, dtype = self.denoiser.config.dim, jnp.dtype(self.denoiser.config.dtype)
             nothing = jnp.zeros((len(ways) // batches * len(clean), clean.shape[1], dim), dtype)
             caches = (BlockCache(nothing, nothing, config.first_block_cache),) * batches
         return predict, levels, Carried([none] * len(ways), learned, none, difference, caches)
 
     def _models(
-        self, params: dict[str, Any], ways: list[tuple[Any, ...]], layout: Layout
+        self, params: dict[str, Any], ways: list[tuple[Any, ...]], asked: Asked
     ) -> tuple[Callable[..., tuple[list[Array], tuple[BlockCache, ...]]], int]:
         """The denoiser with each of these conditions, one after the other or as rows of one batch.
 
         Args:
             params: structured as `init` returns them.
             ways: arguments of `condition` each.
-            layout: of a batch.
+            asked: the batch.
 
         Returns:
             (a function, how many batches it evaluates); the function is (noisy latents, times, the last estimate of
@@ -314,11 +317,14 @@ class LatentDiffusion:
         """
         rows, tokens, _ = ways[0][1].shape
         few = isinstance(rows, int) and rows * tokens <= AT_ONCE  # rows of an exported program may be symbolic
-        if len(ways) > 1 and layout.pack is None and few:
+        if len(ways) > 1 and asked.layout.pack is None and few:
             ways, each = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *ways)], len(ways)
         else:
             each = 1
-        denoisers = [self.denoise(params, self.condition(params, *way), layout) for way in ways]
+        if asked.tile is None:
+            denoisers = [self.denoise(params, self.condition(params, *way), asked.layout) for way in ways]
+        else:
+            denoisers = [self._tiled(params, way, asked) for way in ways]
 
         def evaluate(z, times, estimates, step, caches):
             z, times, step = jax.tree.map(lambda values: jnp.concatenate([values] * each), (z, times, step))
@@ -335,27 +341,23 @@ class LatentDiffusion:
 
         return evaluate, len(denoisers)
 
-    def _denoiser(self, params: dict[str, Any], asked: Asked, text: TextTokens, clean: Array, known: Array) -> Denoise:
-        """The denoiser under one condition, of whole clips or tile by tile."""
-        time = jnp.zeros(text_shape(text)) if asked.low_res_time is None else asked.low_res_time
-        if asked.tile is None:
-            condition = self.condition(params, text, clean, known, asked.low_res, time)
-            return self.denoise(params, condition, asked.layout)
+    def _tiled(self, params: dict[str, Any], way: tuple[Any, ...], asked: Asked) -> Denoise:
+        """As `denoise`, of larger clips, tile by tile; `way` are the arguments of `condition`."""
+        text, clean, known, low_res, low_res_time = way
         config = self.denoiser.config
         tiles = Tiles(asked.layout.grid, asked.tile, config.upscale)
         parts = {"clean": tiles.cut(clean), "known": tiles.cut(known)}
-        if asked.low_res is not None:
-            each = config.patch_size[1] / config.upscale
-            parts["low_res"] = tiles.cut_latents(asked.low_res, each, config.patch_size[0])
+        if low_res is not None:
+            parts["low_res"] = tiles.cut_latents(low_res, config.patch_size[1] / config.upscale, config.patch_size[0])
 
-        def apply(noisy, times, estimate):
+        def apply(noisy, time, estimate, *more):
             def one(part):
-                condition = self.condition(params, text, part["clean"], part["known"], part.get("low_res"), time)
-                denoise = self.denoise(params, condition, Layout(grid=asked.tile))
-                return denoise(part["noisy"], times, part["estimate"])
+                given = part["clean"], part["known"], part.get("low_res"), low_res_time
+                denoise = self.denoise(params, self.condition(params, text, *given), Layout(grid=asked.tile))
+                return denoise(part["noisy"], time, part["estimate"], *more)
 
-            given = parts | {"noisy": tiles.cut(noisy), "estimate": tiles.cut(estimate)}
-            return tiles.blend(jax.lax.map(one, given))  # one after the other, in the memory of one
+            found = parts | {"noisy": tiles.cut(noisy), "estimate": tiles.cut(estimate)}
+            return tiles.blend(jax.lax.map(one, found))  # one after the other, in the memory of one
 
         return apply
 

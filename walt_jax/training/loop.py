@@ -105,6 +105,7 @@ class StageConfig:
     shapes: dict[str, ShapeConfig] = dataclasses.field(default_factory=dict)
     windows: Windows | None = None
     pack: PackConfig | None = None
+    lora: LoraConfig | None = None
     distillation: DistillationConfig | None = None
     alpha_flow: AlphaFlowConfig | None = None
     ema_decay: Fraction = 0.999
@@ -121,8 +122,10 @@ class StageConfig:
     def __post_init__(self):
         if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
-        if self.task == "tokenizer" and (self.distillation or self.alpha_flow):
-            raise ValueError("distillation and alpha_flow are for denoiser stages")
+        if self.task == "tokenizer" and (self.lora or self.distillation or self.alpha_flow):
+            raise ValueError("lora, distillation and alpha_flow are for denoiser stages")
+        if sum(map(bool, (self.lora, self.distillation, self.alpha_flow))) > 1:
+            raise ValueError("lora, distillation and alpha_flow do not go with each other")
         if self.task == "tokenizer" and self.pack:
             raise ValueError("pack is for denoiser stages; a tokenizer's batches have one shape each")
         if self.pack and self.batch_size % self.pack.packers:

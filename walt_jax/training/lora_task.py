@@ -36,6 +36,8 @@ class LoraTask:
     whole: DenoiserTask
     lora: LoraConfig
 
+    moves = False
+
     def init(self, key: PRNGKeyArray) -> tuple[Any, Any]:
         shapes, moving = jax.eval_shape(self.whole.init, key)
         return lora.fresh(shapes, self.lora, key), moving

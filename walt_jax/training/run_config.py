@@ -497,7 +497,8 @@ def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
             return DistillationTask(model, config.conditioning, own.distillation)
         if own.alpha_flow is not None:
             return MeanVelocityTask(model, config.conditioning, own.alpha_flow, own.steps)
-        return DenoiserTask(model, config.conditioning)
+        whole = DenoiserTask(model, config.conditioning)
+        return whole if own.lora is None else LoraTask(whole, own.lora)
     shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
     path = config.losses.perceptual_weights
     return TokenizerTask(Tokenizer(shape), config.losses, load_features(path) if path else None)
