@@ -86,7 +86,7 @@ def test_each_row_is_as_it_would_be_alone():
     denoiser, params = model_of(WALT)
     _, cache = cached(denoiser, params, 1, empty(0.2))
     stale = cache.replace(first=cache.first * np.array([2.0, 1.01], np.float32)[:, None, None])
-    stale = stale.replace(rest=stale.rest + 1)
+    stale = stale.replace(rest=stale.rest + np.linspace(-1, 1, stale.rest.shape[-1], dtype=np.float32))
     together, after = cached(denoiser, params, 1, stale)
     for row in range(ROWS):
         rows = slice(row, row + 1)

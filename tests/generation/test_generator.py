@@ -11,7 +11,7 @@ from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.asking import encoded
-from walt_jax.generation.latent_diffusion import NEVER, unboxed
+from walt_jax.generation.latent_diffusion import NEVER, SamplingConfig, unboxed
 from walt_jax.generation.long_video import segments, windows
 from walt_jax.generation.packs import can_pack
 from walt_jax.generation.request import Given, Request

@@ -128,7 +128,7 @@ def test_planned(config):
         (lambda k: k.update(init_from="dit.safetensors"), "lora changes the model of another run"),
         (lambda k: k["stages"].update(more=k["stages"]["lora"]), "no other stage of the denoiser"),
         (lambda k: k["stages"]["lora"]["lora"].update(rank=0), "lora.rank is 0; it should be at least 1"),
-        (lambda k: k["stages"]["lora"].update(task="tokenizer"), "lora is for denoiser stages|cached_clips"),
+        (lambda k: k["stages"]["lora"].update(task="tokenizer"), "are for denoiser stages|cached_clips"),
     ],
 )
 def test_mistakes(change, says):
