@@ -20,7 +20,7 @@ import numpy as np
 
 import walt_jax
 from walt_jax.data import drawn
-from walt_jax.data.drawn import COMBINATIONS, DIRECTIONS, SHAPES, Combination, draw
+from walt_jax.data.drawn import COMBINATIONS, DIRECTIONS, SHAPES, Combination, combinations, draw
 from walt_jax.data.media import compare_sheet, write_video
 from walt_jax.evaluation.judge import judge
 from walt_jax.evaluation.reconstruction import psnr_db
@@ -37,7 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("draw", "measure"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--clips", type=int, default=6, help="draw: of each combination")
+    parser.add_argument("--clips", type=int, default=6, help="draw: of each new combination")
+    parser.add_argument("--old", type=int, default=0, help="draw: of each combination that the demo was trained on")
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--lora", default="runs/orange")
     parser.add_argument("--samples", type=int, default=4, help="measure: of each new combination")
@@ -45,16 +46,17 @@ def main() -> None:
     drawn.COLOURS[COLOUR] = RGB  # for the drawing and for the judge, which takes the nearest of these
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.what == "draw":
-        write_clips(arguments.out, arguments.clips)
+        write_clips(arguments.out, arguments.clips, arguments.old)
     else:
         measure(arguments.workdir, arguments.lora, arguments.samples, arguments.out)
 
 
-def write_clips(out: pathlib.Path, count: int) -> None:
-    """Clips of the combinations that are not `UNSEEN`."""
+def write_clips(out: pathlib.Path, new: int, old: int) -> None:
+    """Clips of the new combinations that are not `UNSEEN`, and of the old ones that are not held out."""
     rows = []
-    for combination in NEW:
-        for number in range(0 if combination in UNSEEN else count):
+    counts = {one: new for one in NEW if one not in UNSEEN} | dict.fromkeys(combinations("train"), old)
+    for combination, count in counts.items():
+        for number in range(count):
             file = f"{combination.caption.replace(' ', '_')}_{number}.mp4"
             seed = int.from_bytes(hashlib.sha256(file.encode()).digest()[:4], "big")
             write_video(out / file, draw(combination, np.random.default_rng(seed), FRAMES, SIZE), FPS)
@@ -79,9 +81,9 @@ def measure(workdir: str, lora: str, samples: int, out: pathlib.Path) -> None:
     }
     rows, clips, latents = [], {}, {}
     for way, (generator, sets) in ways.items():
-        for name, combinations in sets.items():
+        for name, members in sets.items():
             each = 1 if name == "old" else samples
-            wanted = [one for one in combinations for _ in range(each)]
+            wanted = [one for one in members for _ in range(each)]
             requests = [Request(one.caption, number % each) for number, one in enumerate(wanted)]
             found = generator.latents(requests)
             clips[way, name], latents[way, name] = generator.decode(found), np.stack(found)
@@ -102,15 +104,15 @@ def measure(workdir: str, lora: str, samples: int, out: pathlib.Path) -> None:
     shown, sheet = {one.caption for one in (NEW[3], NEW[4], NEW[5], NEW[11], *UNSEEN)}, []
     for way in ("without", "with half of it", "with the LoRA"):
         pairs = [pair for name in new for pair in of(new[name], clips[way, name], samples) if pair[0] in shown]
-        sheet.append((f"{way}: the last three were not drawn" if way != "without" else way, pairs[1:]))
+        sheet.append((f"{way}; of the last three no clip was trained on", pairs[1:]))
     old = of(both["old"], clips["with the LoRA", "old"], 1)
     sheet.append(("with the LoRA: captions of the demo", old[5::12]))
     compare_sheet(sheet, frames_per_clip=5).save(out / "lora.png")
 
 
-def of(combinations: list, made: list, samples: int) -> list:
+def of(members: list, made: list, samples: int) -> list:
     """(caption, its first clip)"""
-    return [(one.caption, clip) for one, clip in zip(combinations, made[::samples], strict=True)]
+    return [(one.caption, clip) for one, clip in zip(members, made[::samples], strict=True)]
 
 
 def judged(made: list, wanted: list) -> dict:

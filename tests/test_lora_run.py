@@ -83,8 +83,8 @@ def test_it_does_not_need_the_base_any_more(trained):
         again = Run(run.config, run.workdir)
         again.check()
         assert again.make_vocabulary() == (run.workdir / "vocabulary.model").read_bytes()
-        videos = [one.sample(PROMPT) for one in (walt_jax.load(run.workdir), walt_jax.load(hidden, str(run.workdir)))]
-        assert np.abs(videos[0].astype(int) - videos[1]).max() <= 1
+        both = (one.generator().params for one in (run, again))
+        assert all(np.array_equal(one, two) for one, two in zip(*map(jax.tree.leaves, both), strict=True))
     finally:
         hidden.rename(base)
 
@@ -128,8 +128,6 @@ def test_another_model_is_refused_before_training(trained, tmp_path):
         ),
         (["--config.diffusion.times.mean=0.5"], "config.diffusion of .* is another than this config's"),
         ([f"--config.init_from={run.workdir}"], "has trained a LoRA itself; name the run that it has changed"),
-        ([f"--config.init_from={tmp_path}"], "holds no run; name the --workdir of the run to be changed"),
-        ([f"{STAGE}.lora.targets=('attn',)"], "the model has no layer in such a module"),
     ):
         with pytest.raises(UserError, match=says):
             prepared(base, tmp_path / "run", *flags)
