@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     stage = config.stages.denoiser
     stage.update(steps=700, cached_clips=2048)
     stage.alpha_flow = {"velocity": "model", "alpha": 0.5}
-    stage.optimizer.update(learning_rate=1e-3, muon_learning_rate=0.01)
+    stage.optimizer.update(learning_rate=4e-4, muon_learning_rate=0.004, warmup_steps=10)
     config.sampling = {"steps": 4, "guidance": {"scale": 2.0}, "batch_size": 8}
     return config

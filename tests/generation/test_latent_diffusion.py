@@ -132,13 +132,14 @@ def test_guidance_leaves_observed_positions_out(at_once):
         assert not call["observed_mask"].any() and not call["observed"].any()
 
 
-def real(sampling, config, **conditions):
-    """Latents of two clips from a denoiser with random parameters; nothing of it is zero."""
+def real(sampling, config, rows=(0, 1), **conditions):
+    """Latents of clips from a denoiser with random parameters; nothing of it is zero."""
     model = LatentDiffusion(None, None, Denoiser(config, SHAPE[:3]), DiffusionConfig(Schedule("cosine"), "v"), SHAPE)
     leaves, tree = jax.tree.flatten(nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0))))
     rng = np.random.default_rng(2)
     params = tree.unflatten([0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
-    return np.asarray(model.sample(params, LABELS, EMPTY, SEEDS, sampling, **conditions))
+    rows = np.array(rows)
+    return np.asarray(model.sample(params, LABELS[rows], EMPTY[rows], SEEDS[rows], sampling, **conditions))
 
 
 @pytest.mark.parametrize("apg", [None, APGConfig(0.2, 3.0, -0.5)])
@@ -203,3 +204,54 @@ def test_a_clips_randomness_depends_on_its_own_seed():
     _, other = draw(Recorder, SamplingConfig(3, "ddpm"), seeds=np.array([0, 7], np.uint32))
     np.testing.assert_array_equal(both[0], other[0])
     assert np.abs(both[1] - other[1]).min() > 0
+
+
+class Mean(Recorder):
+    """The mean velocity of a flow whose clean latents are the labels: u = (z − x) / t, whatever the step."""
+
+    def denoise(self, params, condition, layout):
+        def answer(noisy, time, estimate, step):
+            jax.debug.callback(lambda values: self.calls.append(jax.tree.map(np.asarray, values)), (time, step))
+            x = jnp.broadcast_to(condition.label[..., None].astype(jnp.float32), noisy.shape)
+            return (noisy - x) / time[..., None]
+
+        return answer
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_mean_velocity_is_asked_for_the_samplers_steps(steps):
+    """From t to the next time, with guidance as an input: one evaluation a step, and exact in any number of them."""
+    config = dataclasses.replace(CONFIG, mean_velocity=True)
+    guidance = GuidanceConfig(3.0, "interval", (0.2, 0.8))
+    Recorder.calls.clear()
+    model = Mean(None, None, Denoiser(config, SHAPE[:3]), DiffusionConfig(Schedule("flow"), "flow"), SHAPE)
+    out = model.sample({}, LABELS, EMPTY, SEEDS, SamplingConfig(steps, "euler", guidance))
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    np.testing.assert_allclose(out, np.asarray(LABELS).reshape(2, 1, 1, 1, 1) + np.zeros((2, *SHAPE)), atol=1e-5)
+    calls = sorted(Recorder.calls, key=lambda call: -call[0].max())
+    assert len(calls) == steps
+    for number, (time, step) in enumerate(calls):
+        np.testing.assert_allclose(time, 1 - number / steps)
+        np.testing.assert_allclose(step.end, 1 - (number + 1) / steps, atol=1e-6)
+        np.testing.assert_array_equal(step.scale, 3.0)
+        np.testing.assert_allclose(step.interval, np.broadcast_to([0.2, 0.8], (2, 1, 2)))
+
+
+def test_a_caches_threshold_that_nothing_passes_changes_nothing():
+    """Through all evaluations, with guidance, one after the other and in one batch."""
+    sampling = SamplingConfig(4, "ddim", GuidanceConfig(2.0))
+    config = dataclasses.replace(CONFIG, layers=2)
+    plain = real(sampling, config)
+    cached = real(dataclasses.replace(sampling, first_block_cache=1e-9), config)
+    np.testing.assert_allclose(cached, plain, atol=1e-3)
+    coarse = real(dataclasses.replace(sampling, first_block_cache=1e9), config)
+    assert np.abs(coarse - plain).max() > 1e-2
+
+
+def test_a_cached_clip_does_not_depend_on_the_others():
+    sampling = SamplingConfig(4, first_block_cache=0.5)
+    config = dataclasses.replace(CONFIG, layers=2)
+    together = real(sampling, config)
+    alone = [real(sampling, config, rows=[row]) for row in range(2)]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-3)
