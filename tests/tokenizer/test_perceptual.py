@@ -120,7 +120,7 @@ def test_equal_clips_have_distance_0_and_no_gradient(distance):
     one = jnp.asarray(clips(0))
     assert distance(one, one).tolist() == [0, 0]
     slope = jax.grad(lambda other: distance(one, other).sum())(one)
-    np.testing.assert_array_equal(slope, 0)
+    np.testing.assert_allclose(slope, 0, atol=1e-8)  # both sides may be compiled to add up in different orders
 
 
 def test_a_weight_that_the_file_lacks_is_named(tmp_path):

@@ -120,8 +120,8 @@ def _step(model: LatentDiffusion, sampling: SamplingConfig) -> Callable[..., Any
         until = None if mask is None else jnp.where(mask == 1, 0.0, NEVER)
         text, empty = (Embedded(**part) if isinstance(part, dict) else part for part in (text, empty))
         params = unflatten_dict(weights, sep="/")
-        free = jax.tree.map(lambda one: jnp.broadcast_to(one[None], (len(latents), *one.shape)), empty)
-        seeds = jnp.zeros(len(latents), jnp.uint32)  # DDIM has no randomness
+        free = jax.tree.map(lambda one: jnp.broadcast_to(one[None], (latents.shape[0], *one.shape)), empty)
+        seeds = jnp.zeros(latents.shape[0], jnp.uint32)  # DDIM has no randomness
         asked = model.asked(text, free, seeds, latents.shape[1:], observed, until)
         predict, levels, first = model.predictor(params, asked, sampling)
         z, estimates = (

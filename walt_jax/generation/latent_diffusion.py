@@ -235,13 +235,13 @@ class LatentDiffusion:
     ) -> Asked:
         """What a batch of clips of one size is sampled from; arguments as those of `sample`."""
         if observed is None:
-            observed = jnp.zeros((len(seeds), *shape))
+            observed = jnp.zeros((seeds.shape[0], *shape))
         if until is None:
             until = jnp.full((*observed.shape[:-1], 1), NEVER)
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(seeds)
         layout = Layout(grid=self.denoiser.config.grid(shape[:3]))
         texts = single_clips(text), single_clips(free)
-        time = jnp.full((len(seeds), 1), augmentation)
+        time = jnp.full((seeds.shape[0], 1), augmentation)
         if augmentation > 0:
             key = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2))(seeds)
             noise = jax.vmap(lambda key: jax.random.normal(key, low_res.shape[1:]))(key)
@@ -255,7 +255,7 @@ class LatentDiffusion:
         """The guided denoiser of a batch: (predict, levels, what is carried at first) for `diffusion.sampler`."""
         layout, kind, clean = asked.layout, self.diffusion.parameterization, asked.observed
         sizes = layout.clip_sizes()
-        clips = (len(clean), sizes.shape[1])
+        clips = (clean.shape[0], sizes.shape[1])
         known = (asked.until == 0).astype(clean.dtype)
         low_res_time = jnp.zeros(clips) if asked.low_res_time is None else asked.low_res_time
         ways = [(asked.text, clean, known, asked.low_res, low_res_time)]
@@ -297,7 +297,7 @@ class LatentDiffusion:
         caches = ()
         if config.first_block_cache > 0 and asked.tile is None:
             dim, dtype = self.denoiser.config.dim, jnp.dtype(self.denoiser.config.dtype)
-            nothing = jnp.zeros((len(ways) // batches * len(clean), clean.shape[1], dim), dtype)
+            nothing = jnp.zeros((len(ways) // batches * clean.shape[0], clean.shape[1], dim), dtype)
             caches = (BlockCache(nothing, nothing, config.first_block_cache),) * batches
         return predict, levels, Carried([none] * len(ways), learned, none, difference, caches)
 
