@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from walt_jax.errors import UserError, reason_of
-from walt_jax.parallel.processes import one_after_the_first
+from walt_jax.parallel.processes import exchanged, is_first, one_after_the_first
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
