@@ -741,7 +741,8 @@ RUN = {
 
 
 CHANGED_BY_LORA = ("sample", "export")
-ALONE = ("data", "prepare", "plan")  # modes of one process
+ALONE = ("data", "prepare", "plan", "reconstruct", "benchmark", "export", "serve")  # modes of one process
+JOINING = ("reconstruct", "benchmark", "export", "serve")  # those that find out whether there are others
 
 
 def usage() -> str:
@@ -773,8 +774,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--lora is for {' and '.join(CHANGED_BY_LORA)}; --mode={values.mode} takes none.")
         if values.int8 and values.mode != "sample":
             raise UserError(f"--int8 is for --mode=sample; --mode={values.mode} keeps the weights as they are.")
-        if values.mode not in ALONE:
-            processes.initialise(values.coordinator, values.num_processes, values.process_id)
+        _join(values)
         RUN[values.mode](values)
     except UserError as error:
         return _failed(str(error))
@@ -792,6 +792,24 @@ def main(argv: list[str]) -> int:
         print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
         return processes.leave(processes.RESTART, "a signal stopped it")
     return processes.leave(0)
+
+
+def _join(values: flags.FlagValues) -> None:
+    """Joins the other processes, in modes that several work on.
+
+    Raises:
+        UserError: if there are others in a mode of one process.
+    """
+    count = values.num_processes or 1
+    if count == 1 or values.mode not in ALONE:
+        if values.mode not in ALONE or values.mode in JOINING:
+            processes.initialise(values.coordinator, values.num_processes, values.process_id)
+        count = processes.place()[1]
+    if count > 1 and values.mode in ALONE:
+        raise UserError(
+            f"--mode={values.mode} is the work of one process, and there are {count}; start it once, without "
+            "--coordinator, --num_processes and --process_id."
+        )
 
 
 def _failed(sentence: str) -> int:

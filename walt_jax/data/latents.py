@@ -26,6 +26,7 @@ from walt_jax.data.shards import (
     write_metadata,
 )
 from walt_jax.errors import UserError
+from walt_jax.parallel.processes import exchanged, one_after_the_first, place
 
 DATASET, SPLIT = "latents", "train"
 REPORT, SIZES, EMPTY = "encode.json", "sizes.npy", "empty.npy"
@@ -59,6 +60,8 @@ def write_latents(
 ) -> dict[str, Any]:
     """Writes a data set shard by shard. Resumes an incomplete one; leaves a complete one as it is.
 
+    Of several processes, which all call it, each makes its part of the shards.
+
     Args:
         out: the folder, local or remote. It gets the shards, TFDS's metadata, `sizes.npy`, with embeddings
             `empty.npy`, and, last, `encode.json`.
@@ -77,15 +80,23 @@ def write_latents(
     """
     check_reachable(out)
     out, identity = epath.Path(out), {**identity, "count": count}
-    if (out / REPORT).exists():  # complete; the folder need not be writable
+    if exchanged((out / REPORT).exists())[0]:  # complete; the folder need not be writable
         _check_same(out, identity)
         return _read_report(out / REPORT)
     with only_writer(out, "--out"):
-        _check_same(out, identity)
-        if (out / REPORT).exists():  # another process has completed it meanwhile
+        with one_after_the_first() as first:
+            if first:
+                _check_same(out, identity)
+        if exchanged((out / REPORT).exists())[0]:  # another command has completed it meanwhile
             return _read_report(out / REPORT)
-        _begin(out, identity, notes)
-        return _write(out, identity, count, encoded, empty)
+        with one_after_the_first() as first:
+            if first:
+                _begin(out, identity, notes)
+        _write_shards(out, identity, count, encoded, empty)
+        with one_after_the_first() as first:
+            if first:
+                _complete(out, identity, count, empty)
+        return _read_report(out / REPORT)
 
 
 def _begin(out: epath.Path, identity: dict[str, Any], notes: Mapping[str, str]) -> None:
@@ -96,19 +107,24 @@ def _begin(out: epath.Path, identity: dict[str, Any], notes: Mapping[str, str]) 
         publish(out / name, text, work)
 
 
-def _write(
+def _done(out: epath.Path, count: int) -> list[epath.Path]:
+    """Of each shard the file that is written after it: the sizes of its clips."""
+    return [out / WORK / f"{shard:05}.npy" for shard in range(math.ceil(count / CLIPS_PER_SHARD))]
+
+
+def _write_shards(
     out: epath.Path,
     identity: dict[str, Any],
     count: int,
     encoded: Callable[[range], Iterable[Encoded]],
     empty: Callable[[], Float[np.ndarray, "n e"]] | None,
-) -> dict[str, Any]:
-    work, shards = out / WORK, math.ceil(count / CLIPS_PER_SHARD)
+) -> None:
+    """Writes this process's shards; the processes wait for each other."""
+    work, files = out / WORK, _done(out, count)
+    shards, (index, processes) = len(files), place()
     without = None if empty is None else empty()
-    sizes = []
-    for shard in range(shards):
-        done = work / f"{shard:05}.npy"  # written after the shard
-        if not done.exists():
+    for shard in range(index, shards, processes):
+        if not files[shard].exists():
             numbers = range(shard * CLIPS_PER_SHARD, min(count, (shard + 1) * CLIPS_PER_SHARD))
             clips = list(encoded(numbers))
             _write_shard(
@@ -118,8 +134,17 @@ def _write(
                 without,
                 work,
             )
-            publish(done, _npy(np.array([clip.latents.shape for clip in clips], np.int32).reshape(-1, 4)), work)
-        sizes.append(np.load(io.BytesIO(done.read_bytes())))
+            sizes = np.array([clip.latents.shape for clip in clips], np.int32).reshape(-1, 4)
+            publish(files[shard], _npy(sizes), work)
+    exchanged(None)
+
+
+def _complete(
+    out: epath.Path, identity: dict[str, Any], count: int, empty: Callable[[], Float[np.ndarray, "n e"]] | None
+) -> None:
+    """Writes what all shards have together."""
+    work, without = out / WORK, None if empty is None else empty()
+    sizes = [np.load(io.BytesIO(done.read_bytes())) for done in _done(out, count)]
     every = np.concatenate(sizes)
     if not len(every):
         raise UserError(f"None of the {count} clips for {out} could be encoded; --mode=data says why.")
@@ -135,7 +160,6 @@ def _write(
     }
     publish(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n", work)
     work.rmtree()
-    return report
 
 
 class LatentClips:

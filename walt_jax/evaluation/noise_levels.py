@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from walt_jax.diffusion.objective import Binned, diffusion_loss, draw, level_names
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import single_clips
+from walt_jax.parallel.processes import fetched, together
 
 ROUNDS = 8  # times and noises of each clip
 
@@ -53,12 +54,12 @@ def loss_by_noise(
         rows = np.minimum(np.arange(first, first + size), len(clips) - 1)
         there = np.arange(first, first + size) < len(clips)
         texts = generator.captions.encode([captions[row] for row in rows])
-        latents = model.codec.encode(generator.tokenizer, clips[rows])[0]
+        latents = together(model.codec.encode, generator.tokenizer, clips[rows])[0]
         low_res = None if generator.low_res is None else generator.low_res.encode(clips[rows])
         for number in range(ROUNDS):
             key = jax.random.fold_in(jax.random.key(seed), first * ROUNDS + number)
-            found = errors(generator.params, latents, texts, low_res, there, key)
-            total = jax.tree.map(np.add, total, jax.device_get(found))
+            found = together(errors, generator.params, latents, texts, low_res, there, key)
+            total = jax.tree.map(np.add, total, jax.tree.map(fetched, found))
     protocol = (
         f"mean squared error of the predicted {config.parameterization} at diffusion times of this part of 0..100 % "
         f"({config.schedule.name} schedule), {len(clips)} unseen clips, {ROUNDS} times and noises each"

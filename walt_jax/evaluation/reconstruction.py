@@ -16,7 +16,7 @@ from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import Source
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer, to_float
-from walt_jax.parallel.processes import fetched
+from walt_jax.parallel.processes import fetched, together
 from walt_jax.tokenizer.perceptual import FeatureWeights, feature_distance
 from walt_jax.tokenizer.quantizers import code_statistics, joint_index
 
@@ -93,8 +93,8 @@ def measure(
         The reconstructions; a row for each clip, {"caption", "psnr_db", "ssim"}, with "lpips" if there are weights and
         "bits_per_pixel" if there are codes; and {"code_perplexity", "code_usage"} over the codes of all clips.
     """
-    latents = in_batches(lambda video: codec.encode(trained, video)[0], clips)
-    reconstructions = in_batches(lambda latents: codec.decode(trained, latents)[0], latents)
+    latents = in_batches(lambda video: together(codec.encode, trained, video)[0], clips)
+    reconstructions = in_batches(lambda latents: together(codec.decode, trained, latents)[0], latents)
     distance = jax.jit(lambda one, other: feature_distance(features, to_float(one), to_float(other)))
     rows = []
     for clip, reconstruction, caption in zip(clips, reconstructions, captions, strict=True):
@@ -109,7 +109,7 @@ def measure(
         rows.append(row)
     if not codec.codes:
         return reconstructions, rows, {}
-    indices = np.stack(in_batches(functools.partial(codec.tokenize, trained), clips))
+    indices = np.stack(in_batches(functools.partial(together, codec.tokenize, trained), clips))
     return reconstructions, rows, {k: float(v) for k, v in code_statistics(jnp.asarray(indices), codec.codes).items()}
 
 
@@ -129,9 +129,9 @@ def rate_distortion(codec: Codec, trained: TrainedTokenizer, clips: Sequence[Cli
         {"codec", "setting", "bits_per_pixel", "psnr_db"} each.
     """
     pixels = len(clips) * math.prod(clips[0].shape[:3])
-    latents = np.stack(in_batches(lambda video: codec.encode(trained, video)[0], clips))
+    latents = np.stack(in_batches(lambda video: together(codec.encode, trained, video)[0], clips))
     if codec.codes:
-        indices = np.stack(in_batches(functools.partial(codec.tokenize, trained), clips))
+        indices = np.stack(in_batches(functools.partial(together, codec.tokenize, trained), clips))
         choices = [("codes", entropy_bits(np.asarray(joint_index(jnp.asarray(indices), codec.codes))), latents)]
     else:
         choices = []
@@ -141,7 +141,7 @@ def rate_distortion(codec: Codec, trained: TrainedTokenizer, clips: Sequence[Cli
             choices.append((f"step {2.0**exponent:g}", bits, (symbols * 2.0**exponent).astype(np.float32)))
     points: list[dict[str, float | str]] = []
     for setting, bits, values in choices:
-        videos = in_batches(lambda latents: codec.decode(trained, latents)[0], values)
+        videos = in_batches(lambda latents: together(codec.decode, trained, latents)[0], values)
         psnr = float(np.mean([psnr_db(*pair) for pair in zip(clips, videos, strict=True)]))
         points.append({"codec": "this tokenizer", "setting": setting, "bits_per_pixel": bits / pixels, "psnr_db": psnr})
     return points

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -16,7 +15,7 @@ from walt_jax.generation.codec import Codec, TrainedTokenizer, chunks
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.media_files import Reader, read_mask, read_media
 from walt_jax.generation.request import Given, Size
-from walt_jax.parallel.processes import fetched
+from walt_jax.parallel.processes import fetched, together
 
 Extend = Literal["forward", "backward", "loop"]
 ENCODED_AT_ONCE = 4  # latent frames
@@ -158,6 +157,6 @@ def encoded(
     stride = codec.tokenizer.config.strides[0]
     cache, found = None, []
     for chunk in chunks(video, 1 + ENCODED_AT_ONCE * stride, ENCODED_AT_ONCE * stride):
-        latents, cache = codec.encode(tokenizer, jnp.asarray(np.stack(chunk))[None], cache)
+        latents, cache = together(codec.encode, tokenizer, np.stack(chunk)[None], cache)
         found.append(fetched(latents)[0])
     return np.concatenate(found)

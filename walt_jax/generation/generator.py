@@ -21,7 +21,7 @@ from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig, unboxed
 from walt_jax.generation.low_res import LowRes
 from walt_jax.generation.request import Request, Size
-from walt_jax.parallel.processes import fetched
+from walt_jax.parallel.processes import fetched, together
 from walt_jax.text.frozen import FrozenText
 from walt_jax.text.labels import Labels
 from walt_jax.text.vocabulary import Vocabulary
@@ -136,7 +136,8 @@ class Generator:
         for numbers in _alike([one.shape for one in latents], self.config.batch_size):
             rows = np.minimum(np.arange(self.config.batch_size), len(numbers) - 1)
             batch = np.stack([latents[numbers[row]] for row in rows])
-            for number, video in zip(numbers, fetched(self.model.codec.decode(self.tokenizer, batch)[0]), strict=False):
+            decoded = fetched(together(self.model.codec.decode, self.tokenizer, batch)[0])
+            for number, video in zip(numbers, decoded, strict=False):
                 videos[number] = video
         return videos
 

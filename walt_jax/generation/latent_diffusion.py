@@ -22,6 +22,7 @@ from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import Level, Predict, Solver, evaluations, solver, time_grid
 from walt_jax.generation.codec import Codec
 from walt_jax.generation.tiles import Tiles
+from walt_jax.parallel.processes import together
 from walt_jax.parallel.rules import constrain
 from walt_jax.text.frozen import Embedded
 from walt_jax.text.t5 import T5Encoder
@@ -409,12 +410,12 @@ class LatentDiffusion:
                 clean latents, as tokens. What it raises ends sampling.
         """
         count = evaluations(config.sampler, config.steps)
-        state = self._begin(params, noise, asked, config)
+        state = together(self._begin, params, noise, asked, config)
         for number in range(count):
-            state, estimate = self._step(params, state, np.int32(number), asked, config)
+            state, estimate = together(self._step, params, state, np.int32(number), asked, config)
             if on_step is not None:
                 on_step(number + 1, count, estimate)
-        return self._end(params, state, asked, config)
+        return together(self._end, params, state, asked, config)
 
     def sample(
         self,

@@ -16,7 +16,7 @@ from walt_jax.errors import UserError
 from walt_jax.generation.generator import Generator, Watch
 from walt_jax.generation.latent_diffusion import NEVER
 from walt_jax.generation.request import Given, Request
-from walt_jax.parallel.processes import fetched
+from walt_jax.parallel.processes import fetched, together
 
 
 class Window(NamedTuple):
@@ -88,14 +88,14 @@ def segments(generator: Generator, request: Request, watch: Watch | None = None)
             until = np.array(request.given.until[window.start : window.stop])
         if window.done:
             anchor = last_frames[-window.done]
-            latents[0] = fetched(codec.encode(tokenizer, anchor[None, None])[0])[0, 0]
+            latents[0] = fetched(together(codec.encode, tokenizer, anchor[None, None])[0])[0, 0]
             latents[1 : window.done] = latest[len(latest) - window.done + 1 :]
             until[: window.done] = 0
         seed = request.seed if number == 0 else _seed(request.seed, number)
         one = dataclasses.replace(request, seed=seed, size=(frames, *request.size[1:]), given=Given(latents, until))
         [latest] = generator.latents([one], bar=False, watch=watch)
         new = latest[window.done :]
-        decoded, cache = codec.decode(tokenizer, new[None], cache)
+        decoded, cache = together(codec.decode, tokenizer, new[None], cache)
         shown = fetched(decoded)[0]
         ends = range(0 if window.done == 0 else stride - 1, len(shown), stride)
         last_frames = [*last_frames, *(shown[end] for end in ends)][-size:]

@@ -7,7 +7,7 @@ from einops import reduce
 from jaxtyping import Float, UInt8
 
 from walt_jax.generation.codec import Codec, TrainedTokenizer
-from walt_jax.parallel.processes import fetched
+from walt_jax.parallel.processes import fetched, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LowRes:
 
     def encode(self, video: UInt8[np.ndarray, "b t h w 3"]) -> Float[np.ndarray, "b t2 h2 w2 c"]:
         """Latents of clips at high resolution, which are shrunk first."""
-        return fetched(self.codec.encode(self.tokenizer, shrunk(video, self.scale))[0])
+        return fetched(together(self.codec.encode, self.tokenizer, shrunk(video, self.scale))[0])
 
 
 def shrunk(video: UInt8[np.ndarray, "*b h w 3"], scale: int) -> UInt8[np.ndarray, "*b h2 w2 3"]:

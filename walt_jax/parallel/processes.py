@@ -171,6 +171,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def place() -> tuple[int, int]:
+    """(index of this process, how many there are)"""
+    if _client is None:
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
 def exchanged(value: Any) -> list[Any]:
     """The JSON values that all processes pass, by their index. They wait for each other."""
     if _client is None:
@@ -187,16 +196,24 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def together(program: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a jitted function on devices of all processes, each of which has compiled it then.
+    """Calls a jitted function; if its arguments are on devices of several processes, once all have compiled it.
 
     Where a program communicates for the first time, Gloo waits 30 s for the other processes, and they may take longer
-    than each other to compile it. All of them call this; what runs on a process's own devices is called directly.
+    than each other to compile it.
     """
-    if _client is not None:
+    import jax
+
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(arguments)):
         owner = getattr(program, "__self__", None)
-        program.lower(*([] if owner is None else [owner]), *arguments).compile()  # kept for the call
-        exchanged(None)
+        ready(program, *([] if owner is None else [owner]), *arguments)
     return program(*arguments)
+
+
+def ready(program: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for a call that follows, in all processes; they wait for each other."""
+    if _client is not None:
+        program.lower(*arguments).compile()  # JAX keeps it
+        exchanged(None)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from walt_jax.errors import UserError, reason_of
-from walt_jax.parallel.processes import exchanged, is_first, one_after_the_first
+from walt_jax.parallel.processes import exchanged, one_after_the_first, place
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
@@ -193,7 +193,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             folder = epath.Path(self.directory.absolute()) / str(step)
-            if wrong := damage(folder, items):
+            # Each process reads its part of the files; all pass over the same checkpoints.
+            if wrong := next(filter(None, exchanged(damage(folder, items, *place()))), None):
                 damaged[step] = wrong
                 continue
             if not has_manifest(folder):
@@ -202,10 +203,13 @@ class Checkpoints:
                     "versions, so damage in its arrays may go unseen.",
                     file=sys.stderr,
                 )
+            reason = None
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # whatever a damaged file makes Orbax and TensorStore stumble over
-                damaged[step] = reason_of(error)
+                reason = reason_of(error)
+            if reason := next(filter(None, exchanged(reason)), None):
+                damaged[step] = reason
                 continue
             for other, reason in damaged.items():
                 print(

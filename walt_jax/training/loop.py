@@ -21,7 +21,7 @@ from walt_jax.diffusion.alpha_flow import AlphaFlowConfig
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.lora import LoraConfig
 from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
-from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first
+from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first, ready, together
 from walt_jax.parallel.rules import Rules
 from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
 from walt_jax.training.few_steps import DistillationConfig
@@ -352,6 +352,8 @@ def _restored_or_fresh(
         return checkpoints.restore(like)
     # Each part is made where it will be: no device ever holds all of a divided state.
     divided, options = state_shardings(like), ONCE_OPTIONS.get(jax.default_backend())
-    made = jax.jit(fresh, out_shardings=(divided.params, divided.moving), compiler_options=options)
-    params, moving = made(initial)
-    return jax.jit(state, out_shardings=divided, compiler_options=options)(fit(params), moving), None, {}
+    make = jax.jit(fresh, out_shardings=(divided.params, divided.moving), compiler_options=options)
+    ready(make, initial)
+    params, moving = make(initial)
+    made = jax.jit(state, out_shardings=divided, compiler_options=options)
+    return together(made, fit(params), moving), None, {}

@@ -26,12 +26,13 @@ def write_manifest(folder: epath.Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": rows}, indent=1) + "\n")
 
 
-def damage(folder: epath.Path, items: Iterable[str]) -> str | None:
+def damage(folder: epath.Path, items: Iterable[str], part: int = 0, of: int = 1) -> str | None:
     """Compares a checkpoint with its manifest.
 
     Args:
         folder: of the checkpoint.
         items: the folders in it that will be read; the others may be absent.
+        part, of: of their files each `of`-th is compared, from number `part` on.
 
     Returns:
         What is wrong, for a sentence, or None. None as well where there is no manifest, see `has_manifest`.
@@ -44,7 +45,7 @@ def damage(folder: epath.Path, items: Iterable[str]) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} can't be read"
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda entry: _wrong(folder, entry[0], *entry[1]), sorted(wanted.items()))
+        found = pool.map(lambda entry: _wrong(folder, entry[0], *entry[1]), sorted(wanted.items())[part::of])
         return next(filter(None, found), None)
 
 

@@ -13,7 +13,7 @@ from walt_jax.evaluation.reconstruction import reconstruction_sheet, usable_clip
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.request import Request
-from walt_jax.parallel.processes import fetched
+from walt_jax.parallel.processes import fetched, together
 from walt_jax.workdir import write_picture
 
 PREVIEW = "preview.png"
@@ -47,7 +47,8 @@ def reconstructions(codec: Codec, trained: Callable[[Any], TrainedTokenizer], un
 
     def sheet(served: Any) -> Image.Image:
         tokenizer = trained(served)
-        decoded = fetched(codec.decode(tokenizer, codec.encode(tokenizer, clips)[0])[0])
+        latents = together(codec.encode, tokenizer, clips)[0]
+        decoded = fetched(together(codec.decode, tokenizer, latents)[0])
         return reconstruction_sheet(list(clips), list(decoded), captions)
 
     return sheet

@@ -34,7 +34,7 @@ from walt_jax.generation.low_res import LowRes
 from walt_jax.parallel import hardware
 from walt_jax.parallel.memory import device_bytes, memory_bytes
 from walt_jax.parallel.mesh import check_rows, described, make_mesh, on, replicated
-from walt_jax.parallel.processes import fetched, is_first
+from walt_jax.parallel.processes import exchanged, fetched, is_first, together
 from walt_jax.parallel.rules import check_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
@@ -210,10 +210,11 @@ class Run:
         names = list(self.config.stages)
         initial = self._initial()  # for each task, what its last stage has trained
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
-        if self._lora_stage and not (self.workdir / BASE).exists():
+        # All look before the first process writes it.
+        if self._lora_stage and any(exchanged(not (self.workdir / BASE).exists())):
             base = self._base()
             self._keep_run(base, base._restored("denoiser")[0], self.workdir / BASE, CAPTIONS)
-        if self.config.low_res_from and not (self.workdir / LOW_RES).exists():
+        if self.config.low_res_from and any(exchanged(not (self.workdir / LOW_RES).exists())):
             base = self._base_run()
             stage = None if base.config.takes_autoencoder else base.trained_tokenizer()[0]
             self._keep_run(base, stage, self.workdir / LOW_RES)
@@ -483,7 +484,9 @@ class Run:
     def _statistics(self, served: Any) -> dict:
         """Mean and standard deviation of the latents, which normalise them for the denoiser."""
         raw = TrainedTokenizer.unnormalised(served, self.config.tokenizer.latent_channels)
-        return latent_statistics(lambda video: self.codec.encode(raw, video)[0], self._some_batches(), STATISTICS_CLIPS)
+        return latent_statistics(
+            lambda video: together(self.codec.encode, raw, video)[0], self._some_batches(), STATISTICS_CLIPS
+        )
 
     def _fit_blocks(self, stage: str, params: Any) -> Any:
         """Parameters of a tokenizer stage whose block transform is fitted to training clips."""

@@ -28,7 +28,6 @@ from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
 from walt_jax.parallel.mesh import MeshConfig, data_shards, local_shards, make_mesh, on
-from walt_jax.parallel.processes import one_after_the_first
 from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
@@ -134,7 +133,7 @@ class RunData:
         batches = Batches(self.clips(name), self._config.batch_sizes(name), self._part())
         if self._config.stages[name].task == "tokenizer":
             return batches
-        text, low_res = self._text.frozen(), self._low_res()
+        text, low_res = self._text.frozen(), self._own_low_res()
         if text is not None:
             batches = batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
         if low_res is not None:
@@ -191,7 +190,7 @@ class RunData:
         small = self._low_res()
         if small is not None:
             identity["low_res"] = digest(small.tokenizer)
-        low_res = None if small is None else small.encode
+        low_res = None if small is None else self._own_low_res().encode
         with (
             _on_own_devices(),
             tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress,
@@ -203,6 +202,11 @@ class RunData:
                 return encoded_clips(self._encode(tokenizer), some, progress.update, embed, low_res)
 
             return write_latents(out, identity, count, encoded, empty, {RECORDED: recorded.to_json()})
+
+    def _own_low_res(self) -> LowRes | None:
+        """What encodes clips at low resolution on this process's devices."""
+        low_res = self._low_res()
+        return None if low_res is None else dataclasses.replace(low_res, tokenizer=_here(low_res.tokenizer))
 
     def _encode(self, tokenizer: TrainedTokenizer) -> Encode:
         return lambda video: self._codec.encode(tokenizer, video)[0]
@@ -216,9 +220,7 @@ class RunData:
         config, stage = self._config, self._config.stages[name]
         path = stage.latents or latents_path(self._workdir, name)
         if stage.caches:
-            with one_after_the_first() as first:
-                if first:
-                    self.encode(path, name, stage.cached_clips or 0, tokenizer)
+            self.encode(path, name, stage.cached_clips or 0, tokenizer)
         low_res = self._low_res()
         clips = LatentClips(
             path,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from walt_jax.parallel.cost import jaxpr_flops
-from walt_jax.parallel.processes import together
+from walt_jax.parallel.processes import ready
 from walt_jax.training.state import OPTIMIZER
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX reports for each compilation
@@ -46,8 +46,9 @@ class StepPrograms:
         self.flops = self._flops[shapes]
         self._seconds, self._thread = [], threading.get_ident()
         try:
-            arguments = state, frozen, batch, key
-            state, metrics = together(self._step, *arguments) if new else self._step(*arguments)
+            if new:
+                ready(self._step, state, frozen, batch, key)
+            state, metrics = self._step(state, frozen, batch, key)
         finally:
             self._thread = None
         self.compiled = bool(self._seconds)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from walt_jax.parallel.processes import RESTART
+from walt_jax.parallel.processes import RESTART, leave
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -134,4 +134,5 @@ def _watch(woken: int, grace: float, quiet: float) -> NoReturn:
         time.sleep(0.05)
     sys.stderr.write("\nstopped; the last checkpoint is complete: the same command resumes from there.\n")
     sys.stdout.flush()
+    leave(RESTART, "a signal stopped it")
     os._exit(RESTART)
