@@ -5,10 +5,12 @@ one process never waits for a program of another.
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +27,10 @@ JOIN_SECONDS = 300
 PATIENCE_MS = 24 * 3600 * 1000  # of those that wait for a slow process; a lost one ends them all sooner
 RESTART = 42  # exit code after a signal or a lost process: launchers start the same command again; a mistake's is 1
 
+GONE = "process 0, which the others need, is gone; the same command resumes from the last checkpoint"
+
 _client: Any = None  # JAX's, None for one process
+_handler: Any = None
 _ended = threading.Event()
 _numbers = itertools.count()  # of exchanges, which all processes have in the same order
 
@@ -94,7 +99,29 @@ def _begin(index: int, count: int) -> None:
     _client = global_state.client
     if index:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (results are printed once)
+        _explain_abort(global_state.coordinator_address)
     threading.Thread(target=_watch, args=(_client, index, count), daemon=True).start()
+
+
+def _explain_abort(coordinator: str) -> None:
+    """Where process 0 is gone, JAX's client aborts from a thread in C++, with a stack trace and code 134.
+
+    Its callback for that can't be written in Python: its argument has no conversion, which aborts too.
+    """
+    host, _, port = coordinator.rpartition(":")
+
+    def aborted(number: int) -> None:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=BEAT_SECONDS).close()
+        except OSError:
+            _end(GONE, RESTART)
+        libc.signal(number, None)  # something else: abort as ever
+
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    global _handler  # must not be freed
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
 def _watch(client: Any, index: int, count: int) -> None:
@@ -110,9 +137,7 @@ def _watch(client: Any, index: int, count: int) -> None:
         except Exception:  # whatever the lost connection is called
             if _ended.is_set():
                 return
-            _end(
-                "process 0, which the others need, is gone; the same command resumes from the last checkpoint", RESTART
-            )
+            _end(GONE, RESTART)
         if failed:
             who, (code, sentence) = failed[0][0].rsplit("/", 1)[-1], json.loads(failed[0][1])
             _end(f"process {who} stopped: {sentence}", code)
@@ -283,4 +308,8 @@ def guarded(run: Callable[[], int]) -> int:
         import traceback
 
         traceback.print_exc()
+        import jax
+
+        if isinstance(error, jax.errors.JaxRuntimeError):  # maybe of a program that waits for a lost process: see who
+            time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
         return leave(1, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
