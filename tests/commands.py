@@ -1,11 +1,13 @@
 """Running the command line as users do: in a process of its own, from the repository's root."""
 
+import concurrent.futures
 import functools
 import json
 import mmap
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -31,13 +33,16 @@ def quick_flags() -> str:
     return ""
 
 
-def start(*flags: str, cache: pathlib.Path, quick: bool = True) -> subprocess.Popen:
+def start(*flags: str, cache: pathlib.Path, quick: bool = True, devices: int = 0) -> subprocess.Popen:
     """Starts `python -m walt_jax.main`; compiled programs are kept in `cache`, as users keep them in their home.
 
     With `quick` they are compiled without most optimizations: what is run
-    a few times costs more to compile than to run.
+    a few times costs more to compile than to run. With `devices` there are so many virtual CPU devices.
     """
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    if devices:
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        environment |= {"XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {flag}".strip(), "JAX_PLATFORMS": "cpu"}
     if quick:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     else:  # without what `conftest` adds
@@ -53,6 +58,27 @@ def run(*flags: str, cache: pathlib.Path, quick: bool = True) -> tuple[int, str,
     process = start(*flags, cache=cache, quick=quick)
     out, err = process.communicate()
     return process.returncode, out, err
+
+
+def start_together(*flags: str, cache: pathlib.Path, processes: int, devices: int) -> list[subprocess.Popen]:
+    """Starts so many processes of one run, each with so many virtual devices, which communicate through Gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    others = [f"--coordinator={address}", f"--num_processes={processes}"]
+    return [start(*flags, *others, f"--process_id={index}", cache=cache, devices=devices) for index in range(processes)]
+
+
+def ended(processes: list[subprocess.Popen], seconds: float | None = None) -> tuple[list[int], list[str]]:
+    """(exit codes, standard errors); all are killed if they don't end in time."""
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:  # or a full pipe would stop one of them
+        try:
+            errors = [err for _, err in pool.map(lambda process: process.communicate(timeout=seconds), processes)]
+        except subprocess.TimeoutExpired:
+            for process in processes:
+                process.kill()
+            raise
+    return [process.returncode for process in processes], errors
 
 
 def losses(workdir: pathlib.Path) -> list[tuple[str, int, str]]:

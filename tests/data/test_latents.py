@@ -1,15 +1,19 @@
 """A data set of latents has each clip once, however often writing was stopped, and knows its tokenizer."""
 
+import concurrent.futures
 import json
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from walt_jax import workdir
 from walt_jax.data import latents
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.errors import UserError
+from walt_jax.parallel import processes
 
 IDENTITY = {"tokenizer": "abc", "seed": 0}
 SIZES = [(1, 2, 3), (5, 2, 2)]
@@ -186,3 +190,37 @@ def test_without_embeddings_there_are_none(tmp_path):
     assert LatentClips(tmp_path)[0].embeddings is None
     with pytest.raises(UserError, match=r"config\.text"):
         LatentClips(tmp_path, text="t5")
+
+
+@pytest.mark.parametrize("stop_at", [None, 5, 9])
+def test_several_processes_write_what_one_writes(stop_at, tmp_path, monkeypatch):
+    """As threads: each makes its shards, also where one of both was stopped before."""
+    write_latents(tmp_path / "whole", IDENTITY, 11, Encoder())
+    if stop_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            write_latents(tmp_path / "out", IDENTITY, 11, Encoder(stop_at))
+    here, barrier, board = threading.local(), threading.Barrier(2, timeout=30), [None, None]
+
+    def exchanged(value):
+        board[here.index] = value
+        barrier.wait()
+        values = list(board)
+        barrier.wait()
+        return values
+
+    for module in (latents, processes):
+        monkeypatch.setattr(module, "exchanged", exchanged)
+        monkeypatch.setattr(module, "place", lambda: (here.index, 2))
+    for module in (workdir, processes):
+        monkeypatch.setattr(module, "is_first", lambda: here.index == 0)
+
+    def process(index):
+        here.index, encoder = index, Encoder()
+        return write_latents(tmp_path / "out", IDENTITY, 11, encoder), encoder.numbers
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        (report, numbers), (other, others) = pool.map(process, range(2))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert report == other and not set(numbers) & set(others)
+    if stop_at is None:
+        assert numbers == [0, 1, 2, 6, 7, 8] and others == [3, 4, 5, 9, 10]

@@ -1,0 +1,142 @@
+"""A run of two processes equals that of one with as many devices, also where it was stopped, or one of them killed."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import time
+
+import commands
+import jax
+import numpy as np
+import pytest
+
+from walt_jax.clock import CLOCK, account, read_clock
+
+TINY = pathlib.Path(__file__).parents[1] / "configs" / "walt_tiny.py"
+KILLS, MINUTE = 8, 60
+# A denoiser on the tokenizer of another run: little to compile, for all parts of a run are compiled by each process.
+LEAST = f"""
+from ml_collections import ConfigDict
+
+from walt_jax.config_file import parent
+
+
+def get_config():
+    config = parent({str(TINY)!r}, "walt_tiny")
+    del config.text
+    config.data.update(caption_dropout=0.0)
+    config.denoiser.update(dim=16, cross_attention=False, classes=72, layers=1, windows=((1, None, None),))
+    config.denoiser.update(self_conditioning=False, frame_prediction=False)
+    config.diffusion.self_conditioning = 0.0
+    config.conditioning = ConfigDict()
+    del config.stages["tokenizer"]
+    config.stages.denoiser.update(steps=6, batch_size=4, checkpoint_every=4, preview_every=16, cached_clips=8)
+    config.stages.denoiser.optimizer = ConfigDict({{"name": "adamw", "learning_rate": 1e-3}})
+    config.sampling.update(batch_size=4, steps=1)
+    config.sampling.guidance.scale = 1.0
+    config.evaluation.update(clips=4)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_run, tmp_path_factory) -> list[str]:
+    path = tmp_path_factory.mktemp("config") / "least.py"
+    path.write_text(LEAST)
+    return [f"--config={path}", f"--config.tokenizer_from={tiny_run}"]
+
+
+def one_process(flags: list[str], workdir: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
+    """A run of one process with four devices. It uses Gloo as well, which adds in an order of its own."""
+    codes, errors = commands.ended(
+        commands.start_together(*flags, f"--workdir={workdir}", cache=cache, processes=1, devices=4)
+    )
+    assert codes == [0], errors
+    return workdir
+
+
+def lines(workdir: pathlib.Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(processes: list[subprocess.Popen], workdir: pathlib.Path, count: int) -> None:
+    """Waits until so many steps are logged, or a process has ended."""
+    while lines(workdir) < count and all(process.poll() is None for process in processes):
+        time.sleep(0.01)
+
+
+def check_equal(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    assert commands.measured(workdir) == commands.measured(expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, commands.trained(workdir), commands.trained(expected)))
+    for file in ("evaluate.json", "samples/samples.json"):
+        assert (workdir / file).read_bytes() == (expected / file).read_bytes()
+
+
+def test_two_processes_equal_one_to_the_last_bit_also_when_one_is_asked_to_stop(flags, tmp_path, cache):
+    one, two = one_process(flags, tmp_path / "one", cache), tmp_path / "two"
+    processes = commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=2)
+    wait_for(processes, two, 1)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, errors = commands.ended(processes)
+    assert codes == [42, 42], errors
+    assert all("of denoiser is saved: the same command resumes from there." in error for error in errors), errors
+    assert 1 <= lines(two) < 6
+    codes, errors = commands.ended(
+        commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=2)
+    )
+    assert codes == [0, 0], errors
+    check_equal(two, one)
+    assert len(account(read_clock(two / CLOCK)).attempts) == 2  # one writer
+    assert (two / "preview.png").read_bytes() == (one / "preview.png").read_bytes()
+    assert "reconstruction_psnr_db" in (two / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_killed_it_ends_in_a_minute_and_goes_on_to_the_last_bit(flags, tmp_path, cache):
+    """SIGKILL of either process at random moments; a last time the run goes on in one process, on another mesh."""
+    flags = [*flags, "--config.stages.denoiser.steps=60"]
+    one, two, rng = one_process(flags, tmp_path / "one", cache), tmp_path / "two", random.Random(1)
+    kills = []
+    for number in range(KILLS):
+        processes = commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=2)
+        wait_for(processes, two, lines(two) + rng.randrange(1, 8))
+        time.sleep(rng.uniform(0, 0.5))
+        victim, began = number % 2, time.monotonic()
+        processes[victim].kill()
+        codes, errors = commands.ended(processes, seconds=2 * MINUTE)
+        if codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0:
+            kills.append(time.monotonic() - began)
+            assert codes[1 - victim] == 42, (number, codes, errors)
+            assert "the same command resumes" in errors[1 - victim] or "is lost" in errors[1 - victim], errors
+    assert len(kills) >= KILLS // 2 and max(kills) < MINUTE
+    codes, errors = commands.ended(
+        commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=2)
+    )
+    assert codes == [0, 0], errors
+    check_equal(two, one)
+    print(f"{len(kills)} kills, ended after {max(kills):.0f} s at most: {account(read_clock(two / CLOCK)).sentence()}")
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_another_number_of_processes_and_another_mesh(flags, tmp_path, cache):
+    """Sums are then added in another order: losses and metrics agree to 1e-3."""
+    one, two = one_process(flags, tmp_path / "one", cache), tmp_path / "two"
+    processes = commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=2)
+    wait_for(processes, two, 1)
+    processes[0].send_signal(signal.SIGTERM)
+    codes, errors = commands.ended(processes)
+    assert codes == [42, 42], errors
+    process = commands.start(*flags, f"--workdir={two}", "--config.mesh.fsdp=2", cache=cache, devices=2)
+    codes, errors = commands.ended([process])
+    assert codes == [0], errors
+    for name in ("loss", "gradient_norm", "parameter_norm"):
+        found, expected = ([row[name] for row in commands.measured(workdir)] for workdir in (two, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    found, expected = (json.loads((workdir / "evaluate.json").read_text())["metrics"] for workdir in (two, one))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["name"] == theirs["name"]
+        if ours["name"].startswith(("loss", "reconstruction")):
+            assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3)
