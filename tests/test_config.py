@@ -183,7 +183,7 @@ def test_each_config_fits(name):
     assert build(kind, json.loads(json.dumps(knobs.to_dict())), "config") == built
 
 
-@pytest.mark.parametrize("name", ["walt_trends", "demo_siblings"])
+@pytest.mark.parametrize("name", ["walt_trends", "demo_siblings", "walt_demo_few_steps"])
 def test_each_variant_fits_and_differs_from_the_others(name):
     module = runpy.run_path(str(CONFIGS / f"{name}.py"))
     built = [build(RunConfig, module["get_config"](variant), "config") for variant in module["VARIANTS"]]

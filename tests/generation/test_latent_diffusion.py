@@ -15,6 +15,7 @@ from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.diffusion.schedule import Schedule
+from walt_jax.errors import UserError
 from walt_jax.generation import latent_diffusion
 from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig
 
@@ -236,6 +237,8 @@ def test_a_mean_velocity_is_asked_for_the_samplers_steps(steps):
         np.testing.assert_allclose(step.end, 1 - (number + 1) / steps, atol=1e-6)
         np.testing.assert_array_equal(step.scale, 3.0)
         np.testing.assert_allclose(step.interval, np.broadcast_to([0.2, 0.8], (2, 1, 2)))
+    with pytest.raises(UserError, match="at least 1"):
+        model.sample({}, LABELS, EMPTY, SEEDS, SamplingConfig(steps, "euler", GuidanceConfig(0.0)))
 
 
 def test_a_caches_threshold_that_nothing_passes_changes_nothing():

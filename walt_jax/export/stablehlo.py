@@ -88,6 +88,11 @@ def programs(manifest: Manifest, vocab_size: int, weights: Shapes) -> dict[str, 
             later = {takes: jax.ShapeDtypeStruct((batch, length - 1, *rest), dtype), "cache": cache}
             found[f"{name}_next"] = (program, later)
     if manifest.stage:
+        if config.denoiser.mean_velocity:
+            raise UserError(
+                "A step that is exported does not tell the denoiser where it ends, and denoiser.mean_velocity asks for "
+                "that; use --format=safetensors or orbax."
+            )
         guidance = config.sampling.guidance
         for knob, carries in (
             ("first_block_cache", config.sampling.first_block_cache),

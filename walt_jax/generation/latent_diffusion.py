@@ -20,6 +20,7 @@ from walt_jax.diffusion.guidance import GuidanceConfig, difference_of, guide
 from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
 from walt_jax.diffusion.sampler import Level, Predict, Solver, evaluations, solver, time_grid
+from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec
 from walt_jax.generation.tiles import Tiles
 from walt_jax.parallel.processes import together
@@ -460,7 +461,15 @@ class LatentDiffusion:
 
 
 def _step_of(config: SamplingConfig, time: Float[Array, "b s"]) -> Step:
-    """The sampler's step that begins at a time, with the config's guidance."""
+    """The sampler's step that begins at a time, with the config's guidance.
+
+    Raises:
+        UserError: if its scale is below 1.
+    """
+    if config.guidance.scale < 1:
+        raise UserError(
+            f"guidance is {config.guidance.scale:g}, and this model has learned scales from 1 up; give at least 1."
+        )
     end = jnp.maximum(time - 1 / config.steps, 0)
     low, high = config.guidance.interval or (0.0, 1.0)
     interval = jnp.broadcast_to(jnp.array([low, high])[None, None], (*time.shape, 2))
