@@ -134,7 +134,8 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool(
         "metadata",
         True,
-        "sample: prompts, seeds and settings stand in the files' tags; --nometadata leaves them out",
+        "sample, serve: prompts, seeds and settings stand in the tags of files, and sample writes a JSON beside "
+        "each; --nometadata leaves both out",
         flag_values=values,
     )
     flags.DEFINE_string("videos", None, "evaluate: folder of videos of any origin to measure", flag_values=values)
@@ -482,6 +483,7 @@ def sample(values: flags.FlagValues) -> None:
             tags=values.metadata,
             cascade=[_upscaler(path) for path in values.cascade],
             made_with=_made_with(values, run),
+            made_by=run.made_by() if values.metadata else None,
         )
     print(f"wrote {count} videos, samples.json and contact_sheet.png to {out}")
 
@@ -717,6 +719,7 @@ def serve(values: flags.FlagValues) -> None:
         data.fps,
         run.workdir,
         run.identity(),
+        run.made_by(),
         run.on_mesh,
         values.host,
         values.port,

@@ -1,34 +1,36 @@
 """The server: what is asked for is made, once, for whom it is meant; what can't be is refused; nothing is lost."""
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import pathlib
 import re
+import socket
 import time
+import types
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from small_generator import make
+from small_server import FPS, PIXELS, application
 from starlette.testclient import TestClient
 
+from walt_jax.data.media import write_video
 from walt_jax.data.video import read_clip
-from walt_jax.serving.app import PAGE, make_app
+from walt_jax.errors import UserError
+from walt_jax.generation.latent_diffusion import SamplingConfig
+from walt_jax.serving import app, worker
 from walt_jax.serving.fields import Limits
-from walt_jax.serving.jobs import Jobs
-from walt_jax.serving.worker import Worker
+from walt_jax.serving.serve import serve
+from walt_jax.workdir import locked
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 BAD = pathlib.Path(__file__).parents[3] / "shared" / "data" / "bad"
-PIXELS, FPS, LIMITS = (9, 16, 16), 8.0, Limits(upload_bytes=300_000, waiting=5, kept=8, prompt=100)
+LIMITS = Limits(upload_bytes=300_000, waiting=5, kept=8, prompt=100)
 ASKED = {"prompt": "ab", "seed": 1, "num_inference_steps": 1, "guidance_scale": 1}
-
-
-@pytest.fixture(scope="module")
-def generator():
-    return make()
 
 
 @pytest.fixture
@@ -37,11 +39,9 @@ def server(generator, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def start(paused=False, token=None, limits=LIMITS):
-            jobs = Jobs(tmp_path / "videos")
-            worker = Worker(jobs, generator, PIXELS, contextlib.nullcontext, limits, together=4)
+            app, worker, jobs = application(generator, tmp_path / "videos", limits, token)
             if paused:
                 worker.run = lambda: None
-            app = make_app(jobs, worker, "small", "one model", FPS, limits, token)
             client = stack.enter_context(TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False))
             client.worker, client.jobs = worker, jobs
             return client
@@ -79,7 +79,11 @@ def test_a_video_is_made_and_the_same_is_not_made_twice(server, tmp_path):
     assert done["status"] == "completed" and done["progress"] == 100, done
     assert frames_of(client, first["id"], tmp_path).shape == (9, 16, 16, 3)
     with av.open(str(tmp_path / "got.mp4")) as file:
-        assert json.loads(file.metadata["comment"])["seed"] == 1 and file.metadata["title"] == "ab"
+        tags = json.loads(file.metadata["comment"])
+        assert tags["seed"] == 1 and tags["model"] == "small" and file.metadata["title"] == "ab"
+    sidecar = client.get(f"/v1/videos/{first['id']}/sidecar").json()
+    assert tags.items() <= sidecar.items() and sidecar["digitalSourceType"].endswith("trainedAlgorithmicMedia")
+    assert sidecar["sha256"] == hashlib.sha256((tmp_path / "got.mp4").read_bytes()).hexdigest()
     batches = client.worker.counts["batches"]
     again = finished(client, ask(client)["id"])
     assert again["status"] == "completed" and client.worker.counts["batches"] == batches
@@ -89,6 +93,70 @@ def test_a_video_is_made_and_the_same_is_not_made_twice(server, tmp_path):
     assert client.get(f"/v1/videos/{other['id']}/content").content != content[0]
     text = client.get("/metrics").text
     assert 'walt_jax_videos{status="completed"} 3' in text and "walt_jax_videos_total 2" in text
+
+
+def test_equal_requests_that_wait_are_made_once(server, monkeypatch):
+    """Also beyond the number that is made together; and one of them can be deleted while it is made."""
+    paused = server(paused=True, limits=dataclasses.replace(LIMITS, waiting=9, kept=9))
+    names = [ask(paused, seed=seed)["id"] for seed in (1, 1, 2, 1, 1, 1)]
+    gone = []
+
+    def shot(*_):
+        if not gone:
+            gone.append(client.jobs.get(names[0]))
+            client.jobs.delete(gone[0])
+
+    client = server(paused=True)
+    monkeypatch.setattr(worker, "write_video", lambda *args: (shot(), write_video(*args)))
+    client.worker.make_some()
+    contents = [client.get(f"/v1/videos/{name}/content") for name in names]
+    assert [reply.status_code for reply in contents] == [404, 200, 200, 200, 200, 200]
+    assert len({reply.content for reply in contents[1:]}) == 2 and contents[1].content == contents[3].content
+    assert client.worker.counts["batches"] == 1 and client.worker.counts["videos"] == 2
+
+
+def test_one_that_can_not_be_made_does_not_take_others_with_it(server, monkeypatch):
+    """Neither where its uploads are read, nor where it is sampled; and the worker goes on."""
+    client = server(paused=True)
+    names = {prompt: ask(client, prompt=prompt)["id"] for prompt in ("a", "b", "unread", "failing")}
+    resolve, generate = worker.resolve, worker.Worker._sample
+
+    def sample(self, ready):
+        if any(one.request.prompt == "failing" for one in ready):
+            raise MemoryError("no memory")
+        generate(self, ready)
+
+    def read(generator, *args):
+        read.calls += 1
+        if read.calls == 3:
+            raise ZeroDivisionError("in a decoder")
+        return resolve(generator, *args)
+
+    read.calls = 0
+    monkeypatch.setattr(worker, "resolve", read)
+    monkeypatch.setattr(worker.Worker, "_sample", sample)
+    client.worker.make_some()
+    found = {prompt: client.get(f"/v1/videos/{name}").json() for prompt, name in names.items()}
+    states = {prompt: job["status"] for prompt, job in found.items()}
+    assert states == {"a": "completed", "b": "completed", "unread": "failed", "failing": "failed"}
+    assert found["failing"]["error"]["code"] == "server_error" and "memory" not in found["failing"]["error"]["message"]
+    assert client.get(f"/v1/videos/{names['failing']}/content").status_code == 404
+
+
+def test_a_job_has_so_much_time(server):
+    client = server(paused=True, limits=dataclasses.replace(LIMITS, seconds=0.0))
+    name = ask(client)["id"]
+    client.worker.make_some()
+    assert "longer than 0 s" in client.get(f"/v1/videos/{name}").json()["error"]["message"]
+
+
+def test_programs_are_forgotten(server, monkeypatch):
+    client, cleared = server(paused=True), []
+    monkeypatch.setattr(worker, "PROGRAMS", 2)
+    monkeypatch.setattr(worker.jax, "clear_caches", lambda: cleared.append(1))
+    for key in (1, 2, 1, 2, 3, 3, 4, 1):
+        client.worker._forget_programs(key)
+    assert len(cleared) == 2  # before the third, and before the first comes again
 
 
 def test_those_that_wait_are_made_together_whatever_their_size(server, tmp_path, generator):
@@ -109,9 +177,13 @@ def test_what_was_being_made_is_made_after_a_restart(server, tmp_path):
     paused.jobs.update(job, status="in_progress", progress=40)
     (tmp_path / "videos" / "video_broken").mkdir()
     (tmp_path / "videos" / "video_broken" / "job.json").write_text("{")
+    unended = tmp_path / "videos" / f"video_{'0' * 24}"
+    unended.mkdir()
+    (unended / "image").write_bytes(b"an upload that did not end")
     client = server()
     assert finished(client, job.id)["status"] == "completed"
     assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [job.id]
+    assert (tmp_path / "videos" / "video_broken").exists() and not unended.exists()
 
 
 def test_deleting_stops_what_is_made(server):
@@ -216,6 +288,57 @@ def test_too_much_is_refused(server):
     assert "waiting" in ask(client, 429)["error"]["message"]
 
 
+def test_places_in_the_queue_are_counted_when_uploads_have_come(server, monkeypatch):
+    """Whoever is slow finds it full."""
+    client = server(paused=True)
+    for seed in range(LIMITS.waiting - 1):
+        ask(client, seed=seed)
+    read = app.read
+
+    def slowly(*args):
+        if len(client.jobs.waiting()) < LIMITS.waiting:
+            other = client.jobs.all()[0]
+            client.jobs.add(dataclasses.replace(other, id=client.jobs.new_folder()[0]))
+        return read(*args)
+
+    monkeypatch.setattr(app, "read", slowly)
+    ask(client, 429)
+    assert len(client.jobs.waiting()) == LIMITS.waiting
+
+
+def test_odd_requests(server, tmp_path):
+    client = server(paused=True)
+    large = json.dumps({**ASKED, "prompt": " " * 2**20})
+    client.worker.limits = dataclasses.replace(LIMITS, upload_bytes=2**24)
+    reply = server(paused=True, limits=client.worker.limits).post(
+        "/v1/videos", content=large, headers={"content-type": "application/json"}
+    )
+    assert reply.status_code == 413 and "JSON" in reply.json()["error"]["message"]
+    twice = [("image", ("a", picture(tmp_path))), ("image", ("b", picture(tmp_path)))]
+    assert "twice" in ask(client, 400, files=twice)["error"]["message"]
+    name = ask(client)["id"]
+    assert client.get(f"/v1/videos/{name}/content?variant=thumbnail").status_code == 400
+    assert client.get("/v1/videos", headers={"host": "[::1"}).status_code == 403
+    assert client.put("/v1/videos").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_server_that_can_not_start_says_why(tmp_path):
+    with pytest.raises(UserError, match="at least 16"):
+        start(tmp_path, token="short")
+    with locked(tmp_path / "videos"), pytest.raises(UserError, match="Another process"):
+        start(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="can't be listened on"):
+            start(tmp_path, port=taken.getsockname()[1])
+
+
+def start(tmp_path, port=0, token=None):
+    generator = types.SimpleNamespace(config=SamplingConfig(1))
+    serve(generator, PIXELS, FPS, tmp_path, "", {}, contextlib.nullcontext, "127.0.0.1", port, token)
+
+
 def test_lists_in_pages(server):
     client = server(paused=True)
     names = [ask(client, seed=seed)["id"] for seed in range(3)]
@@ -247,7 +370,7 @@ def test_strangers_are_refused(server):
 
 
 def test_the_page_needs_no_network(server):
-    page = PAGE.read_text()
+    page = app.PAGE.read_text()
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page) and "http" not in page.replace("http-equiv", "")
     reply = server(paused=True).get("/")
     assert "default-src 'none'" in reply.headers["content-security-policy"] and "walt_jax" in reply.text

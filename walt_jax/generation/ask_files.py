@@ -30,6 +30,7 @@ def sample_files(
     tags: bool = True,
     cascade: Sequence[Generator] = (),
     made_with: Mapping[str, Any] | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a video for each prompt and seed; notes on what was fitted go to the standard error output.
 
@@ -45,6 +46,7 @@ def sample_files(
         tags: whether files have tags.
         cascade: super-resolution models that upscale the videos, in order.
         made_with: more of the settings that `samples.json` and the tags state.
+        made_by: the models, for the file beside each video; None leaves it out.
 
     Returns:
         The number of videos.
@@ -60,7 +62,8 @@ def sample_files(
     if is_long and cascade:
         raise UserError("A cascade upscales clips as long as the model's; leave --num_frames and --extend out.")
     suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
-    samples = Samples(out, ask.fps, suffixes, _settings(generator, ask, negative_prompt) | dict(made_with or {}), tags)
+    settings = _settings(generator, ask, negative_prompt) | dict(made_with or {})
+    samples = Samples(out, ask.fps, suffixes, settings, tags, made_by)
     try:
         if is_long:
             _long(generator, requests, asked, samples)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-import walt_jax
 from walt_jax.data.media import contact_sheet, write_video, write_video_stream
+from walt_jax.generation import provenance
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.long_video import segments
 from walt_jax.generation.request import Request
@@ -31,6 +31,7 @@ class Samples:
         suffixes: file formats, ".mp4" or ".gif"; `samples.json` names the files of the first one.
         settings: what all videos were asked for, beside prompt and seed; in `samples.json` and in the files' tags.
         tags: whether files have tags.
+        made_by: the models, for the file that stands beside each video, see `provenance`; None leaves it out.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Samples:
         suffixes: Sequence[str] = (".mp4",),
         settings: Mapping[str, Any] | None = None,
         tags: bool = True,
+        made_by: Mapping[str, Any] | None = None,
     ):
+        self._made_by = made_by
         self.out, self._fps, self._suffixes, self._tags = out, fps, suffixes, tags
         self._settings = dict(settings or {})
         self.rows: list[dict[str, Any]] = []
@@ -97,12 +100,17 @@ class Samples:
     def _tags_of(self, row: Mapping[str, Any]) -> dict[str, str]:
         if not self._tags:
             return {}
+        return provenance.tags(row["prompt"], self._made(row))
+
+    def _made(self, row: Mapping[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in row.items() if name != "file"}
-        made = {"walt_jax": walt_jax.__version__, "generated": True, **settings}
-        return {"title": row["prompt"], "comment": json.dumps(made, ensure_ascii=False)}
+        return provenance.made({**(self._made_by or {}), **settings})
 
     def _end(self, row: dict[str, Any], clip: UInt8[np.ndarray, "t h w 3"]) -> None:
         self.rows.append(row)
+        if self._made_by is not None and is_first():
+            video = self.out / row["file"]
+            provenance.write_sidecar(video.with_suffix(".json"), video, self._made(row))
         self._shown.append(clip)
         write_atomically(self.out / "samples.json", json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n")
 

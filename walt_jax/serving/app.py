@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import json
 import pathlib
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -21,14 +22,16 @@ from starlette.routing import Route
 import walt_jax
 from walt_jax.data.limits import ClipError
 from walt_jax.serving.fields import MEDIA, BadRequest, Limits, read
-from walt_jax.serving.jobs import PREVIEW, VIDEO, Job, Jobs, digest, new
+from walt_jax.serving.jobs import PREVIEW, SIDECAR, VIDEO, Job, Jobs, digest, new
 from walt_jax.serving.worker import Worker
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 IDLE_SECONDS = 20.0  # without a byte of a request's body, it is ended
 BODY_SECONDS = 120.0  # for all of it
-MEDIA_TYPES = {".mp4": "video/mp4", ".webp": "image/webp"}
+JSON_BYTES = 2**20
+DECODERS = 4  # uploads that are looked at at once
+MEDIA_TYPES = {".mp4": "video/mp4", ".json": "application/json"}
 
 
 def make_app(
@@ -45,32 +48,44 @@ def make_app(
         limits: see `Limits`.
         token: what clients have to know; None for those of this machine alone.
     """
-    adding = asyncio.Lock()
+    decoding = asyncio.Semaphore(DECODERS)
     requests: dict[tuple[str, int], int] = {}
 
-    async def create(request: Request) -> Response:
+    def check_room() -> None:
         if len(jobs.waiting()) >= limits.waiting:
             raise BadRequest(f"{limits.waiting} videos are waiting, as many as may; try again later.", status=429)
         if len(jobs.all()) >= limits.kept:
             raise BadRequest(f"{limits.kept} videos are kept, as many as may; delete some.", status=429)
+
+    async def create(request: Request) -> Response:
+        check_room()
         name, folder = jobs.new_folder()
         try:
             fields, files, digests = await _body(request, folder)
             asked = read(fields, worker.generator, worker.pixels, fps, model, limits)
             for field, file in files.items():
-                await asyncio.to_thread(_check_readable, field, folder / file)
+                async with decoding:
+                    await asyncio.to_thread(_check_readable, field, folder / file)
             if "mask" in files and not {"input_reference", "image", "video"} & set(files):
                 raise BadRequest("A mask says which part of a clip is made anew; give the clip too.", "mask")
             if asked["extend"] and not {"input_reference", "image", "video"} & set(files):
                 raise BadRequest("extend goes on with a clip; give it as input_reference.", "extend")
-            same = digest(identity, json.dumps(asked, sort_keys=True), *digests)
-            job = new(name, {**asked, "files": files}, same)
-            async with adding:
-                jobs.add(job)
+            if not files:
+                asked["num_frames"] = asked["num_frames"] or worker.pixels[0]
+            job = new(name, {**asked, "files": files}, digest(identity, json.dumps(asked, sort_keys=True), *digests))
+            job.frames = asked["num_frames"] if not files else None
+            check_room()  # others may have come meanwhile; from here to `add` none does
+            jobs.add(job)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return JSONResponse(described(job))
+        return JSONResponse(described(job, model))
+
+    def _write(source: BinaryIO, path: pathlib.Path) -> str:
+        with path.open("xb") as file:
+            shutil.copyfileobj(source, file, 2**20)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _check_readable(field: str, path: pathlib.Path) -> None:
         try:
@@ -78,12 +93,17 @@ def make_app(
         except ClipError as error:
             raise BadRequest(f"{field} can't be read: {error}; send a picture or a video.", field) from error
 
-    async def _body(request: Request, folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, str], list[bytes]]:
+    async def _body(request: Request, folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         """(fields, names of the uploads' files by field, their digests)"""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
+            body = b""
+            async for part in request.stream():
+                body += part
+                if len(body) > JSON_BYTES:
+                    raise BadRequest(f"A body of JSON may have {JSON_BYTES:,} bytes.", status=413)
             try:
-                fields = json.loads(await request.body())
+                fields = json.loads(body)
             except (ValueError, RecursionError) as error:
                 raise BadRequest("The body is no JSON.") from error
             if not isinstance(fields, dict):
@@ -111,13 +131,13 @@ def make_app(
                     continue
                 if field not in MEDIA:
                     raise BadRequest(f"{field!r} is no field of a file; there are {', '.join(MEDIA)}.", field)
-                content = await value.read()
-                if not content:
+                if not value.size:
                     continue  # a form's field that was left empty
+                if field in files:
+                    raise BadRequest(f"{field} is there twice; send one file.", field)
                 # The client's name of the file is not used; decoders look at what is in it.
-                (folder / field).write_bytes(content)
                 files[field] = field
-                digests += [field.encode(), content]
+                digests += [field, await asyncio.to_thread(_write, value.file, folder / field)]
         return fields, files, digests
 
     async def listed(request: Request) -> Response:
@@ -134,7 +154,7 @@ def make_app(
             if not places:
                 raise BadRequest(f"There is no video {after!r:.60}.", "after", 404)
             found = found[places[0] + 1 :]
-        page = [described(job) for job in found[: int(limit)]]
+        page = [described(job, model) for job in found[: int(limit)]]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(found) > len(page)})
 
@@ -145,32 +165,41 @@ def make_app(
         return job
 
     async def one(request: Request) -> Response:
-        return JSONResponse(described(found(request)))
+        return JSONResponse(described(found(request), model))
 
     async def content(request: Request) -> Response:
         job = found(request)
-        if job.status != "completed":
-            raise BadRequest(f"The video is {job.status}.", "id", 409 if job.status != "failed" else 404)
-        return _file(jobs.path(job) / VIDEO, f"{job.id}.mp4")
+        if request.query_params.get("variant", "video") != "video":
+            raise BadRequest("There is no such variant; there is 'video' alone.", "variant")
+        return _file(job, VIDEO)
+
+    async def sidecar(request: Request) -> Response:
+        return _file(found(request), SIDECAR)
 
     async def preview(request: Request) -> Response:
         job = found(request)
-        worker.wanted[job.id] = time.monotonic()
+        if job.status in ("queued", "in_progress"):
+            worker.wanted.add(job.id)
         path = jobs.path(job) / PREVIEW
-        if not path.exists():
+        try:
+            return Response(path.read_bytes(), media_type="image/webp", headers={"cache-control": "no-store"})
+        except FileNotFoundError:
             return Response(status_code=204)
-        return Response(path.read_bytes(), media_type="image/webp", headers={"cache-control": "no-store"})
 
     async def delete(request: Request) -> Response:
         job = found(request)
-        jobs.delete(job)
+        worker.wanted.discard(job.id)
+        await asyncio.to_thread(jobs.delete, job)
         return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
 
-    def _file(path: pathlib.Path, name: str) -> Response:
+    def _file(job: Job, name: str) -> Response:
+        path = jobs.path(job) / name
+        if job.status != "completed":
+            raise BadRequest(f"The video is {job.status}.", "id", 409 if job.status != "failed" else 404)
         if not path.exists():
             raise BadRequest("There is no such video.", "id", 404)
         kind = MEDIA_TYPES[path.suffix]
-        return FileResponse(path, media_type=kind, filename=name, content_disposition_type="inline")
+        return FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}", content_disposition_type="inline")
 
     async def about(request: Request) -> Response:
         frames, height, width = worker.pixels
@@ -228,21 +257,28 @@ def make_app(
             Route("/v1/videos/{id}", delete, methods=["DELETE"]),
             Route("/v1/videos/{id}/content", content),
             Route("/v1/videos/{id}/preview", preview),
+            Route("/v1/videos/{id}/sidecar", sidecar),
         ],
-        exception_handlers={BadRequest: _refused, HTTPException: _http_error, ClientDisconnect: _gone},
+        exception_handlers={
+            BadRequest: _refused,
+            HTTPException: _http_error,
+            ClientDisconnect: _gone,
+            Exception: _broken,
+        },
         lifespan=lifespan,
     )
     app.add_middleware(Guard, token=token, limits=limits, counts=requests)
     return app
 
 
-def described(job: Job) -> dict[str, Any]:
+def described(job: Job, model: str) -> dict[str, Any]:
     """A job as OpenAI's API has it, with what else was asked for."""
     asked = job.asked
-    frames = asked["num_frames"]
+    frames = job.frames or asked["num_frames"]
     return {
         "id": job.id,
         "object": "video",
+        "model": model,
         "status": job.status,
         "progress": job.progress,
         "created_at": int(job.created_at),
@@ -251,9 +287,11 @@ def described(job: Job) -> dict[str, Any]:
         "size": f"{asked['width']}x{asked['height']}",
         "seconds": None if frames is None else f"{frames / asked['fps']:g}",
         "prompt": asked["prompt"],
+        "remixed_from_video_id": None,
         "error": job.error,
         "notes": job.notes,
-        **{name: asked[name] for name in ("negative_prompt", "seed", "num_frames", "fps", "extend", "strength")},
+        "num_frames": frames,
+        **{name: asked[name] for name in ("negative_prompt", "seed", "fps", "extend", "strength")},
         "num_inference_steps": asked["steps"],
         "guidance_scale": asked["guidance"],
         "given": sorted(asked["files"]),
@@ -273,6 +311,10 @@ async def _refused(request: Request, error: BadRequest) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     return _error(error.status_code, error.detail)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return _error(500, "The server could not answer; its log says why.")
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
@@ -312,16 +354,11 @@ class Guard:
 
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
-        if self._token is None and urlsplit(f"//{host}").hostname not in (
-            "127.0.0.1",
-            "localhost",
-            "::1",
-            "testserver",
-        ):
+        if self._token is None and _hostname(host) not in LOOPBACK:
             # A name that leads to this machine is not its user: pages of other sites could read what is here.
             return _error(403, "This server answers requests to 127.0.0.1 and localhost.")
         origin = request.headers.get("origin")
-        if request.method not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+        if request.method not in ("GET", "HEAD") and origin and origin.partition("://")[2] != host:
             return _error(403, "Requests from pages of other sites are not answered.")
         if self._token is not None and request.url.path != "/":
             given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
@@ -375,6 +412,8 @@ def exposition(jobs: Jobs, worker: Worker, requests: dict[tuple[str, int], int])
         states[job.status] += 1
     lines = ["# HELP walt_jax_videos Videos that are there, by status.", "# TYPE walt_jax_videos gauge"]
     lines += [f'walt_jax_videos{{status="{status}"}} {count}' for status, count in states.items()]
+    lines += ["# HELP walt_jax_up Whether videos are made.", "# TYPE walt_jax_up gauge"]
+    lines.append(f"walt_jax_up {int(worker.is_alive())}")
     texts = {
         "batches": "Batches that were made.",
         "videos": "Videos that were made.",

@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
+import re
 import secrets
 import shutil
 import threading
@@ -14,7 +14,8 @@ from typing import Any, Literal
 from walt_jax.workdir import write_atomically
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
-RECORD, VIDEO, PREVIEW = "job.json", "video.mp4", "preview.webp"
+RECORD, VIDEO, SIDECAR, PREVIEW = "job.json", "video.mp4", "video.json", "preview.webp"
+NAME = re.compile("video_[0-9a-f]{24}")  # of a job's folder
 
 
 @dataclasses.dataclass
@@ -29,6 +30,7 @@ class Job:
         error: {"code", "message"} of a failed one.
         same: tells equal requests to the same model.
         notes: what was changed to make what is given fit.
+        frames: of the video, once they are known.
     """
 
     id: str
@@ -40,30 +42,39 @@ class Job:
     error: dict[str, str] | None = None
     same: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
+    frames: int | None = None
 
 
 class Jobs:
     """All jobs, in memory and in a folder; thread-safe.
 
     Args:
-        folder: a folder for each job; those that were being made when a server ended are queued again.
+        folder: a folder for each job; those that were being made when a server ended are queued again. What a request
+            or a deletion that did not end has left is removed.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, Job] = {}  # oldest first
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob(f"*/{RECORD}")):
-            try:
-                job = Job(**json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, OSError):
-                continue  # of a later version, or of another program
-            if job.id != path.parent.name:
+        found = []
+        for path in folder.iterdir():
+            if not NAME.fullmatch(path.name):
                 continue
-            if job.status == "in_progress" or (job.status == "completed" and not (path.parent / VIDEO).exists()):
+            if not (path / RECORD).exists():
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            try:
+                job = Job(**json.loads((path / RECORD).read_text(encoding="utf-8")))
+            except (ValueError, TypeError, OSError):
+                continue  # of a later version
+            if job.id != path.name:
+                continue
+            if job.status == "in_progress" or (job.status == "completed" and not (path / VIDEO).exists()):
                 job.status, job.progress, job.completed_at = "queued", 0, None
-            self._jobs[job.id] = job
+            found.append(job)
+        self._jobs = {job.id: job for job in sorted(found, key=lambda job: (job.created_at, job.id))}
 
     def path(self, job: Job) -> pathlib.Path:
         """The job's folder."""
@@ -71,7 +82,7 @@ class Jobs:
 
     def new_folder(self) -> tuple[str, pathlib.Path]:
         """An id, and its folder, for uploads before the job is added."""
-        name = f"video_{secrets.token_hex(12)}"
+        name = f"video_{secrets.token_hex(12)}"  # matches `NAME`
         (self.folder / name).mkdir()
         return name, self.folder / name
 
@@ -106,7 +117,7 @@ class Jobs:
     def all(self) -> list[Job]:
         """Oldest first."""
         with self.changed:
-            return sorted(self._jobs.values(), key=lambda job: (job.created_at, job.id))
+            return list(self._jobs.values())
 
     def waiting(self) -> list[Job]:
         """Those that are queued, oldest first."""
@@ -114,7 +125,8 @@ class Jobs:
 
     def done_alike(self, same: str) -> Job | None:
         """A finished job that asked for the same."""
-        return next((job for job in self.all() if job.same == same and job.status == "completed"), None)
+        with self.changed:
+            return next((job for job in self._jobs.values() if job.same == same and job.status == "completed"), None)
 
     def delete(self, job: Job) -> None:
         """Forgets a job and its files; what makes it finds it gone."""
@@ -126,11 +138,13 @@ class Jobs:
 
     def copy_video(self, source: Job, target: Job) -> bool:
         """Gives a job the video of another; False where that is gone."""
-        try:
-            for name in (VIDEO, "video.json"):
-                os.link(self.path(source) / name, self.path(target) / name)
-        except OSError:
-            return False
+        for name in (SIDECAR, VIDEO):
+            making = self.path(target) / f"making_{name}"
+            try:
+                shutil.copyfile(self.path(source) / name, making)
+                making.replace(self.path(target) / name)
+            except OSError:
+                return False
         return True
 
 
@@ -139,10 +153,6 @@ def new(name: str, asked: dict[str, Any], same: str) -> Job:
     return Job(name, asked, time.time(), same=same)
 
 
-def digest(*parts: bytes | str) -> str:
+def digest(*parts: str) -> str:
     """Tells requests apart."""
-    found = hashlib.sha256()
-    for part in parts:
-        content = part.encode() if isinstance(part, str) else part
-        found.update(len(content).to_bytes(8, "little") + content)
-    return found.hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import logging
 import pathlib
 import threading
@@ -11,25 +10,26 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
-import walt_jax
 from walt_jax.data.limits import ClipError, DecodeLimits
 from walt_jax.data.media import write_video
 from walt_jax.data.video import ClipInfo, describe
 from walt_jax.data.watchdog import Watchdog
 from walt_jax.errors import UserError
-from walt_jax.generation import packs
+from walt_jax.generation import packs, provenance
 from walt_jax.generation.asking import Ask, Condition, Resolved, resolve
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.long_video import segments
 from walt_jax.generation.request import Request
 from walt_jax.serving.fields import Limits
-from walt_jax.serving.jobs import PREVIEW, VIDEO, Job, Jobs
-from walt_jax.workdir import write_atomically
+from walt_jax.serving.jobs import PREVIEW, SIDECAR, VIDEO, Job, Jobs
 
 PREVIEW_SECONDS = 0.5  # at least, between two previews of a job
+GATHER_SECONDS = 0.1  # requests that come together are made together
+PROGRAMS = 64  # that are kept; clients choose sizes, steps and guidance, and each combination is compiled
 LOG = logging.getLogger("walt_jax.serving")
 
 
@@ -61,15 +61,15 @@ class Apart:
 
 @dataclasses.dataclass
 class Ready:
-    """A job that can be made.
+    """A video that can be made.
 
     Attributes:
-        job: the job.
+        jobs: those that ask for it.
         asked: what the model is asked for.
         request: the same with prompt and seed.
     """
 
-    job: Job
+    jobs: list[Job]
     asked: Resolved
     request: Request
 
@@ -83,7 +83,8 @@ class Worker(threading.Thread):
         pixels: (frames, height, width) of its own clips.
         on_mesh: within, it computes.
         limits: see `Limits`.
-        together: jobs that are made at once, at most.
+        together: videos that are made at once, at most.
+        model: what made them, for their files: {"model": name, …}.
         tags: whether videos have tags.
     """
 
@@ -95,14 +96,16 @@ class Worker(threading.Thread):
         on_mesh: Callable[[], AbstractContextManager[None]],
         limits: Limits,
         together: int,
+        model: dict[str, Any],
         tags: bool = True,
     ):
         super().__init__(daemon=True, name="worker")
         self.jobs, self.generator, self.pixels, self.limits = jobs, generator, pixels, limits
         self.reader = Apart(limits.seconds / 10)
-        self._on_mesh, self._together, self._tags = on_mesh, together, tags
+        self._on_mesh, self._together, self._model, self._tags = on_mesh, together, model, tags
         self._ending = False
-        self.wanted: dict[str, float] = {}  # ids of jobs that someone watches, and since when
+        self._programs: set[Any] = set()
+        self.wanted: set[str] = set()  # ids of jobs that someone watches
         self.counts = {"batches": 0, "videos": 0, "failed": 0, "seconds": 0.0, "evaluations": 0}
 
     def end(self) -> None:
@@ -116,11 +119,22 @@ class Worker(threading.Thread):
         with self._on_mesh():
             while not self._ending:
                 with self.jobs.changed:
-                    waiting = self.jobs.waiting()
-                    if not waiting:
+                    if not self.jobs.waiting():
                         self.jobs.changed.wait(timeout=1)
                         continue
-                self._make(self._batch(waiting))
+                time.sleep(GATHER_SECONDS)
+                self.make_some()
+
+    def make_some(self) -> None:
+        """Makes the oldest job, and those that can be made with it."""
+        batch = self._batch(self.jobs.waiting())
+        try:
+            self._make(batch)
+        except Exception as error:  # the next ones are made all the same
+            LOG.exception("a batch failed")
+            for job in batch:
+                if job.status == "in_progress":
+                    self._failed(job, error)
 
     def _batch(self, waiting: list[Job]) -> list[Job]:
         """The oldest job, and those that can be made with it: of equal settings, and of any size if the model packs.
@@ -132,25 +146,27 @@ class Worker(threading.Thread):
             return job.asked["steps"], job.asked["guidance"]
 
         def size(job: Job) -> tuple[Any, ...]:
-            return tuple(job.asked[name] for name in ("num_frames", "height", "width")), job.asked["extend"]
+            return tuple(job.asked[name] for name in ("num_frames", "height", "width"))
 
+        if not waiting:
+            return []
         oldest = waiting[0]
         if self._is_long(oldest):
-            return [oldest]
+            return [job for job in waiting if job.same == oldest.same]
         mixed = packs.can_pack(self.generator.model, self.generator.config)
-        alike = [
-            job
-            for job in waiting
-            if settings(job) == settings(oldest) and not self._is_long(job) and (mixed or size(job) == size(oldest))
-        ]
-        alike = alike[: self._together]
-        counts = collections.Counter(map(size, alike))
+        videos: dict[str, list[Job]] = {}
+        for job in waiting:
+            alike = settings(job) == settings(oldest) and (mixed or size(job) == size(oldest))
+            room = job.same in videos or len(videos) < self._together
+            if alike and room and not self._is_long(job):
+                videos.setdefault(job.same, []).append(job)
+        counts = collections.Counter(size(jobs[0]) for jobs in videos.values())
         rooms = {one: 1 << (count.bit_length() - 1) for one, count in counts.items()}
         chosen = []
-        for job in alike:
-            if rooms[size(job)]:
-                rooms[size(job)] -= 1
-                chosen.append(job)
+        for jobs in videos.values():
+            if rooms[size(jobs[0])]:
+                rooms[size(jobs[0])] -= 1
+                chosen += jobs
         return chosen
 
     def _is_long(self, job: Job) -> bool:
@@ -159,20 +175,28 @@ class Worker(threading.Thread):
         return bool(job.asked["extend"]) or 1 + (frames - 1) // stride > self.generator.longest
 
     def _make(self, batch: list[Job]) -> None:
-        ready = [found for job in batch if (found := self._prepared(job)) is not None]
-        if not ready:
+        videos: dict[str, Ready] = {}
+        for job in batch:
+            if job.same in videos:
+                if self.jobs.update(job, status="in_progress", progress=0, notes=videos[job.same].asked.notes):
+                    videos[job.same].jobs.append(job)
+            elif (found := self._prepared(job)) is not None:
+                videos[job.same] = found
+        if not videos:
             return
         try:
-            self._sample(ready)
+            self._sample(list(videos.values()))
         except Gone:
             return
-        except Exception as error:  # one bad job must not take others, or the server, with it
+        except Exception as error:  # one bad job must not take others with it
             LOG.warning("a batch failed: %s", error, exc_info=not isinstance(error, UserError | ClipError))
-            if len(ready) == 1:
-                self._failed(ready[0].job, error)
-                return
-            for one in ready:
-                self._make([one.job])
+            for ready in videos.values():
+                there = [job for job in ready.jobs if job.status == "in_progress"]
+                if len(videos) == 1:
+                    for job in there:
+                        self._failed(job, error)
+                elif there:
+                    self._make(there)
 
     def _prepared(self, job: Job) -> Ready | None:
         """Reads what is given; a job that can't be made has failed."""
@@ -181,7 +205,7 @@ class Worker(threading.Thread):
         asked, folder = job.asked, self.jobs.path(job)
         found = self.jobs.done_alike(job.same)
         if found is not None and self.jobs.copy_video(found, job):
-            self.jobs.update(job, status="completed", progress=100, completed_at=time.time(), notes=found.notes)
+            self._completed(job, found.frames, found.notes)
             return None
         conditions = conditions_of(asked, folder)
         mask = str(folder / asked["files"]["mask"]) if "mask" in asked["files"] else None
@@ -193,21 +217,25 @@ class Worker(threading.Thread):
             if resolved.size[0] > self.limits.frames * self.pixels[0]:
                 most = int(self.limits.frames * self.pixels[0])
                 raise UserError(f"A video of {resolved.size[0]} frames would be made; at most {most} are.")
-        except (UserError, ClipError) as error:
+        except Exception as error:  # uploads are anything
+            if not isinstance(error, UserError | ClipError):
+                LOG.exception("what is given of %s could not be prepared", job.id)
             self._failed(job, error)
             return None
-        self.jobs.update(job, notes=resolved.notes)
+        frames = len(range(*resolved.shown.indices(resolved.size[0])))
+        self.jobs.update(job, notes=resolved.notes, frames=frames)
         request = Request(asked["prompt"], asked["seed"], asked["negative_prompt"], resolved.size, resolved.given)
-        return Ready(job, resolved, request)
+        return Ready([job], resolved, request)
 
     def _sample(self, ready: list[Ready]) -> None:
-        asked = ready[0].job.asked
+        asked = ready[0].jobs[0].asked
         config = self.generator.config
         guidance = dataclasses.replace(config.guidance, scale=asked["guidance"])
         # Padded to a power of two: a program is compiled for few numbers of clips.
         count = 1 << (len(ready) - 1).bit_length()
         config = dataclasses.replace(config, steps=asked["steps"], guidance=guidance, batch_size=count)
         generator = dataclasses.replace(self.generator, config=config)
+        self._forget_programs((config, tuple(sorted(one.request.size for one in ready))))
         start = time.monotonic()
         if generator.shape(ready[0].request.size)[0] > generator.longest:
             videos = [self._long(generator, ready[0], start)]
@@ -223,66 +251,90 @@ class Worker(threading.Thread):
         for one, video in zip(ready, videos, strict=True):
             self._finish(one, video[one.asked.shown])
 
+    def _forget_programs(self, key: Any) -> None:
+        """Memory does not grow with all that clients have asked for: now and then it is compiled anew."""
+        if key not in self._programs and len(self._programs) >= PROGRAMS:
+            jax.clear_caches()
+            self._programs.clear()
+        self._programs.add(key)
+
     def _long(self, generator: Generator, ready: Ready, start: float) -> np.ndarray:
         found: list[np.ndarray] = []
         for segment in segments(generator, ready.request, self._watch(generator, [ready], start, progress=False)):
             found.append(segment.frames)
             made = sum(map(len, found)) / ready.request.size[0]
-            self.jobs.update(ready.job, progress=min(99, int(100 * made)))
+            for job in ready.jobs:
+                self.jobs.update(job, progress=min(99, int(100 * made)))
         return np.concatenate(found)
 
     def _watch(
         self, generator: Generator, ready: list[Ready], start: float, progress: bool = True
     ) -> Callable[[list[int], int, int, Callable[[int], np.ndarray]], None]:
-        shown = dict.fromkeys((one.job.id for one in ready), 0.0)
+        shown = [0.0 for _ in ready]
+        decoder = dataclasses.replace(generator, config=dataclasses.replace(generator.config, batch_size=1))
 
         def watch(numbers, number, count, estimate):
             self.counts["evaluations"] += 1
-            there = [self.jobs.get(one.job.id) is not None for one in ready]
-            if self._ending or not any(there):
+            if self._ending or not any(self.jobs.get(job.id) for one in ready for job in one.jobs):
                 raise Gone
             if time.monotonic() - start > self.limits.seconds:
                 raise UserError(f"It took longer than {self.limits.seconds:g} s, which is the server's limit.")
             for place, index in enumerate(numbers):
-                job = ready[index].job
+                jobs = ready[index].jobs
                 if progress:
-                    self.jobs.update(job, progress=min(99, int(100 * number / count)))
-                if job.id in self.wanted and time.monotonic() - shown[job.id] > PREVIEW_SECONDS:
-                    self.wanted.pop(job.id, None)
-                    [frames] = dataclasses.replace(
-                        generator, config=dataclasses.replace(generator.config, batch_size=1)
-                    ).decode([estimate(place)])
-                    write_preview(self.jobs.path(job) / PREVIEW, frames, job.asked["fps"])
-                    shown[job.id] = time.monotonic()
+                    for job in jobs:
+                        self.jobs.update(job, progress=min(99, int(100 * number / count)))
+                watched = [job for job in jobs if job.id in self.wanted]
+                if watched and time.monotonic() - shown[index] > PREVIEW_SECONDS:
+                    [frames] = decoder.decode([estimate(place)])
+                    for job in watched:
+                        self.wanted.discard(job.id)
+                        write_preview(self.jobs.path(job) / PREVIEW, frames, job.asked["fps"])
+                    shown[index] = time.monotonic()
 
         return watch
 
     def _finish(self, ready: Ready, video: np.ndarray) -> None:
-        job = ready.job
-        if self.jobs.get(job.id) is None:
+        first = next((job for job in ready.jobs if self.jobs.get(job.id) is not None), None)
+        if first is None:
             return
-        folder = self.jobs.path(job)
+        folder, asked = self.jobs.path(first), first.asked
         names = ("prompt", "negative_prompt", "seed", "steps", "guidance", "fps", "extend", "strength")
-        made = {"walt_jax": walt_jax.__version__, "generated": True}
-        made |= {name: job.asked[name] for name in names if job.asked[name] not in (None, "")}
-        made |= dict(zip(("num_frames", "height", "width"), video.shape, strict=False))
-        tags = {"title": job.asked["prompt"], "comment": json.dumps(made, ensure_ascii=False)} if self._tags else {}
+        settings = {name: asked[name] for name in names if asked[name] not in (None, "")}
+        settings |= dict(zip(("num_frames", "height", "width"), video.shape, strict=False))
+        if asked["files"]:
+            settings["given"] = sorted(asked["files"])
+        made = provenance.made({**self._model, "sampler": self.generator.config.sampler, **settings})
         try:
-            write_video(folder / "making.mp4", video, job.asked["fps"], tags)
-            write_atomically(folder / "video.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
-            (folder / "making.mp4").rename(folder / VIDEO)
+            making = folder / "making.mp4"
+            write_video(making, video, asked["fps"], provenance.tags(asked["prompt"], made) if self._tags else {})
+            provenance.write_sidecar(folder / SIDECAR, making, made)
+            making.replace(folder / VIDEO)
             (folder / PREVIEW).unlink(missing_ok=True)
         except FileNotFoundError:  # deleted meanwhile
+            if len(ready.jobs) > 1:
+                self._finish(dataclasses.replace(ready, jobs=[job for job in ready.jobs if job is not first]), video)
             return
         self.counts["videos"] += 1
-        self.jobs.update(job, status="completed", progress=100, completed_at=time.time())
+        self._completed(first, len(video), first.notes)
+        for job in ready.jobs:
+            if job is not first and self.jobs.copy_video(first, job):
+                self._completed(job, len(video), first.notes)
+
+    def _completed(self, job: Job, frames: int | None, notes: list[str]) -> None:
+        self.wanted.discard(job.id)
+        self.jobs.update(job, status="completed", progress=100, completed_at=time.time(), frames=frames, notes=notes)
 
     def _failed(self, job: Job, error: Exception) -> None:
         self.counts["failed"] += 1
+        self.wanted.discard(job.id)
         wrong = isinstance(error, UserError | ClipError)
         message = str(error) if wrong else "The video could not be made; the server's log says why."
         code = "invalid_request" if wrong else "server_error"
-        self.jobs.update(job, status="failed", completed_at=time.time(), error={"code": code, "message": message})
+        try:
+            self.jobs.update(job, status="failed", completed_at=time.time(), error={"code": code, "message": message})
+        except OSError:  # a full disk: known until the server ends
+            LOG.exception("%s has failed, which could not be written", job.id)
 
 
 def conditions_of(asked: dict[str, Any], folder: pathlib.Path) -> list[Condition]:

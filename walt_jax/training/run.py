@@ -279,6 +279,11 @@ class Run:
         stages = {name: saved_steps(self.workdir, name) for name in self.config.trained_stages}
         return f"{self.workdir.resolve()} {stages}"
 
+    def made_by(self) -> dict[str, Any]:
+        """What videos say of the models that made them."""
+        steps = {name: max(saved_steps(self.workdir, name), default=0) for name in self.config.trained_stages}
+        return {"model": self.workdir.resolve().name, "checkpoints": steps}
+
     def trained_denoiser(self) -> tuple[str, Any]:
         """(name of the denoiser's last stage with a checkpoint, parameters of denoiser and trained text encoder)
 
