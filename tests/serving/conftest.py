@@ -4,6 +4,6 @@ import pytest
 from small_generator import make
 
 
-@pytest.fixture(scope="package")
-def generator():
+@pytest.fixture(scope="module")
+def generator(quick_compilation):
     return make()
