@@ -24,7 +24,7 @@ def measured(model, together, sizes, count, seed):
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(pathlib.Path(folder))
         pixels = data.frames, data.height, data.width
-        worker = Worker(jobs, model.generator, pixels, contextlib.nullcontext, Limits(), together)
+        worker = Worker(jobs, model.generator, pixels, contextlib.nullcontext, Limits(), together, {})
         for number in range(count):
             name, _ = jobs.new_folder()
             width, height = map(int, sizes[number % len(sizes)].split("x"))
@@ -36,7 +36,7 @@ def measured(model, together, sizes, count, seed):
             jobs.add(new(name, asked, name))
         start = time.monotonic()
         while jobs.waiting():
-            worker._make(worker._batch(jobs.waiting()))
+            worker.make_some()
         return time.monotonic() - start
 
 

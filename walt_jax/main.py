@@ -132,10 +132,9 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "metadata",
-        True,
-        "sample, serve: prompts, seeds and settings stand in the tags of files, and sample writes a JSON beside "
-        "each; --nometadata leaves both out",
+        "no_metadata",
+        False,
+        "sample, serve: prompts, seeds and settings are in no file's tags, and no file beside a video says what made it",
         flag_values=values,
     )
     flags.DEFINE_string("videos", None, "evaluate: folder of videos of any origin to measure", flag_values=values)
@@ -480,10 +479,10 @@ def sample(values: flags.FlagValues) -> None:
             values.negative_prompt or "",
             out,
             gif=values.gif,
-            tags=values.metadata,
+            tags=not values.no_metadata,
             cascade=[_upscaler(path) for path in values.cascade],
             made_with=_made_with(values, run),
-            made_by=run.made_by() if values.metadata else None,
+            made_by=None if values.no_metadata else run.made_by(),
         )
     print(f"wrote {count} videos, samples.json and contact_sheet.png to {out}")
 
@@ -724,7 +723,7 @@ def serve(values: flags.FlagValues) -> None:
         values.host,
         values.port,
         values.token,
-        values.metadata,
+        not values.no_metadata,
     )
 
 
