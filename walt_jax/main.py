@@ -134,7 +134,7 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool(
         "no_metadata",
         False,
-        "sample, serve: prompts, seeds and settings are in no file's tags, and no file beside a video says what made it",
+        "sample, serve: prompts, seeds and settings are in no file's tags, and no file beside a video names them",
         flag_values=values,
     )
     flags.DEFINE_string("videos", None, "evaluate: folder of videos of any origin to measure", flag_values=values)
