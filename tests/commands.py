@@ -12,7 +12,9 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import jaxlib
+import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,5 +102,14 @@ def trained(workdir: pathlib.Path) -> dict[str, Any]:
         stage.name: max((path for path in stage.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
         for stage in (workdir / "checkpoints").iterdir()
     }
-    with ocp.StandardCheckpointer() as reader:
-        return {name: {part: reader.restore(path / part) for part in ("weights", "ema")} for name, path in last.items()}
+    with ocp.PyTreeCheckpointer() as reader:
+        return {
+            name: {part: _arrays(reader, path / part) for part in ("weights", "ema")} for name, path in last.items()
+        }
+
+
+def _arrays(reader: ocp.PyTreeCheckpointer, path: pathlib.Path) -> Any:
+    """What a checkpoint holds, in memory, on whichever devices it was saved."""
+    tree = reader.metadata(path).item_metadata.tree
+    as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(path, restore_args=as_arrays)
