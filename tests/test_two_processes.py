@@ -75,6 +75,7 @@ def check_equal(workdir: pathlib.Path, expected: pathlib.Path) -> None:
         assert (workdir / file).read_bytes() == (expected / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_to_the_last_bit_also_when_one_is_asked_to_stop(flags, tmp_path, cache):
     one, two = one_process(flags, tmp_path / "one", cache), tmp_path / "two"
     processes = commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=2)
