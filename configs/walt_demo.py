@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
             # Every way of asking is drawn: most clips have a caption alone.
             "conditioning": {
                 "frames": (1, 2),
-                "probability": 0.4,
+                "probability": 0.3,
                 "kinds": ("start", "start", "end", "ends", "one", "random", "rectangles", "inside"),
             },
             "diffusion": {
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 1400,
+                        "steps": 1600,
                         "batch_size": 16,
                         "ema_decay": 0.99,
                         "log_every": 10,
