@@ -49,7 +49,7 @@ def score(
             }
         )
     metrics = []
-    for split, held_out, target in (("trained", False, 0.90), ("held_out", True, 0.75)):
+    for split, held_out, target in (("trained", False, 0.95), ("held_out", True, 0.90)):
         rows = [row for row in prompts if row["held_out"] == held_out]
         distinct = len({row["prompt"] for row in rows})
         for what in ("colour", "shape", "direction", "all"):
