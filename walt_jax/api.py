@@ -114,6 +114,7 @@ class TrainedModel:
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        motion: float = 0.0,
     ) -> Video:
         """Generates video of prompts. A video depends on its own prompt and seed only.
 
@@ -126,6 +127,7 @@ class TrainedModel:
             extend: how the first condition goes on: "forward", "backward", "loop".
             num_frames, height, width: of the video; those of the training clips by default.
             steps, guidance: of the config by default.
+            motion: strength with which frames between what is given follow the motion from one to the other.
 
         Returns:
             uint8 [t, h, w, 3]; of several prompts [n, t, h, w, 3].
@@ -146,7 +148,7 @@ class TrainedModel:
         guided = dataclasses.replace(config.guidance, scale=scale)
         config = dataclasses.replace(config, steps=steps or config.steps, guidance=guided)
         generator = dataclasses.replace(generator, config=config)
-        ask = Ask(data.fps, conditions, mask, extend, num_frames, height, width)
+        ask = Ask(data.fps, conditions, mask, extend, num_frames, height, width, motion)
         with self._on_mesh():
             asked = resolve(generator, ask, (data.frames, data.height, data.width))
             for note in asked.notes:

@@ -101,6 +101,13 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "mask", None, "sample: a picture or clip, white where the video is made anew", flag_values=values
     )
+    flags.DEFINE_float(
+        "motion",
+        0.0,
+        "sample: strength, 0 to 1, with which frames between given pictures or clips follow the motion from one to the "
+        "other, which is found by block matching; 0 is none",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "extend", None, ["forward", "backward", "loop"], "sample: how --video goes on", flag_values=values
     )
@@ -522,7 +529,8 @@ def _ask(values: flags.FlagValues, fps: float) -> Any:
         given.insert(0, Condition(values.image, picture=True))
     if values.last_image:
         given.append(Condition(values.last_image, -1, picture=True))
-    return Ask(values.fps or fps, given, values.mask, values.extend, values.num_frames, values.height, values.width)
+    size = values.num_frames, values.height, values.width
+    return Ask(values.fps or fps, given, values.mask, values.extend, *size, values.motion)
 
 
 def reconstruct(values: flags.FlagValues) -> None:

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.data.drawn import COMBINATIONS, draw
 from walt_jax.errors import UserError
+from walt_jax.evaluation.reconstruction import psnr_db
 from walt_jax.generation.asking import Condition
 from walt_jax.generation.conditions import Media, extend, latent_groups, place, until
 from walt_jax.generation.latent_diffusion import NEVER
@@ -30,6 +32,19 @@ def test_a_first_and_a_last_picture():
     assert frames_given(canvas) == [0, 13, 14, 15, 16]
     assert len(canvas.notes) == 1 and "13 to 16" in canvas.notes[0]
     assert (until(canvas.strength, STRIDES)[:, 0, 0, 0] == [0, NEVER, NEVER, NEVER, 0]).all()
+
+
+def test_motion_leads_from_the_first_picture_to_the_last():
+    """It is followed with its strength, but in the last picture's latent frame, which is given."""
+    clip = draw(COMBINATIONS[0], np.random.default_rng(0), 17, 32)
+    media = [Media(clip[:1]), Media(clip[-1:], -1)]
+    canvas = place(media, (17, 32, 32), STRIDE, motion=0.25)
+    assert (canvas.video[[0, -1]] == clip[[0, -1]]).all()
+    assert psnr_db(canvas.video, clip) > 25
+    assert until(canvas.strength, STRIDES)[:, 0, 0, 0].tolist() == [0, 0.75, 0.75, 0.75, 0]
+    assert any("1 to 15" in note for note in canvas.notes)
+    with pytest.raises(UserError, match="two pictures or clips"):
+        place(media[:1], (17, 32, 32), STRIDE, motion=0.25)
 
 
 def test_what_fills_no_whole_latent_frame_is_generated():

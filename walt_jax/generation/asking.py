@@ -69,6 +69,7 @@ class Ask:
         extend: how the first condition goes on.
         frames, height, width: of the video; None is the model's, for a clip that goes on or is edited its own length.
         fps: frames a second.
+        motion: strength of rough frames along the motion between what is given, see `conditions.place`; 0: none.
     """
 
     fps: float
@@ -78,6 +79,7 @@ class Ask:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
+    motion: float = 0.0
 
 
 class Resolved(NamedTuple):
@@ -114,6 +116,10 @@ def resolve(generator: Generator, ask: Ask, pixels: Size, reader: Reader = video
     stride = generator.model.codec.tokenizer.config.strides[0]
     if ask.mask and not ask.conditions:
         raise UserError("A mask says which part of a clip is generated; give the clip with --video or --condition.")
+    if not 0 <= ask.motion <= 1:
+        raise UserError(f"The strength of motion is {ask.motion:g}; give one from 0 to 1.")
+    if ask.motion and not ask.conditions:
+        raise UserError("Motion leads from one given picture or clip to another; give two, such as a first and a last.")
     media, notes = [], []
     for one in ask.conditions:
         frames, more = read_media(one.file, height, width, ask.fps, picture=one.picture, reader=reader)
@@ -138,7 +144,7 @@ def resolve(generator: Generator, ask: Ask, pixels: Size, reader: Reader = video
     if ask.mask:
         mask, more = read_mask(ask.mask, size, ask.fps, reader)
         notes += more
-    canvas = conditions.place(media, size, stride, mask)
+    canvas = conditions.place(media, size, stride, mask, ask.motion)
     until = conditions.until(canvas.strength, generator.model.codec.tokenizer.config.strides)
     notes += canvas.notes
     if (until > 1).all():

@@ -5,6 +5,7 @@ same: frames × where they are given × how strongly. A latent position is given
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import NEVER
+from walt_jax.generation.motion import between
 
 Frames = UInt8[np.ndarray, "t h w 3"]
 
@@ -55,20 +57,22 @@ def place(
     size: tuple[int, int, int],
     stride: int,
     generated: Bool[np.ndarray, "#t h w"] | None = None,
+    motion: float = 0.0,
 ) -> Canvas:
     """Puts media onto a video; where they overlap, later ones count.
 
     A latent frame after the first is made of `stride` frames, so that a single picture after frame 0 stands still for
-    those of its latent frame.
+    those of its latent frame; with `motion`, they lead to it.
 
     Args:
         media: what is given.
         size: (frames, height, width) of the video.
         stride: frames of a latent frame.
         generated: where nothing is given, whatever the media have there.
+        motion: strength of rough frames along the motion between media, see `motion.between`; 0 gives none.
 
     Raises:
-        UserError: if a frame or a strength is out of range, or all is given.
+        UserError: if a frame or a strength is out of range, all is given, or motion has nothing to lie between.
     """
     frames, height, width = size
     video = np.zeros((*size, 3), np.uint8)
@@ -90,9 +94,13 @@ def place(
             )
         shown = one.frames
         if len(shown) == 1 and start > 0:
-            start = (start - 1) // stride * stride + 1
-            shown = shown.repeat(min(stride, frames - start), axis=0)
-            notes.append(f"{one.name} stands still in frames {start} to {start + len(shown) - 1}, one latent frame")
+            first = (start - 1) // stride * stride + 1
+            last = min(first + stride, frames) - 1
+            if motion:
+                strength[first : last + 1] = one.strength
+            else:
+                start, shown = first, shown.repeat(last + 1 - first, axis=0)
+                notes.append(f"{one.name} stands still in frames {first} to {last}, one latent frame")
         if start + len(shown) > frames:
             notes.append(f"of {one.name} the first {frames - start} frames of {len(shown)} are used")
             shown = shown[: frames - start]
@@ -100,11 +108,23 @@ def place(
         end = start + len(shown)
         strength[start:end], covered[start:end] = one.strength, True
         whole = [group for group in latent_groups(frames, stride) if start <= group.start and group.stop <= end]
-        if sum(group.stop - group.start for group in whole) < len(shown):
+        if len(shown) > 1 and sum(group.stop - group.start for group in whole) < len(shown):
             notes.append(
                 f"{one.name} is given for frames {start} to {end - 1}; those that fill no whole latent "
                 f"frame (frame 0, then {stride} each) are generated"
             )
+    if motion:
+        gaps = _gaps(covered)
+        if not gaps:
+            raise UserError(
+                "Motion leads from what is given to what is given later, and here no frame lies between; give two "
+                "pictures or clips, such as a first and a last one."
+            )
+        for gap in gaps:
+            video[gap] = between(video[gap.start - 1], video[gap.stop], gap.stop - gap.start)
+            strength[gap] = np.where(strength[gap] > 0, strength[gap], motion)
+            covered[gap] = True
+            notes.append(f"frames {gap.start} to {gap.stop - 1} follow the motion between what is given")
     if generated is not None:
         strength = np.where(generated, 0, strength)
     if (strength == 1).all():
@@ -113,6 +133,12 @@ def place(
             "mask a part of it, or give a strength below 1."
         )
     return Canvas(_held(video, covered), strength, notes)
+
+
+def _gaps(covered: Bool[np.ndarray, " t"]) -> list[slice]:
+    """Frames that nothing is given of, between some that are given."""
+    there = np.flatnonzero(covered)
+    return [slice(int(a) + 1, int(b)) for a, b in itertools.pairwise(there) if b - a > 1]
 
 
 def _held(video: Frames, given: Bool[np.ndarray, " t"]) -> Frames:
