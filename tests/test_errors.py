@@ -75,6 +75,10 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--config.denoiser.block=gpt"], ["config.denoiser.block", "'gpt'", "walt or dit"]),
         ([TINY, "--workdir=W", "--config.sampling.guidance.channels=99"], ["channels", "12"]),
         ([TINY, "--workdir=W", "--config.diffusion.multiscale=3"], ["multiscale=3", "4 × 4"]),
+        (
+            ["--config=configs/walt_packed.py", "--workdir=W", "--config.stages.denoiser.motion.smoothness=1.0"],
+            ["stages.denoiser.motion", "packs"],
+        ),
         ([TINY, "--workdir=W", "--config.stages.denoiser.accumulate=3"], ["accumulate=3", "batches of 4 clips"]),
         ([TINY, "--workdir=W", "--profile_steps=5"], ["--profile_steps=5", "--profile_steps=10:15"]),
         ([TINY, "--workdir=gs://bucket/run"], ["gs://bucket/run", "on this machine"]),

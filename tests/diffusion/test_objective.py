@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from walt_jax.config import build
+from walt_jax.diffusion.motion_error import MotionConfig
 from walt_jax.diffusion.objective import DiffusionConfig, diffusion_loss, draw
 from walt_jax.diffusion.parameterization import target
 from walt_jax.diffusion.schedule import Schedule
@@ -345,15 +346,13 @@ def test_coarse_errors_count_as_their_squares_means_with_twice_the_weight_of_fin
         answer = 0.3 * noisy
         return answer
 
-    def coarse(values, size):
-        if size == 2:
-            differences.append(np.asarray(values))
-        grid = values.reshape(2, 4 // size, size, 4 // size, size)
-        return grid.mean((2, 4))
+    def clips(values):
+        differences.append(np.asarray(values))
+        return values.reshape(2, 1, 4, 4, 1)
 
     tokens = np.full((2, 1), 16, np.float32)
     draws = draw(jax.random.key(3), latents.shape, tokens.shape, config)
-    found, _ = diffusion_loss(model, latents, np.ones_like(latents), tokens, None, lambda x: x, draws, config, coarse)
+    found, _ = diffusion_loss(model, latents, np.ones_like(latents), tokens, None, lambda x: x, draws, config, clips)
     error = differences[0].reshape(2, 4, 4)
     expected, weights = 0.0, [2.0 ** (level - multiscale) for level in range(multiscale + 1)]
     for level, weight in enumerate(weights):
@@ -364,3 +363,32 @@ def test_coarse_errors_count_as_their_squares_means_with_twice_the_weight_of_fin
                     squares.append(clip[y : y + size, x : x + size].mean() ** 2)
         expected += weight * np.mean(squares)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_errors_of_motion_are_those_of_differences_in_time():
+    """A constant error has none; independent ones have about as much as the loss; of each clip by loops."""
+    latents = RNG.normal(size=(2, 24, 1)).astype(np.float32)  # 6 × 2 × 2
+    config = DiffusionConfig(LINEAR)
+    errors = RNG.normal(size=(2, 6, 2, 2, 1)).astype(np.float32)
+    draws = draw(jax.random.key(3), latents.shape, (2, 1), config)
+    counted = np.ones_like(latents)
+    counted[0, :4] = 0  # the first clip's first frame is observed
+
+    def loss(errors, motion):
+        def model(noisy, time, estimate):
+            alpha, sigma = config.schedule(time)
+            right = target("v", latents, draws.noise, alpha[..., None], sigma[..., None])
+            return right + errors.reshape(latents.shape)
+
+        tokens, clips = np.full((2, 1), 24, np.float32), lambda values: values.reshape(2, 6, 2, 2, 1)
+        return diffusion_loss(model, latents, counted, tokens, None, lambda x: x, draws, config, clips, motion)[0]
+
+    own = errors * counted.reshape(errors.shape)
+    first = sum(((own[:, t + 1] - own[:, t]) ** 2).sum() for t in range(5)) / 2
+    second = sum(((own[:, t + 2] - 2 * own[:, t + 1] + own[:, t]) ** 2).sum() for t in range(4)) / 6
+    plain = loss(errors, MotionConfig())
+    np.testing.assert_allclose(
+        loss(errors, MotionConfig(0.3, 0.7)) - plain, (0.3 * first + 0.7 * second) / 44, rtol=1e-3
+    )
+    still = np.broadcast_to(errors[1:, :1], errors.shape) * np.array([0, 1]).reshape(2, 1, 1, 1, 1)
+    np.testing.assert_allclose(loss(still, MotionConfig(1.0, 1.0)), loss(still, MotionConfig()), rtol=1e-5)

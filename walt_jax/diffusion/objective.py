@@ -7,12 +7,14 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import reduce
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from walt_jax.config import Fraction
 from walt_jax.diffusion.adaptive import adapted_time
 from walt_jax.diffusion.learned_sigma import split_sigma, step_before, variational_loss
 from walt_jax.diffusion.loss_weights import min_snr
+from walt_jax.diffusion.motion_error import NO_MOTION, MotionConfig, motion_error
 from walt_jax.diffusion.parameterization import Kind, clean, target
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.diffusion.times import TimesConfig, resolution_shift, sample_times
@@ -22,7 +24,7 @@ LEVELS = 4  # of noise that losses are logged for: quarters of diffusion time
 # (noisy latents, each clip's time, estimate of the clean latents) -> prediction, maybe with `learned_sigma`'s v
 Denoise = Callable[[Float[Array, "b n p"], Float[Array, "b s"], Float[Array, "b n p"]], Float[Array, "b n k"]]
 Spread = Callable[[Float[Array, "b s k"]], Float[Array, "b n k"]]  # values of clips to their tokens
-Coarse = Callable[[Float[Array, "b n p"], int], Float[Array, "b *m"]]  # values averaged over squares of so many
+Clips = Callable[[Float[Array, "b n p"]], Float[Array, "b t h w c"]]  # tokens of equal clips as latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,8 @@ def diffusion_loss(
     spread: Spread,
     draws: Draws,
     config: DiffusionConfig,
-    coarse: Coarse | None = None,
+    clips: Clips | None = None,
+    motion: MotionConfig = NO_MOTION,
 ) -> tuple[Float[Array, ""], Binned]:
     """The mean squared error over counted values, at one time for each clip; and the same errors by noise level.
 
@@ -117,7 +120,9 @@ def diffusion_loss(
         spread: values of clips to their tokens.
         draws: see `draw`. No gradient flows through a first estimate.
         config: see `DiffusionConfig`.
-        coarse: read where `config.multiscale` is above 0; coarse errors are left out of those by noise level.
+        clips: read where `config.multiscale` is above 0 or `motion` has weights; those errors are left out of the ones
+            by noise level.
+        motion: see `MotionConfig`.
     """
     time, noise = draws.time, draws.noise
     if config.adaptive > 0:
@@ -150,8 +155,13 @@ def diffusion_loss(
     total = (error * counted).sum()
     for level in range(1, config.multiscale + 1):
         # A sum over all positions, like the others: each coarse value stands for a square of them.
-        total = total + 2**level * 4**level * jnp.square(coarse(difference * counted, 2**level)).sum()
-    return total / 2**config.multiscale / jnp.maximum(counted.sum(), 1), by_level
+        side = 2**level
+        squares = reduce(clips(difference * counted), "b t (h s) (w r) c -> b t h w c", "mean", s=side, r=side)
+        total = total + side * side**2 * jnp.square(squares).sum()
+    total = total / 2**config.multiscale
+    if motion.consistency or motion.smoothness:
+        total = total + motion_error(clips(difference * counted), motion)
+    return total / jnp.maximum(counted.sum(), 1), by_level
 
 
 def binned(errors: Float[Array, "b n p"], counted: Float[Array, "b n p"], time: Float[Array, "b n 1"]) -> Binned:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from walt_jax.denoiser.layout import from_tokens
 from walt_jax.diffusion.objective import Binned, diffusion_loss, draw, level_names
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import single_clips
@@ -46,7 +47,7 @@ def loss_by_noise(
             layout.spread,
             draw(key, tokens.shape, (size, 1), config),
             config,
-            lambda values, _: values,  # coarse errors are left out of what is binned
+            lambda values: from_tokens(values, layout.grid, model.denoiser.config.patch_size),
         )[1]
 
     total = Binned(np.zeros(len(level_names())), np.zeros(len(level_names())))

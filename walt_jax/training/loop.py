@@ -18,6 +18,7 @@ from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.diffusion.alpha_flow import AlphaFlowConfig
+from walt_jax.diffusion.motion_error import MotionConfig
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.lora import LoraConfig
 from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
@@ -77,6 +78,7 @@ class StageConfig:
             stage inflates.
         windows: of a denoiser stage, instead of `denoiser.windows`. Where these or the largest clip differ from the
             stage before, tables of positions are interpolated, see `denoiser.resize`.
+        motion: of a denoiser stage: weights of errors of motion in the loss, see `diffusion.motion_error`.
         distillation: of a denoiser stage after another, or with `init_from`: see `few_steps.DistillationConfig`.
         alpha_flow: of a denoiser stage with `denoiser.mean_velocity`: see `diffusion.alpha_flow`.
         pack: of a denoiser stage: clips of all shapes share sequences; `batch_size` then counts packs.
@@ -106,6 +108,7 @@ class StageConfig:
     windows: Windows | None = None
     pack: PackConfig | None = None
     lora: LoraConfig | None = None
+    motion: MotionConfig = dataclasses.field(default_factory=MotionConfig)
     distillation: DistillationConfig | None = None
     alpha_flow: AlphaFlowConfig | None = None
     ema_decay: Fraction = 0.999

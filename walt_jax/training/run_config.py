@@ -16,6 +16,7 @@ from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import AnyDenoiserConfig, Denoiser
 from walt_jax.denoiser.published_weights import Tubelets
 from walt_jax.denoiser.windows import Window
+from walt_jax.diffusion.motion_error import NO_MOTION
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.errors import UserError
 from walt_jax.evaluation.evaluate import EvaluationConfig
@@ -293,6 +294,9 @@ class RunConfig:
 
     def _check_denoiser_stage(self, name: str, stage: StageConfig) -> None:
         windows = self.denoiser.windows
+        moves = stage.motion != NO_MOTION
+        if moves and (stage.distillation is not None or stage.alpha_flow is not None):
+            raise ValueError(f"stages.{name}.motion is of the diffusion loss; a stage for few steps has another one")
         if stage.windows and [w[0] == 1 for w in stage.windows] != [w[0] == 1 for w in windows]:
             raise ValueError(
                 f"stages.{name}.windows should be as many as denoiser.windows, and of one frame where those are"
@@ -313,6 +317,7 @@ class RunConfig:
         equal_clips_only = {
             "diffusion.adaptive": self.diffusion.adaptive,
             "diffusion.multiscale": self.diffusion.multiscale,
+            f"stages.{name}.motion": moves,
             "denoiser.upscale": self.denoiser.upscale > 1,
             "denoiser.output_conv": self.denoiser.output_conv,
         }
@@ -497,7 +502,7 @@ def make_task(config: RunConfig, stage: str, vocab_size: int) -> Task:
             return DistillationTask(model, config.conditioning, own.distillation)
         if own.alpha_flow is not None:
             return MeanVelocityTask(model, config.conditioning, own.alpha_flow, own.steps)
-        whole = DenoiserTask(model, config.conditioning)
+        whole = DenoiserTask(model, config.conditioning, motion=own.motion)
         return whole if own.lora is None else LoraTask(whole, own.lora)
     shape = config.tokenizer.of_images() if config.makes_images(stage) else config.tokenizer
     path = config.losses.perceptual_weights

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
-from einops import reduce
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from walt_jax.config import Fraction, Positive, Range
 from walt_jax.denoiser.layout import Layout, from_tokens
 from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.adaptive import complexity
+from walt_jax.diffusion.motion_error import NO_MOTION, MotionConfig
 from walt_jax.diffusion.objective import Binned, Draws, diffusion_loss, draw
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, TextTokens, single_clips
@@ -156,10 +156,12 @@ class DenoiserTask:
     Attributes:
         model: see `LatentDiffusion`.
         conditioning: see `ConditioningConfig`.
+        motion: see `motion_error.MotionConfig`.
     """
 
     model: LatentDiffusion
     conditioning: ConditioningConfig
+    motion: MotionConfig = dataclasses.field(default=NO_MOTION, kw_only=True)
 
     moves = False
 
@@ -215,9 +217,8 @@ class DenoiserTask:
         """The diffusion loss; and errors by noise level."""
         model, layout = self.model, inputs.layout
 
-        def coarse(values, size):
-            values = from_tokens(values, layout.grid, model.denoiser.config.patch_size)
-            return reduce(values, "b t (h s) (w r) c -> b t h w c", "mean", s=size, r=size)
+        def clips(values):
+            return from_tokens(values, layout.grid, model.denoiser.config.patch_size)
 
         return diffusion_loss(
             model.denoise(params, model.condition(params, inputs.text, **inputs.conditions), layout),
@@ -228,7 +229,8 @@ class DenoiserTask:
             layout.spread,
             draws.loss,
             model.diffusion,
-            coarse,
+            clips,
+            self.motion,
         )
 
     def _inputs(self, frozen: TrainedTokenizer, batch: Any, draws: Drawn) -> Inputs:
