@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import resource
 import time
 
 import matplotlib
@@ -68,14 +69,38 @@ def colour_distance(frames, colour):
     return float(np.linalg.norm(values[bright].mean(0) - np.array(COLOURS[colour], np.float32)))
 
 
+def costs(generator, counts=(2, 5, 10, 20, 40), rounds=3):
+    """What a second of video costs by the number of segments, and the process's memory after each."""
+    latents_handed_on(generator, PROMPTS[0], 0, 2)  # compiles
+    found = []
+    for count in [count for _ in range(rounds) for count in counts]:
+        start, cpu = time.monotonic(), time.process_time()
+        frames = sum(map(len, latents_handed_on(generator, PROMPTS[0], 0, count)))
+        found.append(
+            {
+                "segments": count,
+                "frames": frames,
+                "seconds_per_frame": (time.monotonic() - start) / frames,
+                "cpu_seconds_per_frame": (time.process_time() - cpu) / frames,
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--out", default="docs/generation", type=pathlib.Path)
     parser.add_argument("--segments", type=int, default=20)
+    parser.add_argument("--costs", action="store_true", help="only what a frame costs, of 2 to 40 segments")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     generator = walt_jax.load(arguments.workdir).generator
+    if arguments.costs:
+        (arguments.out / "long_video_cost.json").write_text(json.dumps(costs(generator), indent=1) + "\n")
+        return
     ways = {"latents handed on": latents_handed_on, "decoded and encoded again": encoded_again}
     rows, strips, titles = [], [], []
     for name, way in ways.items():
