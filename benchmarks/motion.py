@@ -28,6 +28,7 @@ from walt_jax.generation.motion import between
 from walt_jax.generation.request import Request
 
 SIZE, FRAMES, FPS = 32, 17, 8.0
+SHOWN = (0.0, 0.4, 0.8)
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9)
 
 
@@ -51,7 +52,8 @@ def main() -> None:
             {"name": name, **more, "clips": len(made), "steps": arguments.steps, **compared(made, clips, chosen)}
         )
         print(json.dumps(rows[-1]), flush=True)
-        shown.append([(name, clip) for clip in made])
+        if more.get("strength", 0.0) in SHOWN:
+            shown.append([(name, clip) for clip in made])
 
     measured("tokenizer alone", decoded(generator, clips))
     measured("motion alone", [np.stack([clip[0], *between(clip[0], clip[-1], FRAMES - 2), clip[-1]]) for clip in clips])

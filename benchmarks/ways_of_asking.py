@@ -144,9 +144,9 @@ def backward(folder, clip, one):
 
 
 def loop(folder, clip, one):
-    """The frame after the last is the first again."""
-    Image.fromarray(clip[0]).save(folder / "first.png")
-    return Ask(FPS, [Condition(str(folder / "first.png"))], extend="loop", frames=13), one, None
+    """Five frames are given; what moves has to come back, against its caption, so it follows rough frames that do."""
+    write_video(folder / "clip.mp4", clip[:5], FPS)
+    return Ask(FPS, [Condition(str(folder / "clip.mp4"))], extend="loop", frames=13, motion=0.9), one, None
 
 
 def inpaint(folder, clip, one):
@@ -183,7 +183,7 @@ WAYS = {
     "between two clips": between_clips,
     "extend forward": forward,
     "extend backward": backward,
-    "loop": loop,
+    "loop of a clip, motion 0.9": loop,
     "inpaint the right half": inpaint,
     "outpaint the middle": outpaint,
     "edit, strength 0.5": edit,
