@@ -12,7 +12,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-CLIPS = 12
+CLIPS = 24
 pytestmark = pytest.mark.slow
 
 
