@@ -149,13 +149,15 @@ def _defined(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_multi_string(
         "protocol",
         [],
-        "evaluate: how --videos are compared with --reference: fvd_tf1, fvd_stylegan_v, fvd_common; repeatable",
+        "evaluate: how --videos are compared with --reference: fvd_tf1, fvd_stylegan_v, fvd_common, and for images "
+        "fid_tf1, fid_pytorch, fid_clean; of a run: ucf101_walt, k600_walt, imagenet_50k, rfvd_ucf; repeatable",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
         "weights",
         [],
-        "evaluate: weights of a metric's network, NETWORK=FILE, such as i3d=i3d_pretrained_400.pt; repeatable",
+        "evaluate: weights of a metric's network, NETWORK=FILE, such as i3d=i3d_pretrained_400.pt, also inception=, "
+        "lpips_alex=, lpips_vgg=, and clip=FOLDER; repeatable",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -394,19 +396,63 @@ def evaluate(values: flags.FlagValues) -> None:
     if values.videos:
         _evaluate_files(values)
         return
-    for flag in ("reference", "protocol", "weights"):
-        if values[flag].value:
-            raise UserError(f"--{flag} is for files; name those to measure with --videos=FOLDER.")
+    if values.reference:
+        raise UserError("--reference is for files; name those to measure with --videos=FOLDER.")
 
+    from walt_jax.evaluation.detector_weights import weights_of
+    from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
+
+    for name in values.protocol:
+        if name not in PAPER_PROTOCOLS:
+            raise UserError(
+                f"--protocol={name} is for files, named with --videos and --reference; a run is measured by "
+                f"{', '.join(PAPER_PROTOCOLS)}."
+            )
+    weights = weights_of(values.weights)
     run = open_trained_run(values)
+    if weights:
+        evaluation = dataclasses.replace(run.config.evaluation, weights={**run.config.evaluation.weights, **weights})
+        run.config = dataclasses.replace(run.config, evaluation=evaluation)
     with locked(run.workdir), run.on_mesh():
-        report = _evaluate(run)
+        report = None if values.protocol else _evaluate(run)
+        names = values.protocol or run.config.evaluation.protocols
+        if names:
+            report = _evaluate_by_protocols(run, names)
     print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
+
+
+def _evaluate_by_protocols(run: Any, names: list[str]) -> pathlib.Path:
+    """Measures a run as papers do; the numbers are added to its evaluate.json."""
+    from walt_jax.evaluation.measure_protocol import Measurement, measure_protocol, merge_into_report
+    from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
+    from walt_jax.evaluation.report import write_report
+
+    generator = run.generator() if run.config.denoiser else None
+    for name in names:
+        metrics = measure_protocol(
+            Measurement(
+                PAPER_PROTOCOLS[name],
+                run.workdir,
+                run.weights_digest(),
+                run.codec,
+                generator.tokenizer if generator else run.tokenizer(),
+                generator,
+                run.config.data,
+                run.data.files.source,
+                run.config.evaluation,
+            )
+        )
+        merge_into_report(run.workdir / "evaluate.json", metrics)
+        for metric in metrics:
+            print(f"{metric['name']:40} {metric['value']:8.4g}\n    {metric['protocol']}", flush=True)
+    with processes.one_after_the_first() as first:
+        return write_report(run.workdir) if first else run.workdir / "report.html"
 
 
 def _evaluate_files(values: flags.FlagValues) -> None:
     """Measures the files of a folder, against those of another."""
-    from walt_jax.evaluation.evaluate_files import FRAMES, evaluate_files, sentences, weights_of
+    from walt_jax.evaluation.detector_weights import weights_of
+    from walt_jax.evaluation.evaluate_files import evaluate_files, sentences
     from walt_jax.workdir import CONFIG, locked
 
     out = pathlib.Path(values.out or local(values.workdir))
@@ -417,7 +463,7 @@ def _evaluate_files(values: flags.FlagValues) -> None:
     weights = weights_of(values.weights)
     with locked(out, "--out"):
         report = evaluate_files(
-            pathlib.Path(values.videos), reference, out, values.protocol, weights, values.num_frames or FRAMES
+            pathlib.Path(values.videos), reference, out, values.protocol, weights, values.num_frames
         )
     for line in sentences(report):
         print(line)

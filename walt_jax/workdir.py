@@ -39,6 +39,7 @@ FREE_KNOBS = (
     "keep_metric",
     "keep_every_hours",
     "preview_every",
+    "validate_every",
     "cache_bytes",
     "max_bad_fraction",
 )

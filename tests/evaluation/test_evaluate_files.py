@@ -12,9 +12,10 @@ from walt_jax import main
 from walt_jax.data.drawn import COMBINATIONS, draw
 from walt_jax.data.media import write_video
 from walt_jax.data.video import read_clip
+from walt_jax.evaluation import distances, random_features, video_quality
 from walt_jax.evaluation import evaluate_files as module
-from walt_jax.evaluation import random_features, video_quality
-from walt_jax.evaluation.evaluate_files import evaluate_files, weights_of
+from walt_jax.evaluation.detector_weights import weights_of
+from walt_jax.evaluation.evaluate_files import evaluate_files
 from walt_jax.evaluation.features import BATCH, FeatureCache
 from walt_jax.evaluation.fvd_protocols import FVD_PROTOCOLS
 from walt_jax.evaluation.reconstruction import psnr_db, ssim
@@ -25,7 +26,8 @@ NAMES = ("0.mp4", "1.mp4", "2.gif")
 
 @pytest.fixture(autouse=True)
 def without_weights(monkeypatch):
-    monkeypatch.setattr(module, "find_weights", lambda network, given: None)
+    for each in (module, distances):
+        monkeypatch.setattr(each, "find_weights", lambda network, given: None)
 
 
 @pytest.fixture(autouse=True)
@@ -141,8 +143,8 @@ def test_a_stopped_command_resumes_from_the_features_that_it_has(copied, tmp_pat
     seen, broken = [], True
     whole = random_features.random_detector
 
-    def counting():
-        detector = whole()
+    def counting(images):
+        detector = whole(images)
 
         def compute(batch):
             if broken and seen:
@@ -152,7 +154,7 @@ def test_a_stopped_command_resumes_from_the_features_that_it_has(copied, tmp_pat
 
         return type(detector)(detector.name, detector.sha256, detector.dimension, detector.shortest, compute)
 
-    monkeypatch.setattr(module, "random_detector", counting)
+    monkeypatch.setattr(distances, "random_detector", counting)
     with pytest.raises(KeyboardInterrupt):
         evaluate_files(copied / "videos", copied / "reference", tmp_path / "out")
     kept = FeatureCache(tmp_path / "out" / "features" / "frechet_random_features")
@@ -163,7 +165,7 @@ def test_a_stopped_command_resumes_from_the_features_that_it_has(copied, tmp_pat
     assert by_name(report)["frechet_random_features"]["count"] == BATCH + 4
     again = evaluate_files(copied / "videos", copied / "reference", tmp_path / "out")
     assert len(seen) == 3 and again == report
-    monkeypatch.setattr(module, "random_detector", whole)
+    monkeypatch.setattr(distances, "random_detector", whole)
     assert evaluate_files(copied / "videos", copied / "reference", tmp_path / "new") == report
 
 
@@ -243,8 +245,8 @@ def test_weights_flags():
 def test_a_clip_of_fewer_frames_than_the_network_takes_is_refused(folders, tmp_path, monkeypatch):
     short = random_features.random_detector()
     long = type(short)("I3D", short.sha256, short.dimension, 9, short.compute)
-    monkeypatch.setattr(module, "find_weights", lambda network, given: tmp_path if network == "i3d" else None)
-    monkeypatch.setattr(module, "i3d_detector", lambda path: long)
+    monkeypatch.setattr(distances, "find_weights", lambda network, given: tmp_path if network == "i3d" else None)
+    monkeypatch.setitem(distances.DETECTORS, "i3d", lambda path: long)
     with pytest.raises(main.UserError, match="--num_frames=8 is too short: I3D needs 9 frames"):
         evaluate_files(folders / "videos", folders / "reference", tmp_path, frames=8)
 

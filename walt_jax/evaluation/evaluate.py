@@ -1,18 +1,17 @@
 """Computes the metrics of a run, each with its protocol, and draws the pictures that go with them."""
 
-import dataclasses
 import json
 import pathlib
 
 import numpy as np
 from PIL import Image
 
-from walt_jax.config import Positive
 from walt_jax.data.drawn import COMBINATIONS
 from walt_jax.data.media import compare_sheet
 from walt_jax.data.pipeline import DataConfig, Source
 from walt_jax.data.video import read_clip
 from walt_jax.evaluation import drawn_score
+from walt_jax.evaluation.config import EvaluationConfig
 from walt_jax.evaluation.noise_levels import loss_by_noise
 from walt_jax.evaluation.rate_distortion import h264_points, plot
 from walt_jax.evaluation.reconstruction import (
@@ -24,6 +23,7 @@ from walt_jax.evaluation.reconstruction import (
     reconstruction_sheet,
     usable_clips,
 )
+from walt_jax.evaluation.reconstruction_distances import reconstruction_distances
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.low_res import shrunk
@@ -35,27 +35,6 @@ from walt_jax.workdir import write_atomically, write_picture
 
 SHEET_CLIPS = 8
 RATE_CLIPS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """How much is measured.
-
-    Attributes:
-        clips: at most this many unseen clips are reconstructed, a random window and crop of each.
-        samples_per_prompt: videos sampled for each prompt. Prompts are the 72 captions of the drawn clips, or the
-            held-out captions of a folder.
-        prompts: at most this many captions of a folder are sampled; for super-resolution, at most this many clips are
-            upscaled.
-        perceptual_weights: a safetensors file for LPIPS, see `tokenizer.perceptual`; without it there is no LPIPS.
-        seed: of windows and crops; samples have the seeds 0, 1, ….
-    """
-
-    clips: Positive
-    samples_per_prompt: Positive = 1
-    prompts: Positive = 16
-    perceptual_weights: str = ""
-    seed: int = 1234
 
 
 def evaluate(
@@ -213,4 +192,5 @@ def _reconstruction(
         for name, what in explained.items()
         if name in codes
     ]
+    metrics += reconstruction_distances(clips, reconstructions, config.distances, config.weights, where)
     return {"metrics": metrics, "reconstructions": rows, "rate_distortion": points}

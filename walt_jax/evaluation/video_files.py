@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from walt_jax.data.limits import ClipError
 from walt_jax.data.listing import walk
-from walt_jax.data.suffixes import SUFFIXES
+from walt_jax.data.suffixes import IMAGE_SUFFIXES, SUFFIXES
 from walt_jax.data.video import frame_rate
 from walt_jax.data.watchdog import Watchdog
 from walt_jax.errors import UserError
@@ -57,6 +57,11 @@ class VideoFolder:
         self.skipped: dict[str, str] = dict.fromkeys(listing.misnamed, "its name is not UTF-8")
         self.longer: set[str] = set()
         self._digests: dict[str, str] = {}
+
+    @property
+    def of_pictures(self) -> bool:
+        """Whether no file is a video, by their suffixes."""
+        return all(name.lower().endswith(IMAGE_SUFFIXES) for name in self.names)
 
     @property
     def usable(self) -> list[str]:
@@ -105,9 +110,10 @@ class VideoFolder:
         """
         if not self.usable:
             name, reason = next(iter(self.skipped.items()))
+            remedy = f"videos of at least {frames} frames, or measure fewer with --num_frames"
             raise UserError(
                 f"None of the {len(self.names)} files in {self.flag}={self.path} can be measured; {name}, for one: "
-                f"{reason}. Give videos of at least {frames} frames, or measure fewer with --num_frames."
+                f"{reason}. Give {remedy if frames > 1 else 'pictures that open'}."
             )
 
 

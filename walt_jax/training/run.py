@@ -25,6 +25,7 @@ from walt_jax.data.pipeline import Clips
 from walt_jax.denoiser import published_weights
 from walt_jax.denoiser.resize import resize
 from walt_jax.errors import UserError
+from walt_jax.evaluation.features import digest_of
 from walt_jax.generation import lora_files
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
@@ -45,6 +46,7 @@ from walt_jax.training.init_from import LEAST, TABLES, take
 from walt_jax.training.latent_batches import latents_path
 from walt_jax.training.loop import Trained, run_stage
 from walt_jax.training.lora_task import Frozen, LoraTask
+from walt_jax.training.manifest import MANIFEST
 from walt_jax.training.optimizer import make_optimizer
 from walt_jax.training.profiling import Steps
 from walt_jax.training.run_config import (
@@ -278,6 +280,17 @@ class Run:
         """Tells the trained models from those of other steps and runs."""
         stages = {name: saved_steps(self.workdir, name) for name in self.config.trained_stages}
         return f"{self.workdir.resolve()} {stages}"
+
+    def weights_digest(self) -> str:
+        """Tells the newest checkpoints from others by their content, wherever the workdir is."""
+        folders = [self.workdir, *(self.workdir / name for name in (TOKENIZER, LOW_RES, BASE))]
+        found = []
+        for folder in folders:
+            for stage in self.config.stages:
+                for step in saved_steps(folder, stage)[-1:]:
+                    manifest = folder / "checkpoints" / stage / str(step) / MANIFEST
+                    found.append(manifest.read_text() if manifest.exists() else f"{manifest.parent.resolve()}")
+        return digest_of(*found) if found else self.identity()
 
     def made_by(self) -> dict[str, Any]:
         """What videos say of the models that made them."""

@@ -19,7 +19,9 @@ from walt_jax.denoiser.windows import Window
 from walt_jax.diffusion.motion_error import NO_MOTION
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.errors import UserError
-from walt_jax.evaluation.evaluate import EvaluationConfig
+from walt_jax.evaluation.config import EvaluationConfig
+from walt_jax.evaluation.distances import PROTOCOLS
+from walt_jax.evaluation.i3d import SHORTEST
 from walt_jax.generation.codec import Codec, PerFrame
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
 from walt_jax.parallel.mesh import MeshConfig
@@ -140,6 +142,15 @@ class RunConfig:
             raise ValueError("tokenizer.block_transform can't be inflated from images; leave their stage out, or it")
         if self.denoiser is not None:
             self._check_denoiser(shape)
+        self._check_distances()
+
+    def _check_distances(self) -> None:
+        frames, names = self.data.frames, self.evaluation.distances
+        for name in names if frames < SHORTEST else ():
+            if PROTOCOLS[name].network == "i3d":
+                raise ValueError(
+                    f"evaluation.distances names {name}, whose network needs {SHORTEST} frames, and clips have {frames}"
+                )
 
     @property
     def pretrained_text(self) -> TextConfig | None:
