@@ -129,14 +129,8 @@ def test_frames_of_videos_are_images_where_a_protocol_is_of_images(tmp_path, mon
         for number in range(3):
             clip = draw(COMBINATIONS[number], np.random.default_rng([seed, number]), 6, 16)
             write_video(tmp_path / name / f"{seed}{number}.mp4", clip, 8)
-    given = functools.partial(
-        evaluate_files,
-        tmp_path / "videos",
-        tmp_path / "reference",
-        protocols=["fid_tf1"],
-        weights={"inception": "w.pth"},
-    )
-    found = by_name(given(tmp_path / "a", frames=4))["fid_tf1"]
+    folders, weights = (tmp_path / "videos", tmp_path / "reference"), {"inception": "w.pth"}
+    found = by_name(evaluate_files(*folders, tmp_path / "a", ["fid_tf1"], weights, frames=4))["fid_tf1"]
     assert (found["count"], found["reference_count"], found["frames"]) == (12, 12, 4)
     assert "12 images against 12, each alone, the first 4 frames of each clip" in found["protocol"]
 

@@ -19,6 +19,7 @@ from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.diffusion.alpha_flow import AlphaFlowConfig
 from walt_jax.diffusion.motion_error import MotionConfig
+from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.lora import LoraConfig
 from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
@@ -36,6 +37,7 @@ from walt_jax.training.state import ONCE_OPTIONS, TrainState, abstract_state, ma
 from walt_jax.training.step_programs import StepPrograms
 from walt_jax.training.stopping import Stopped, stop_signals
 from walt_jax.training.tasks import Task
+from walt_jax.training.validation import PREFIX, Validation
 from walt_jax.workdir import write_atomically
 
 BATCHES_AHEAD = 2
@@ -94,9 +96,12 @@ class StageConfig:
         keep_last: how many of the newest checkpoints are kept.
         keep_best: how many of the best are kept, by a metric's mean over the steps since the checkpoint before.
         keep_metric: its name in `metrics.jsonl`; the least is best, the greatest with a + in front, as in "+psnr_db".
+            What `validate_every` measures, such as "validation_loss", is then measured at each checkpoint too.
         keep_every_hours: every so many hours a checkpoint is kept for good; 0 keeps none for its age.
         preview_every: steps between renewals of `preview.png` in the workdir: reconstructions or samples of unseen
             clips. The first come after 1/8, 1/4 and 1/2 of it.
+        validate_every: steps between measurements of unseen clips with the averaged parameters, see `validation`, and
+            `evaluation.validation_clips`; after the last step too. 0 measures none.
     """
 
     task: Literal["tokenizer", "denoiser"]
@@ -121,8 +126,11 @@ class StageConfig:
     keep_metric: str = "loss"
     keep_every_hours: float = 0.0
     preview_every: Positive = 1000
+    validate_every: int = 0
 
     def __post_init__(self):
+        if self.keep_best and self.keeps_by_validation and not self.validate_every:
+            raise ValueError(f"keep_metric is {self.keep_metric!r}, which is measured with validate_every: set that")
         if self.task == "tokenizer" and (self.cached_clips or self.latents or self.windows):
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
         if self.task == "tokenizer" and (self.lora or self.distillation or self.alpha_flow):
@@ -135,6 +143,11 @@ class StageConfig:
             raise ValueError(f"pack.packers={self.pack.packers} does not divide batches of {self.batch_size} packs")
         if self.task == "denoiser" and self.pack and not self.shapes:
             raise ValueError("pack needs shapes: those of the clips that share a pack")
+
+    @property
+    def keeps_by_validation(self) -> bool:
+        """Whether the best checkpoints are those with the best measurement of unseen clips."""
+        return self.keep_best > 0 and self.keep_metric.removeprefix("+").startswith(PREFIX)
 
     @property
     def caches(self) -> bool:
@@ -177,6 +190,7 @@ def run_stage(
     later_stages: tuple[str, ...] = (),
     gone: Callable[[], Sequence[str]] = tuple,
     preview: Callable[[], Preview] | None = None,
+    validation: Callable[[], Validation] | None = None,
     peak: Peak | None = None,
     profile: Steps | None = None,
     clock: Clock | None = None,
@@ -200,6 +214,7 @@ def run_stage(
             left is set aside: renamed, for it will be made again from this stage's new end.
         gone: the files that have vanished so far; their number is logged.
         preview: makes what draws `preview.png`; called before the first one.
+        validation: makes what measures unseen clips; called before the first measurement.
         peak: what MFU is a fraction of.
         profile: first and last of the steps to trace into `workdir/profile/NAME`, counted from the first one done here.
         clock: where the time is accounted for.
@@ -213,7 +228,8 @@ def run_stage(
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     keep = Keep(stage.keep_last, stage.keep_best, stage.keep_every_hours)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True, keep=keep)
-    score = stage.keep_metric.removeprefix("+") if stage.keep_best else None
+    scored = stage.keep_metric.removeprefix("+")
+    score = scored if stage.keep_best and not stage.keeps_by_validation else None
     try:
         like = abstract_state(task, optimizer, mesh, rules, stage.ema_decay)
         state, position, outcome = _restored_or_fresh(
@@ -236,7 +252,7 @@ def run_stage(
             clock.row("other")
             everywhere = data_shards(mesh) // max(1, len(local_shards(mesh)))
             together = jax.process_count() > 1  # nothing is left out that other processes may do
-            sheet = None
+            sheet = validate = None
             pending = None  # the last step's metrics: fetched a step late, so that the device never waits for the host
             for step in range(start + 1, stage.steps + 1):
                 asked = time.perf_counter()
@@ -263,14 +279,29 @@ def run_stage(
                 )
                 last = step == stage.steps
                 signal = 0 if last else agreed_stop(stop.signal, name, step)
-                if last or signal or step % stage.checkpoint_every == 0:
-                    log.report(*pending)  # first: a state that is not finite must not be kept
+                saves = bool(last or signal or step % stage.checkpoint_every == 0)
+                values: dict[str, float] = {}
+                if validation and not signal and validates(stage, step, saves):
+                    log.report(*pending)
+                    pending = None
+                    with contextlib.nullcontext() if together else stop.skipped(), clock.span("evaluation"):
+                        validate = validate or validation()
+                        values, protocols = validate(state.served(task))
+                        log.validated(step, values, protocols)
+                    if stage.keeps_by_validation and values and scored not in values:
+                        raise UserError(
+                            f"config.stages.{name}.keep_metric is {scored!r}, which is not measured; choose one of "
+                            f"{', '.join(values)}."
+                        )
+                if saves:
+                    if pending:
+                        log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
                     with clock.span("evaluation"):
                         outcome = finish(state.served(task)) if last else {}
                     if last:
                         signal = max(exchanged(stop.signal))
-                    mean = log.mean_of_scored()
+                    mean = values.get(scored) if stage.keeps_by_validation else log.mean_of_scored()
                     better = mean if stage.keep_metric.startswith("+") or mean is None else -mean
                     with clock.span("checkpoint"):
                         checkpoints.save(state, merged(exchanged(iterator.get_state())), outcome, better)
@@ -293,6 +324,13 @@ def run_stage(
         return Trained(state.served(task), outcome)
     finally:
         checkpoints.close()
+
+
+def validates(stage: StageConfig, step: int, saves: bool) -> bool:
+    """Whether unseen clips are measured after a step, at which a checkpoint is saved or not."""
+    if not stage.validate_every:
+        return False
+    return step % stage.validate_every == 0 or step == stage.steps or (saves and stage.keeps_by_validation)
 
 
 def _set_aside(workdir: pathlib.Path, stage: str, log: "StageLog") -> None:

@@ -31,12 +31,20 @@ class MetricsLog:
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float], warnings: Sequence[str] = ()) -> None:
-        """A line with the values and, where there are any, a list of `warnings`."""
+    def write(
+        self,
+        step: int,
+        values: dict[str, float],
+        warnings: Sequence[str] = (),
+        stated: dict[str, Any] | None = None,
+    ) -> None:
+        """A line with the values and, where there are any, a list of `warnings`; and what else is stated, JSON."""
         if not self._writes:
             return
         said = {"warnings": list(warnings)} if warnings else {}
-        self._file.write(json.dumps({"stage": self.stage, "step": step, **values, **self._constant, **said}) + "\n")
+        self._file.write(
+            json.dumps({"stage": self.stage, "step": step, **values, **self._constant, **said, **(stated or {})}) + "\n"
+        )
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from walt_jax.parallel.rules import check_rules
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
-from walt_jax.training import preview
+from walt_jax.training import preview, validation
 from walt_jax.training.checkpoint import Checkpoints, saved_steps
 from walt_jax.training.init_from import LEAST, TABLES, take
 from walt_jax.training.latent_batches import latents_path
@@ -233,9 +233,11 @@ class Run:
                 if self.config.tokenizer.block_transform and extras["initial"] is None:
                     extras["fit"] = functools.partial(self._fit_blocks, name)
                 extras["preview"] = functools.partial(self._reconstructions, images)
+                extras["validation"] = functools.partial(self._tokenizer_validation, images)
             else:
                 extras["frozen"] = Frozen(tokenizer, self._base_params) if stage.lora else tokenizer
                 extras["preview"] = functools.partial(self._samples, name, tokenizer)
+                extras["validation"] = functools.partial(self._denoiser_validation, name, tokenizer)
                 if not stage.encodes:
                     dataset = functools.partial(self.data.encoded, name, tokenizer)
                 elif stage.pack:
@@ -379,25 +381,33 @@ class Run:
             packed=self.config.stages[stage or self.config.denoiser_stages[-1]].pack is not None,
         )
 
+    def _with_params(self, stage: str, tokenizer: TrainedTokenizer) -> Callable[[Any], Generator]:
+        """What samples with the parameters that a denoiser stage serves."""
+        generator = self._generator(stage, None, tokenizer)
+        return lambda served: dataclasses.replace(generator, params=self._whole(stage, served))
+
     def _samples(self, stage: str, tokenizer: TrainedTokenizer) -> preview.Preview:
         """Previews of a denoiser stage."""
-        generator = self._generator(stage, None, tokenizer)
+        return preview.samples(self._with_params(stage, tokenizer), self.data.unseen())
 
-        def with_params(served: Any) -> Generator:
-            return dataclasses.replace(generator, params=self._whole(stage, served))
+    def _denoiser_validation(self, stage: str, tokenizer: TrainedTokenizer) -> validation.Validation:
+        """Measurements of a denoiser stage, on clips of the shape that it is sampled in."""
+        unseen = self.data.unseen(self.config.nominal(stage))
+        return validation.of_denoiser(self._with_params(stage, tokenizer), unseen, self.config.evaluation)
 
-        return preview.samples(with_params, self.data.unseen())
-
-    def _reconstructions(self, images: bool) -> preview.Preview:
-        """Previews of a tokenizer stage; its latents are not normalised yet."""
+    def _stage_codec(self, images: bool) -> tuple[Codec, Callable[[Any], TrainedTokenizer]]:
+        """A tokenizer stage's codec, and its parameters of what the stage serves; latents are not normalised yet."""
         channels = self.config.tokenizer.latent_channels
         codec = Codec(Tokenizer(self.config.tokenizer.of_images())) if images else self.codec
-        return preview.reconstructions(
-            codec,
-            lambda served: TrainedTokenizer.unnormalised(served, channels),
-            self.data.unseen(),
-            images,
-        )
+        return codec, lambda served: TrainedTokenizer.unnormalised(served, channels)
+
+    def _reconstructions(self, images: bool) -> preview.Preview:
+        """Previews of a tokenizer stage."""
+        return preview.reconstructions(*self._stage_codec(images), self.data.unseen(), images)
+
+    def _tokenizer_validation(self, images: bool) -> validation.Validation:
+        """Measurements of a tokenizer stage."""
+        return validation.of_tokenizer(*self._stage_codec(images), self.data.unseen(), images, self.config.evaluation)
 
     def _initial(self, before_training: bool = False) -> dict[str, Any]:
         """For each task, what `init_from` has for its first stage; what is taken of another run is printed.

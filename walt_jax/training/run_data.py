@@ -23,6 +23,7 @@ from walt_jax.data.latents import REMEDY, Encoded, LatentClips, write_latents
 from walt_jax.data.order import Part
 from walt_jax.data.pipeline import Clips, Data, Mixture, Source
 from walt_jax.data.recorded import RecordedClips
+from walt_jax.data.shapes import ClipShape
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
@@ -96,10 +97,13 @@ class RunData:
         find_short(mixtures)
         return report_files(self.files, mixtures)
 
-    def unseen(self) -> Source:
-        """Held-out clips; of drawn ones all combinations, with other positions, sizes and speeds than in training."""
+    def unseen(self, shape: ClipShape | None = None) -> Source:
+        """Held-out clips, in the data's shape or another.
+
+        Of drawn ones all combinations, with other positions, sizes and speeds than in training.
+        """
         split = "all" if self._config.data.source == "drawn" else "held_out"
-        return self.files.source(split, (self._config.clip_shape(),))
+        return self.files.source(split, (shape or self._config.clip_shape(),))
 
     def source(self, name: str) -> Mixture:
         """The current training clips of a stage."""

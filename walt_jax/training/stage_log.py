@@ -132,6 +132,15 @@ class StageLog:
             self._write(step, {**values, **self._levels(), **rates, "elapsed_seconds": now - self._began, **good})
             self._work, self._seconds, self._by_noise = [], 0.0, []
 
+    def validated(self, step: int, values: dict[str, float], protocols: dict[str, str]) -> None:
+        """Writes what was measured on unseen clips after a step, with the protocol of each number.
+
+        Raises:
+            UserError: if a value is NaN or infinite.
+        """
+        self._metrics.write(step, finite(values, self._name, step), stated={"validation_protocols": protocols})
+        self.paused()
+
     def mean_of_scored(self) -> float | None:
         """The mean of the scored metric since the last call; None where no metric is scored."""
         scores, self._scores = self._scores, []
