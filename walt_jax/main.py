@@ -145,7 +145,9 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string("videos", None, "evaluate: folder of videos of any origin to measure", flag_values=values)
-    flags.DEFINE_string("reference", None, "evaluate: folder of real videos, for --videos", flag_values=values)
+    flags.DEFINE_string(
+        "reference", None, "evaluate: folder of real videos, for --videos or --protocol", flag_values=values
+    )
     flags.DEFINE_multi_string(
         "protocol",
         [],
@@ -396,8 +398,11 @@ def evaluate(values: flags.FlagValues) -> None:
     if values.videos:
         _evaluate_files(values)
         return
-    if values.reference:
-        raise UserError("--reference is for files; name those to measure with --videos=FOLDER.")
+    if values.reference and not values.protocol:
+        raise UserError(
+            "--reference is for files; name those to measure with --videos=FOLDER, or how to measure a run with "
+            "--protocol=NAME."
+        )
 
     from walt_jax.evaluation.detector_weights import weights_of
     from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
@@ -417,17 +422,22 @@ def evaluate(values: flags.FlagValues) -> None:
         report = None if values.protocol else _evaluate(run)
         names = values.protocol or run.config.evaluation.protocols
         if names:
-            report = _evaluate_by_protocols(run, names)
+            report = _evaluate_by_protocols(run, names, values.reference)
     print(f"wrote {run.workdir / 'evaluate.json'} and {report}")
 
 
-def _evaluate_by_protocols(run: Any, names: list[str]) -> pathlib.Path:
-    """Measures a run as papers do; the numbers are added to its evaluate.json."""
+def _evaluate_by_protocols(run: Any, names: list[str], reference: str | None) -> pathlib.Path:
+    """Measures a run as papers do, against its data or `reference`; the numbers are added to its evaluate.json."""
+    from walt_jax.data.pipeline import Data
     from walt_jax.evaluation.measure_protocol import Measurement, measure_protocol, merge_into_report
     from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
     from walt_jax.evaluation.report import write_report
 
     generator = run.generator() if run.config.denoiser else None
+    data, files = run.config.data, run.data.files
+    if reference:
+        data = dataclasses.replace(data, source=reference)
+        files = Data(data)
     for name in names:
         metrics = measure_protocol(
             Measurement(
@@ -437,8 +447,8 @@ def _evaluate_by_protocols(run: Any, names: list[str]) -> pathlib.Path:
                 run.codec,
                 generator.tokenizer if generator else run.tokenizer(),
                 generator,
-                run.config.data,
-                run.data.files.source,
+                data,
+                files.source,
                 run.config.evaluation,
             )
         )

@@ -178,6 +178,32 @@ def test_the_best_checkpoints_are_kept(tmp_path):
         train(tmp_path / "other", stage=dataclasses.replace(stage, keep_metric="+psnr"))
 
 
+def test_unseen_clips_are_measured_and_the_best_checkpoints_are_kept_by_them(tmp_path):
+    """The measure is best at step 20, which is a checkpoint, though not one of every 8 steps."""
+    measured = []
+
+    def validation():
+        def validate(served):
+            measured.append(np.asarray(served["w"]))
+            return {"validation_x": 4.0 if len(measured) == 4 else 1.0}, {"validation_x": "how"}
+
+        return validate
+
+    stage = dataclasses.replace(STAGE, checkpoint_every=10, keep_last=1, keep_best=1, validate_every=8)
+    stage = dataclasses.replace(stage, keep_metric="+validation_x")
+    with pytest.raises(ValueError, match="which is measured with validate_every: set that"):
+        dataclasses.replace(stage, validate_every=0)
+    trained = train(tmp_path, stage=stage, validation=validation)
+    assert {path.name for path in (tmp_path / "checkpoints" / "first").iterdir()} == {"20", "30"}
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["validation_x"] for row in rows if "validation_x" in row}
+    assert found == {8: 1.0, 10: 1.0, 16: 1.0, 20: 4.0, 24: 1.0, 30: 1.0}
+    assert all(row["validation_protocols"] == {"validation_x": "how"} for row in rows if "validation_x" in row)
+    np.testing.assert_array_equal(measured[-1], trained.served["w"])
+    with pytest.raises(UserError, match=r"keep_metric is 'validation_y', which is not measured; choose one of valida"):
+        train(tmp_path / "b", stage=dataclasses.replace(stage, keep_metric="validation_y"), validation=validation)
+
+
 def test_what_another_run_lacks_starts_afresh(undisturbed, tmp_path):
     train(tmp_path, initial={})
     assert losses(tmp_path) == losses(undisturbed)

@@ -61,7 +61,7 @@ class RealClips:
         """Tells these clips from others: by names, sizes and times of local files, seed and count."""
         parts = [RecordedClips.of(self.source).digest, str(self.count), str(self.seed)]
         for source in self.source.sources:
-            parts.append(repr(source.shapes))
+            parts += [source.split, repr(source.shapes)]
             if isinstance(source, StoredClips):
                 parts.append(str(source.fps))
                 for name in dict.fromkeys(source.file(index) for index in range(len(source))):
