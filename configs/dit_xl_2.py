@@ -78,6 +78,6 @@ def get_config() -> ConfigDict:
                 sort_keys=False,
             ),
             "sampling": {"sampler": "ddpm", "steps": 250, "guidance": {"scale": 1.5, "channels": 3}, "batch_size": 16},
-            "evaluation": {"clips": 256, "prompts": 101},
+            "evaluation": {"clips": 256, "prompts": 101, "protocols": ("imagenet_50k",)},
         }
     )

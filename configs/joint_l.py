@@ -53,4 +53,5 @@ def get_config() -> ConfigDict:
         cached_clips=100_000,
     )
     config.sampling = {"sampler": "euler", "steps": 50, "guidance": {"scale": 5.0}, "batch_size": 16}
+    config.evaluation.protocols = ()
     return config

@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
     config.tokenizer.update(channel_multipliers=(1, 1, 2, 4), downsample=((1, 2, 2),) * 3, taps=1)
     images = {**config.stages.images.to_dict(), "steps": 1_351_000, "shapes": {}}
     config.stages = ConfigDict({"images": images}, sort_keys=False)
+    config.evaluation.update(distances=("fid_tf1",), protocols=())
     return config

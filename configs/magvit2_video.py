@@ -1,6 +1,7 @@
 """MAGVIT-v2's video tokenizer: 17 × 128 × 128 pixels to 5 × 16 × 16 codes of 2^18, W.A.L.T's latents with another head.
 
     python -m walt_jax.main --config=configs/magvit2_video.py --config.data.source=FOLDER --workdir=runs/magvit2
+    python -m walt_jax.main --workdir=runs/magvit2 --mode=evaluate --protocol=rfvd_ucf --reference=UCF101
 
 Architecture, losses and optimizer are the paper's, with W.A.L.T's 270,000 steps of 256 clips on Kinetics-600; many
 accelerators are needed. The paper reports a reconstruction FVD of 8.62 on UCF-101 (its table 5c). Encoder and decoder
@@ -93,6 +94,12 @@ def get_config() -> ConfigDict:
                 },
                 sort_keys=False,
             ),
-            "evaluation": {"clips": 256, "perceptual_weights": "", "seed": 1234},
+            "evaluation": {
+                "clips": 256,
+                "perceptual_weights": "",
+                "seed": 1234,
+                "distances": ("fvd_tf1",),
+                "protocols": ("rfvd_ucf",),
+            },
         }
     )

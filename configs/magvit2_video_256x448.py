@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
         "small": {"weight": 1.0, **small},
         "image": {"frames": 1, "weight": 1.0},
     }
+    config.evaluation.protocols = ()
     return config

@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
         cached_clips=100_000,
     )
     config.sampling = {"sampler": "ddim", "steps": 50, "guidance": {"scale": 1.5}, "batch_size": 16}
+    config.evaluation.protocols = ()
     return config

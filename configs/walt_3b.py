@@ -45,4 +45,5 @@ def get_config() -> ConfigDict:
         "optimizer": {"name": "adafactor", "learning_rate": 5e-5, "final_fraction": 1.0},
     }
     config.sampling.guidance.scale = 7.5
+    config.evaluation.protocols = ()
     return config

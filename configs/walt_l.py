@@ -1,6 +1,7 @@
 """W.A.L.T-L, class-conditional video of 17 × 128 × 128 pixels: UCF-101 in the paper (Gupta et al. 2023, table 8).
 
     python -m walt_jax.main --config=configs/walt_l.py --config.data.source=FOLDER --workdir=runs/walt_l
+    python -m walt_jax.main --workdir=runs/walt_l --mode=evaluate --protocol=ucf101_walt
 
 `FOLDER` has a `metadata.csv` whose column `label` names each clip's class; `--config.denoiser.classes` is their number.
 
@@ -129,6 +130,7 @@ def get_config() -> ConfigDict:
                 "seed": 1234,
                 "samples_per_prompt": 1,
                 "prompts": 101,
+                "protocols": ("ucf101_walt",),
             },
         }
     )

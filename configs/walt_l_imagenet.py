@@ -1,6 +1,8 @@
 """W.A.L.T-L on images of 256 × 256 pixels with class labels: ImageNet in the paper (tables 2 and 8).
 
     python -m walt_jax.main --config=configs/walt_l_imagenet.py --config.data.source=FOLDER --workdir=runs/imagenet
+    python -m walt_jax.main --workdir=runs/imagenet --mode=evaluate --protocol=imagenet_50k \\
+        --weights=inception=pt_inception-2015-12-05-6726825d.pth
 
 The denoiser has 460M parameters, because each block has its own modulation layer here. The paper reaches an FID of 2.56
 (IS 215.1) after 437,000 steps of 1,024 images, and 2.40 (290.5) with MDT's power-cosine guidance. It does not state the
@@ -24,4 +26,5 @@ def get_config() -> ConfigDict:
     config.stages = ConfigDict({"images": images, "denoiser": config.stages.denoiser}, sort_keys=False)
     config.stages.denoiser.update(steps=437_000, batch_size=1024, cached_clips=None)
     config.sampling.guidance = {"scale": 3.8, "kind": "power_cosine", "power": 4.0}
+    config.evaluation.protocols = ("imagenet_50k",)
     return config

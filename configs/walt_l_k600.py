@@ -1,6 +1,7 @@
 """W.A.L.T-L for frame prediction: 5 frames are observed, 12 predicted; Kinetics-600 in the paper, FVD 3.3 ± 0.0.
 
     python -m walt_jax.main --config=configs/walt_l_k600.py --config.data.source=FOLDER --workdir=runs/k600
+    python -m walt_jax.main --workdir=runs/k600 --mode=evaluate --protocol=k600_walt
 
 Two observed latent frames are concatenated with the noisy ones along channels, together with a mask. The paper trains
 for 360 epochs in batches of 512 (about 275,000 steps of Kinetics-600's 392,000 clips) and does not state how often
@@ -21,4 +22,5 @@ def get_config() -> ConfigDict:
     config.denoiser.update(classes=0, frame_prediction=True)
     config.conditioning = {"frames": (2,), "probability": 0.9}
     config.stages.denoiser.update(steps=275_000, batch_size=512, cached_clips=4_000_000)
+    config.evaluation.protocols = ("k600_walt",)
     return config

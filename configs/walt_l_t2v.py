@@ -34,4 +34,5 @@ def get_config() -> ConfigDict:
     config.stages.denoiser.update(steps=550_000, batch_size=512, cached_clips=None)
     config.stages.denoiser.shapes = {"clip": {"weight": 1.0}, "image": {"frames": 1, "weight": 1.0}}
     config.sampling.guidance.scale = 7.5
+    config.evaluation.protocols = ()
     return config

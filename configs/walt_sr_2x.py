@@ -40,4 +40,5 @@ def get_config() -> ConfigDict:
     config.stages.denoiser.update(steps=675_000, batch_size=512, ema_decay=0.0, cached_clips=None)
     config.stages.denoiser.optimizer = {"name": "adafactor", "learning_rate": 5e-4, "warmup_steps": 5000}
     config.sampling.guidance.scale = 7.5
+    config.evaluation.protocols = ()
     return config

@@ -27,6 +27,7 @@ from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.request import Given, Request
 from walt_jax.parallel.processes import is_first, together
+from walt_jax.text.labels import Labels
 from walt_jax.workdir import write_atomically
 
 FOLDER = "protocols"  # in the workdir
@@ -247,7 +248,9 @@ def _made(run: Measurement, real: RealClips, numbers: Sequence[int]) -> list[Cli
     """The samples or reconstructions of these numbers; a sample depends on its number alone."""
     paper = run.paper
     if paper.kind == "class":
-        captions = sorted(set(real.source.captions)) or [""]
+        known = run.generator.captions
+        captions = list(known.names) if isinstance(known, Labels) else sorted(set(real.source.captions))
+        captions = captions or [""]
         requests = [Request(captions[number % len(captions)], number) for number in numbers]
         return run.generator.generate(requests, bar=False)
     originals = [_usable(real, number) for number in numbers]

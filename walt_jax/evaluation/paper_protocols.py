@@ -53,7 +53,7 @@ PAPER_PROTOCOLS = {
     for protocol in (
         PaperProtocol(
             "ucf101_walt",
-            "W.A.L.T's UCF-101 FVD (L 46 ± 2, XL 36 ± 2), beside MAGVIT's protocol",
+            "W.A.L.T's UCF-101 FVD (L 46 ± 2, XL 36 ± 2), by MAGVIT's protocol",
             kind="class",
             samples=10_000,
             folds=4,
@@ -69,7 +69,7 @@ PAPER_PROTOCOLS = {
         ),
         PaperProtocol(
             "k600_walt",
-            "W.A.L.T's Kinetics-600 frame prediction FVD (L 3.3 ± 0.0), beside MAGVIT's protocol",
+            "W.A.L.T's Kinetics-600 frame prediction FVD (L 3.3 ± 0.0), by MAGVIT's protocol",
             kind="prediction",
             samples=50_000,
             folds=4,
@@ -88,7 +88,7 @@ PAPER_PROTOCOLS = {
         ),
         PaperProtocol(
             "imagenet_50k",
-            "FID-50K of class-conditional ImageNet 256 × 256 (W.A.L.T 2.56, inception score 215.1)",
+            "FID-50K of ImageNet 256 × 256 by class (W.A.L.T 2.56, inception score 215.1; DiT-XL/2 2.27, 278.2)",
             kind="class",
             samples=50_000,
             folds=1,
@@ -97,8 +97,7 @@ PAPER_PROTOCOLS = {
             frames=1,
             clip=(1, 256, 256),
             distances=("fid_tf1",),
-            steps=50,
-            open="classes in turn, 50 images each of 1000; W.A.L.T does not name its evaluation suite, here ADM's "
+            open="Classes in turn, 50 images each of 1000; W.A.L.T does not name its evaluation suite, here ADM's "
             "resizing and all training images, cut to squares as in training",
         ),
         PaperProtocol(
@@ -112,7 +111,7 @@ PAPER_PROTOCOLS = {
             frames=16,
             clip=(17, 128, 128),
             distances=("fvd_tf1",),
-            open="the paper states neither split nor count: 10,000 windows of training clips against themselves, "
+            open="The paper states neither split nor count: 10,000 windows of training clips against themselves, "
             "the first 16 of 17 frames",
         ),
     )
