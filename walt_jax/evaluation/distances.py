@@ -23,6 +23,7 @@ from walt_jax.evaluation.image_protocols import IMAGE_PROTOCOLS
 from walt_jax.evaluation.inception_score import inception_score
 from walt_jax.evaluation.kernel_distance import kernel_distance, subset_kernel_distance
 from walt_jax.evaluation.random_features import RANDOM_IMAGE_PROTOCOL, RANDOM_PROTOCOL, random_detector
+from walt_jax.parallel.mesh import on_own_devices
 
 STAND_INS = {protocol.name: protocol for protocol in (RANDOM_PROTOCOL, RANDOM_IMAGE_PROTOCOL)}
 PROTOCOLS = FVD_PROTOCOLS | IMAGE_PROTOCOLS | STAND_INS
@@ -77,7 +78,8 @@ def choose(
             protocol = RANDOM_IMAGE_PROTOCOL if protocol.of_images else RANDOM_PROTOCOL
         if protocol.network not in detectors:
             make = DETECTORS.get(protocol.network)
-            detectors[protocol.network] = make(path) if make else random_detector(protocol.of_images)
+            with on_own_devices():
+                detectors[protocol.network] = make(path) if make else random_detector(protocol.of_images)
         if all(protocol is not other for _, other in found):
             found.append((detectors[protocol.network], protocol))
     return found

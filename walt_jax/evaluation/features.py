@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from walt_jax.evaluation import i3d, inception
 from walt_jax.evaluation.feature_protocol import FeatureProtocol
+from walt_jax.parallel.mesh import on_own_devices
 from walt_jax.weight_files import read_tensors
 from walt_jax.workdir import write_atomically
 
@@ -128,21 +129,21 @@ def compute_features(
     """Enters the features of clips into the cache, and yields each one's key when it is there.
 
     Args:
-        detector: the network.
+        detector: the network, made on this process's devices, as `distances.choose` does.
         prepare: resizes a clip and maps it to the network's range; all results have one shape.
         clips: (key, clip); what the cache has already is left out by the caller.
         cache: gets the features; it is written after every KEPT_EVERY clips, at the end, and when the caller stops.
     """
-    devices = jax.local_devices()
-    size = BATCH * len(devices)
-    rows = NamedSharding(Mesh(np.array(devices), "data"), PartitionSpec("data"))
+    size = BATCH * jax.local_device_count()
     batch: list[tuple[str, Float[np.ndarray, "t h w 3"]]] = []
 
     def flush() -> Iterator[str]:
         keys = [key for key, _ in batch]
         # Padded, so that one shape is compiled.
         index = np.minimum(np.arange(size), len(batch) - 1)
-        values = np.asarray(detector.compute(jax.device_put(np.stack([batch[i][1] for i in index]), rows)))
+        with on_own_devices() as mesh:
+            clips = jax.device_put(np.stack([batch[i][1] for i in index]), NamedSharding(mesh, PartitionSpec("data")))
+            values = np.asarray(detector.compute(clips))
         batch.clear()
         for key, row in zip(keys, values, strict=False):
             cache.put(key, row)

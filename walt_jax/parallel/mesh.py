@@ -129,6 +129,14 @@ def on(mesh: Mesh, rules: Rules = ()) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def on_own_devices() -> Iterator[Mesh]:
+    """Programs and arrays that are made within are this process's alone, whatever mesh of all processes a run is on."""
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    with jax.set_mesh(mesh), active_rules(()):
+        yield mesh
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Each device has all of an array."""
     return NamedSharding(mesh, PartitionSpec())
