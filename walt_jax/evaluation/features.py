@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from walt_jax.evaluation import i3d, inception
 from walt_jax.evaluation.feature_protocol import FeatureProtocol
 from walt_jax.parallel.mesh import on_own_devices
+from walt_jax.parallel.processes import divided
 from walt_jax.weight_files import read_tensors
 from walt_jax.workdir import write_atomically
 
@@ -165,14 +166,28 @@ def features_of(
 ) -> Float[np.ndarray, "n d"]:
     """The features of clips in memory, in their order: a row each, or of images a row for each frame.
 
+    All processes pass the same clips; each computes a part.
+
     Args:
         detector, protocol: the network and what it gets.
         clips: all of one size.
         frames: of each clip, the first ones; None takes all.
+    """
+    rows = divided(len(clips), lambda some: own_features(detector, protocol, [clips[i] for i in some], frames))
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def own_features(
+    detector: Detector, protocol: FeatureProtocol, clips: Sequence[Clip], frames: int | None = None
+) -> Float[np.ndarray, "n f d"]:
+    """The features of clips in memory, computed by this process: one row each, or of images one for each frame.
+
+    Args:
+        detector, protocol, clips, frames: as those of `features_of`.
     """
     cache = FeatureCache(None)
     clips = [clip[:frames] for clip in clips]
     parts = [frame for clip in clips for frame in clip[:, None]] if protocol.of_images else clips
     keyed = ((str(number), part) for number, part in enumerate(parts))
     keys = list(compute_features(detector, protocol.prepare, keyed, cache))
-    return np.stack([cache.rows[key] for key in keys])
+    return np.stack([cache.rows[key] for key in keys]).reshape(len(clips), len(parts) // len(clips), -1)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from walt_jax.errors import UserError
 from walt_jax.evaluation.config import EvaluationConfig
 from walt_jax.evaluation.distances import choose, compare
 from walt_jax.evaluation.feature_protocol import Clip, FeatureProtocol
-from walt_jax.evaluation.features import Detector, FeatureCache, compute_features, digest_of
+from walt_jax.evaluation.features import Detector, FeatureCache, digest_of, features_of
 from walt_jax.evaluation.paper_protocols import PaperProtocol
 from walt_jax.evaluation.real_clips import RealClips, reference_of, shrunk_to
 from walt_jax.evaluation.reconstruction import in_batches
@@ -233,15 +233,11 @@ def _fill(
                     write_video(folder / f"{number:06d}.mp4", clip, run.data.fps)
             shrunk = [shrunk_to(clip[:frames], run.paper.measured) for clip in clips]
             for detector, protocol, cache in measured:
-                keyed = _keyed(shrunk, [key.of(number, detector, protocol) for number in some], protocol)
-                for _ in compute_features(detector, protocol.prepare, keyed, cache):
-                    pass
+                keys = [each for number in some for each in key.of(number, detector, protocol)]
+                for name, row in zip(keys, features_of(detector, protocol, shrunk), strict=True):
+                    cache.put(name, row)
+                cache.keep()
             bar.update(len(some))
-
-
-def _keyed(clips: Sequence[Clip], keys: Sequence[list[str]], protocol: FeatureProtocol) -> Iterator[tuple[str, Clip]]:
-    for clip, names in zip(clips, keys, strict=True):
-        yield from zip(names, clip[:, None] if protocol.of_images else clip[None], strict=True)
 
 
 def _made(run: Measurement, real: RealClips, numbers: Sequence[int]) -> list[Clip]:

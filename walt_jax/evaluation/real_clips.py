@@ -19,15 +19,16 @@ from walt_jax.data.recorded import RecordedClips
 from walt_jax.errors import UserError
 from walt_jax.evaluation.distances import Reference
 from walt_jax.evaluation.feature_protocol import Clip, FeatureProtocol
-from walt_jax.evaluation.features import Detector, digest_of, features_of
+from walt_jax.evaluation.features import Detector, digest_of, own_features
 from walt_jax.evaluation.frechet import Moments
 from walt_jax.evaluation.resize import cover_and_crop
 from walt_jax.evaluation.video_files import read_ahead
-from walt_jax.parallel.processes import is_first
+from walt_jax.parallel.processes import divided, is_first
 from walt_jax.workdir import write_atomically
 
 CHUNK = 256  # clips in memory
 KEPT = 10_000  # features that kernel distances are of
+SIDE = 16  # pixels of what stands for a clip that can't be used
 SAVED_EVERY = 60.0  # seconds
 
 
@@ -52,10 +53,9 @@ class RealClips:
         found = self.source.sample(index, np.random.default_rng([self.seed, number]))
         return None if found is None else found["video"]
 
-    def clips(self, numbers: Sequence[int]) -> list[Clip]:
-        """Those of the windows that can be used, read by several threads."""
-        read = read_ahead(lambda number: self.clip(int(number)), map(str, numbers))
-        return [clip for _, clip in read if clip is not None]
+    def clips(self, numbers: Sequence[int]) -> list[Clip | None]:
+        """Windows, read by several threads."""
+        return [clip for _, clip in read_ahead(lambda number: self.clip(int(number)), map(str, numbers))]
 
     def digest(self) -> str:
         """Tells these clips from others: by names, sizes and times of local files, seed and count."""
@@ -102,8 +102,6 @@ class Sums:
     def add(self, features: Float[np.ndarray, "n d"]) -> None:
         if not len(features):
             return
-        if not np.isfinite(features).all():
-            raise ValueError("a feature is not finite")
         if not self.count:
             self.shift = features.mean(axis=0, dtype=np.float64)
         centred = features.astype(np.float64) - self.shift[None]
@@ -170,9 +168,21 @@ def reference_of(
     saved = time.monotonic()
     try:
         for numbers in _watched(range(sums.read, real.count), real.count, what):
-            clips = [shrunk_to(clip, size) for clip in real.clips(numbers)]
-            if clips:
-                sums.add(features_of(detector, protocol, clips, frames)[:, : detector.dimension])
+
+            def features(places: list[int], numbers: range = numbers) -> Float[np.ndarray, "n f d"]:
+                clips = real.clips([numbers[place] for place in places])
+                usable = [clip for clip in clips if clip is not None]
+                # A clip that can't be used has features all the same, so that all processes have as many, and NaN then.
+                nothing = usable[0] if usable else np.zeros((frames, SIDE, SIDE, 3), np.uint8)
+                shown = [shrunk_to(nothing if clip is None else clip, size) for clip in clips]
+                rows = own_features(detector, protocol, shown, frames)[..., : detector.dimension]
+                if not np.isfinite(rows).all():
+                    raise ValueError("a feature is not finite")
+                rows[[clip is None for clip in clips]] = np.nan
+                return rows
+
+            rows = divided(len(numbers), features).reshape(-1, detector.dimension)
+            sums.add(rows[np.isfinite(rows).all(axis=1)])
             sums.read = numbers.stop
             if time.monotonic() - saved > SAVED_EVERY:
                 sums.save(path)

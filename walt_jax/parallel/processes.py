@@ -298,6 +298,28 @@ def fetched(array: Any) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def divided(count: int, compute: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+    """compute([0, …, count - 1]), of which each process does a part; called by all of them.
+
+    Args:
+        count: at least 1.
+        compute: indices to a row each, an array whose other axes are of the same size for all indices. It runs
+            nothing that several processes do together.
+
+    Returns:
+        The rows of all, in each process.
+    """
+    index, processes = place()
+    if processes == 1:
+        return compute(list(range(count)))
+    from jax.experimental import multihost_utils
+
+    size = -(-count // processes)
+    mine = [min(index + processes * number, count - 1) for number in range(size)]  # padded, so that all have as many
+    rows = multihost_utils.process_allgather(compute(mine))
+    return rows.swapaxes(0, 1).reshape(size * processes, *rows.shape[2:])[:count]
+
+
 def guarded(run: Callable[[], int]) -> int:
     """Runs a program; where one process fails with a traceback, the others end too."""
     try:
