@@ -25,6 +25,7 @@ from walt_jax.data.pipeline import Clips
 from walt_jax.denoiser import published_weights
 from walt_jax.denoiser.resize import resize
 from walt_jax.errors import UserError
+from walt_jax.evaluation.distances import choose
 from walt_jax.evaluation.features import digest_of
 from walt_jax.generation import lora_files
 from walt_jax.generation.codec import Codec, TrainedTokenizer
@@ -127,6 +128,9 @@ class Run:
         for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
             if path:
                 load_features(path)
+        evaluation = self.config.evaluation
+        if evaluation.distances:
+            choose(evaluation.distances, evaluation.weights, images=False, stand_in=True)
 
     def _check_memory(self) -> None:
         """Compares each stage with the mesh and the memory, before minutes are spent on data and compilation.
