@@ -405,6 +405,7 @@ def evaluate(values: flags.FlagValues) -> None:
         )
 
     from walt_jax.evaluation.detector_weights import weights_of
+    from walt_jax.evaluation.distances import DETECTORS
     from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
 
     for name in values.protocol:
@@ -414,6 +415,11 @@ def evaluate(values: flags.FlagValues) -> None:
                 f"{', '.join(PAPER_PROTOCOLS)}."
             )
     weights = weights_of(values.weights)
+    for name in weights:
+        if name not in DETECTORS:
+            raise UserError(
+                f"--weights={name}=… is for files, named with --videos; a run is measured with {' and '.join(DETECTORS)}."
+            )
     run = open_trained_run(values)
     if weights:
         evaluation = dataclasses.replace(run.config.evaluation, weights={**run.config.evaluation.weights, **weights})

@@ -230,6 +230,11 @@ def test_mistakes_are_one_sentence(folders, copied, tmp_path, capsys):
         ([videos, reference, out, "--weights=i3d"], ["NETWORK=FILE"]),
         ([videos, reference, out, "--weights=i4d=x"], ["--weights=i4d=x should be NETWORK=FILE"]),
         ([reference, out, "--workdir=W"], ["--reference is for files; name those to measure with --videos=FOLDER"]),
+        (
+            [reference, "--protocol=fvd_tf1", "--workdir=W"],
+            ["--protocol=fvd_tf1 is for files", "ucf101_walt, k600_walt"],
+        ),
+        (["--weights=clip=x", "--workdir=W"], ["--weights=clip=… is for files", "i3d and inception"]),
         ([videos, f"--out={tmp_path / 'run'}"], ["holds a run, whose evaluate.json stays"]),
         ([videos], ["--workdir is missing"]),
     ]
