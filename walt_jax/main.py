@@ -418,7 +418,8 @@ def evaluate(values: flags.FlagValues) -> None:
     for name in weights:
         if name not in DETECTORS:
             raise UserError(
-                f"--weights={name}=… is for files, named with --videos; a run is measured with {' and '.join(DETECTORS)}."
+                f"--weights={name}=… is for files, named with --videos; a run is measured with "
+                f"{' and '.join(DETECTORS)}."
             )
     run = open_trained_run(values)
     if weights:
