@@ -76,7 +76,7 @@ def sentence(capsys, *flags) -> str:
         ([TINY, "--workdir=W", "--config.sampling.guidance.channels=99"], ["channels", "12"]),
         ([TINY, "--workdir=W", "--config.diffusion.multiscale=3"], ["multiscale=3", "4 × 4"]),
         (
-            ["--config=configs/walt_packed.py", "--workdir=W", "--config.stages.denoiser.motion.smoothness=1.0"],
+            ["--config=walt_packed", "--workdir=W", "--config.stages.denoiser.motion.smoothness=1.0"],
             ["stages.denoiser.motion", "packs"],
         ),
         ([TINY, "--workdir=W", "--config.stages.denoiser.accumulate=3"], ["accumulate=3", "batches of 4 clips"]),
