@@ -1,5 +1,6 @@
 """The kernel on a mesh of eight devices, interpreted; prints what `test_fused` looks at."""
 
+import functools
 import json
 
 import jax
@@ -7,8 +8,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles import normal
 
+from walt_jax.denoiser.head_norm import HeadNorm
 from walt_jax.denoiser.kernels import tpu
-from walt_jax.denoiser.kernels.sharded import sharded
+from walt_jax.denoiser.kernels.sharded import sharded, sharded_windows
 from walt_jax.errors import UserError
 from walt_jax.layers import compiling_for
 
@@ -45,6 +47,21 @@ def within(*arguments, interpret):
     )(*tokens, bias, *segments)
 
 
+def windows(query, key, value, bias, places, segments, interpret, function=sharded_windows):
+    """Two windows a row, each with a part of each of two frames."""
+    parts = [x.reshape(len(x), 2, 2, TOKENS // 4, *x.shape[2:]) for x in (query, key, value)]
+    out, logsum = function(*parts, bias[:, : TOKENS // 2, : TOKENS // 2], interpret)
+    return out.reshape(query.shape), logsum.reshape(query.shape[:3])
+
+
+def normalised(query, key, value, bias, places, segments, interpret):
+    """Queries over each head; its scale has a gradient too."""
+    with compiling_for("tpu"):
+        x = query.reshape(*query.shape[:2], -1)
+        y = HeadNorm(query.shape[2], np.float32).apply({"params": {"scale": bias[0, 0, :FEATURES]}}, x)
+    return y.reshape(query.shape), key[..., 0]
+
+
 def message(*shape):
     try:
         jax.eval_shape(lambda x: sharded(x, x, x, None, None, None), jax.ShapeDtypeStruct(shape, np.float32))
@@ -68,8 +85,20 @@ def main():
         three = jax.device_get(with_gradients(sharded)(*(x[:3] for x in arguments[:3]), arguments[3]))
         heads = message(ROWS, TOKENS, 3, FEATURES)
     one, other, of_gpus = (difference(each, expected) for each in found)
+    apart = {}
+    for name, function, alone_too in (
+        ("windows", windows, functools.partial(windows, function=tpu.fused_windows)),
+        ("norm", normalised, normalised),
+    ):
+        with jax.set_mesh(mesh):
+            ours = jax.device_get(with_gradients(function)(*placed, arguments[3]))
+        apart[name] = difference(ours, jax.device_get(with_gradients(alone_too)(*arguments)))
     undivided = difference(three, jax.device_get(with_gradients(alone)(*(x[:3] for x in arguments[:3]), arguments[3])))
-    print(json.dumps({"difference": one, "within": other, "gpu": of_gpus, "undivided": undivided, "heads": heads}))
+    print(
+        json.dumps(
+            {"difference": one, "within": other, "gpu": of_gpus, "undivided": undivided, "heads": heads, **apart}
+        )
+    )
 
 
 main()

@@ -22,10 +22,11 @@ from walt_jax.denoiser.context import (
     whole,
 )
 from walt_jax.denoiser.grouping import Groups, TextRows
+from walt_jax.denoiser.head_norm import HeadNorm
 from walt_jax.denoiser.kernels import MASKED
-from walt_jax.denoiser.kernels.sharded import holds, sharded
+from walt_jax.denoiser.kernels.sharded import holds, sharded, sharded_windows
 from walt_jax.denoiser.layout import Grid, Layout, raster
-from walt_jax.denoiser.windows import Window, merge, partition
+from walt_jax.denoiser.windows import Window, in_windows, merge, partition
 from walt_jax.layers import Initializer, Linear
 from walt_jax.parallel.rules import constrain
 
@@ -133,6 +134,7 @@ def attend_within(
     table: Float[Array, "offsets heads"] | None = None,
     coordinates: Int[Array, "b n 3"] | Int[np.ndarray, "1 n 3"] | None = None,
     bounds: Grid | None = None,
+    order: Grid | None = None,
 ) -> Attended:
     """`attend` within segments, with Swin's relative bias: fused on TPUs and GPUs, by XLA elsewhere.
 
@@ -140,13 +142,14 @@ def attend_within(
         segments: of queries and of keys; a query sees the keys of its segment. None: all keys.
         table: a bias for each offset (t, y, x) within `bounds`.
         coordinates: (t, y, x) of the tokens, windows starting at multiples of `bounds`. In NumPy they are those of a
-            whole window in raster order, equal for all rows.
+            whole window, equal for all rows, in raster order or part by part.
         bounds: the largest size of a window.
+        order: the sizes of these parts; None is raster order.
     """
     if holds(*query.shape[2:], 0 if table is None else math.prod(bounds), query.dtype):
         bias = places = None
         if isinstance(coordinates, np.ndarray):
-            bias = expanded(table, bounds, tuple(coordinates[0].max(0) + 1))
+            bias = expanded(table, bounds, tuple(coordinates[0].max(0) + 1), order)
         elif table is not None:
             bias, place = expanded(table, bounds, bounds), jnp.zeros((), jnp.int32)
             for axis, size in enumerate(bounds):
@@ -165,8 +168,10 @@ def attend_within(
     return attend(query, key, value, bias, mask)
 
 
-def expanded(table: Float[Array, "offsets heads"], bounds: Grid, sizes: Grid) -> Float[Array, "heads n n"]:
-    """The relative bias between all tokens of a window.
+def expanded(
+    table: Float[Array, "offsets heads"], bounds: Grid, sizes: Grid, order: Grid | None = None
+) -> Float[Array, "heads n n"]:
+    """The relative bias between all tokens of a window, which are in raster order or in parts of sizes `order`.
 
     Products with one-hot matrices: on TPUs, the gradient of a gather would be a slow scatter.
     """
@@ -176,6 +181,12 @@ def expanded(table: Float[Array, "offsets heads"], bounds: Grid, sizes: Grid) ->
         for bound, size in zip(bounds, sizes, strict=True)
     ]
     bias = jnp.einsum("abch,tsa,yub,xvc->htyxsuv", table, *axes, precision=jax.lax.Precision.HIGHEST)
+    if order is not None and order != sizes:
+        counts = dict(
+            zip(("t", "y", "x"), (size // part for size, part in zip(sizes, order, strict=True)), strict=True)
+        )
+        counts |= dict(zip(("s", "u", "v"), counts.values(), strict=True))
+        bias = rearrange(bias, "h (t a) (y b) (x c) (s d) (u e) (v f) -> h t y x a b c s u v d e f", **counts)
     return bias.reshape(len(bias), math.prod(sizes), math.prod(sizes))
 
 
@@ -198,10 +209,20 @@ def reshaped(
     """The route for equal clips: windows are rows of the batch."""
     grid, sizes = layout.grid, window.sizes(layout.grid)
     coordinates = None if table is None else raster(sizes)[None]
+    order = layout.order if parts() == 1 else None
 
     def whole_windows(query, key, value, table):
+        own = coordinates if order is None or table is None else in_windows(coordinates, order, sizes)
         rows = [x.reshape(-1, math.prod(sizes), *x.shape[2:]) for x in (query, key, value)]
-        out, logsum = attend_within(*rows, None, table, coordinates, bounds)
+        out, logsum = attend_within(*rows, None, table, own, bounds, order)
+        return out.reshape(query.shape), logsum.reshape(query.shape[:-1])
+
+    def in_several_frames(query, key, value, table):
+        """Windows of which each frame has a part in one piece."""
+        count = grid[1] * grid[2] // (sizes[1] * sizes[2])
+        rows = [x.reshape(len(x), grid[0], count, -1, *x.shape[2:]) for x in (query, key, value)]
+        bias = None if table is None else expanded(table, bounds, sizes).astype(query.dtype)
+        out, logsum = sharded_windows(*rows, bias)
         return out.reshape(query.shape), logsum.reshape(query.shape[:-1])
 
     def some_heads(query, key, value, table):
@@ -210,6 +231,12 @@ def reshaped(
         return tuple(layout.from_raster(merge(x, sizes, grid)) for x in (out, logsum))
 
     arguments = query, key, value, table
+    if order is not None and sizes == (1, *grid[1:]):
+        return whole_windows(*arguments)
+    if order is not None and sizes == (grid[0], *order[1:]):
+        places = 0 if table is None else math.prod(sizes)
+        if holds(*query.shape[2:], places, query.dtype):
+            return in_several_frames(*arguments)
     if parts() == 1:
         return some_heads(*arguments)
     if whole(sizes, layout):
@@ -442,16 +469,13 @@ class WindowAttention(nn.Module):
             return Linear(dim, ("embed", "heads"), use_bias, self.qkv_init, self.dtype, name=name)
 
         def norm(name):
-            if not self.qk_norm:
-                return lambda y: y
-            scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
-            return nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=self.dtype, name=name)
+            return HeadNorm(self.heads, self.dtype, name=name) if self.qk_norm else lambda y: y
 
         def heads(y):
             return rearrange(y, "... (heads d) -> ... heads d", heads=self.heads)
 
         def of_tokens(y):
-            return constrain(heads(y), "batch", "tokens", "heads")  # moved after the projection, not before
+            return constrain(y, "batch", "tokens", "heads")  # moved after the projection, not before
 
         def out(y):
             y = rearrange(constrain(y, "batch", "tokens", "heads"), "b n heads d -> b n (heads d)")
@@ -460,15 +484,15 @@ class WindowAttention(nn.Module):
             return from_windows(y, layout.order, layout.grid) if exchange else y
 
         to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
-        query = norm("query_norm")(of_tokens(project("query")(x)))
+        query = heads(norm("query_norm")(of_tokens(project("query")(x))))
         rows = None if layout.pack is None else layout.pack.text
         if text is not None:
-            others = key_norm(heads(to_key(text))), heads(to_value(text)), text_mask
+            others = heads(key_norm(to_key(text))), heads(to_value(text)), text_mask
         if not self.windows:
             # A clip without any text adds nothing, rather than the mean of its padding.
             any_text = layout.spread(text_mask.any(-1)[..., None].astype(self.dtype))[..., None]
             return out(any_text * attend_to_text(query, *others, rows)[0])
-        key, value = key_norm(of_tokens(to_key(x))), of_tokens(to_value(x))
+        key, value = (heads(y) for y in (key_norm(of_tokens(to_key(x))), of_tokens(to_value(x))))
         extra_parts = None
         if extra is not None:
             own = x.shape[1] - extra.mask.shape[1] * extra.mask.shape[2]

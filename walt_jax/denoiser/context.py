@@ -16,9 +16,11 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from walt_jax.denoiser.kernels import tpu
 from walt_jax.denoiser.layout import Grid, Layout
 from walt_jax.denoiser.windows import Window, contiguous
 from walt_jax.errors import UserError
+from walt_jax.layers import platform
 from walt_jax.parallel.rules import divided_along
 
 Names = tuple[str | None, ...]
@@ -31,10 +33,27 @@ def parts() -> int:
 
 def ordered(layout: Layout, windows: Sequence[Window]) -> Layout:
     """The layout in the order that tokens have through all blocks of a model with these windows."""
-    if parts() == 1 or layout.grid is None or layout.grid[0] % parts() == 0:
+    if layout.grid is None:
         return layout
     options = [window.sizes(layout.grid) for window in windows]
+    if parts() == 1:
+        return layout.replace(order=_frame_by_frame(options, layout.grid) if platform() == "tpu" else None)
+    if layout.grid[0] % parts() == 0:
+        return layout
     return layout.replace(order=next((sizes for sizes in options if _divides(sizes, layout.grid)), None))
+
+
+def _frame_by_frame(options: Sequence[Grid], grid: Grid) -> Grid | None:
+    """Sizes of a frame's parts, one after the other, that leave attention nothing to move; None for raster order.
+
+    For windows of one size over all frames, alone or with whole frames: each frame has its part of a window in one
+    piece, and in which order a whole frame's tokens are is indifferent.
+    """
+    over_time = [sizes for sizes in options if sizes != (1, *grid[1:])]
+    if len(over_time) != 1 or over_time[0][0] != grid[0] or over_time[0] == grid:
+        return None
+    ((_, height, width),) = over_time
+    return (1, height, width) if tpu.holds_windows(grid[0], height * width) else None
 
 
 def _divides(sizes: Grid, grid: Grid) -> bool:

@@ -1,5 +1,9 @@
 """Fused attention on a mesh: each device computes its rows and heads; kernels are not partitioned automatically."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -44,21 +48,43 @@ def sharded(
         return None if pair is None else (jnp.broadcast_to(pair[0], query.shape[:2]), pair[1])
 
     fused = gpu.fused if on_gpu() else tpu.fused
-    arguments = query, key, value, bias, whole(places), whole(segments)
+    return _on_mesh(
+        functools.partial(fused, interpret=interpret), query, key, value, bias, whole(places), whole(segments)
+    )
+
+
+def sharded_windows(
+    query: Float[Array, "b t w n heads d"],
+    key: Float[Array, "b t w n heads d"],
+    value: Float[Array, "b t w n heads d"],
+    bias: Float[Array, "heads tn tn"] | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b t w n heads d"], Float[Array, "b t w n heads"]]:
+    """`tpu.fused_windows` on the mesh in context, as `sharded`.
+
+    Raises:
+        UserError: if `tensor` does not divide the heads.
+    """
+    return _on_mesh(functools.partial(tpu.fused_windows, interpret=interpret), query, key, value, bias)
+
+
+def _on_mesh(fused: Callable[..., Any], query: Array, key: Array, value: Array, bias: Array | None, *pairs: Any) -> Any:
+    """`fused` of each device's rows and heads; these are the second axis from the last."""
+    arguments = query, key, value, bias, *pairs
     mesh = jax.sharding.get_abstract_mesh()
     free = {name: mesh.shape[name] for name in mesh.auto_axes}
     if not free or mesh.size == 1:  # axes of one device are divided along too: no axis may be left to the compiler
-        return fused(*arguments, interpret=interpret)
+        return fused(*arguments)
     rows, heads = tuple(divided_along("batch", query.shape[0])) or None, HEADS if HEADS in free else None
-    if heads and query.shape[2] % free[heads]:
+    if heads and query.shape[-2] % free[heads]:
         raise UserError(
-            f"attention has {query.shape[2]} heads, which the mesh's {heads} = {free[heads]} does not divide: choose a "
-            "mesh whose axis does"
+            f"attention has {query.shape[-2]} heads, which the mesh's {heads} = {free[heads]} does not divide: choose "
+            "a mesh whose axis does"
         )
-    tokens, of_bias, integers = PartitionSpec(rows, None, heads), PartitionSpec(heads), PartitionSpec(rows)
+    tokens = PartitionSpec(rows, *[None] * (query.ndim - 3), heads)
     return jax.shard_map(
-        lambda *arguments: fused(*arguments, interpret=interpret),
-        in_specs=(tokens, tokens, tokens, of_bias, integers, integers),
+        fused,
+        in_specs=(tokens, tokens, tokens, PartitionSpec(heads), *[PartitionSpec(rows)] * len(pairs)),
         out_specs=(tokens, tokens),
         axis_names=set(free),
         check_vma=False,

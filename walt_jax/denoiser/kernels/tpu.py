@@ -12,6 +12,7 @@ to a window, and `attention.joined` needs the gradients of both sums.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,9 @@ def fused(
     if segments is None and keys % SUBLANES:
         segments = tuple(jnp.zeros(x.shape[:2], jnp.int32) for x in (query, key))
     lanes = SUBLANES if queries * keys <= PAIRS else LANES  # several blocks of queries start at whole tiles of lanes
+    query, key, value = (rearrange(x, "b n heads d -> b n (heads d)") for x in (query, key, value))
     query, key, value = (
-        _filled(rearrange(x, "b n heads d -> b n (heads d)"), 1, size)
-        for x, size in ((query * features**-0.5, lanes), (key, SUBLANES), (value, SUBLANES))
+        _filled(x, 1, size) for x, size in ((query * features**-0.5, lanes), (key, SUBLANES), (value, SUBLANES))
     )
     if bias is not None:
         bias = _filled(_filled(bias.swapaxes(1, 2), 1, SUBLANES), 2, lanes)
@@ -79,10 +80,36 @@ def fused(
     return out, rearrange(logsum[..., :queries], "b groups heads (share n) -> (b share) n (groups heads)", share=share)
 
 
+def fused_windows(
+    query: Float[Array, "b t w n heads d"],
+    key: Float[Array, "b t w n heads d"],
+    value: Float[Array, "b t w n heads d"],
+    bias: Float[Array, "heads tn tn"] | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b t w n heads d"], Float[Array, "b t w n heads"]]:
+    """`fused` in w windows a clip, each of which has n consecutive tokens of each of t frames.
+
+    Programs read a window's tokens where they are: nothing is moved. See `holds_windows`.
+    """
+    heads, features = query.shape[-2:]
+    query, key, value = (rearrange(x, "b t w n heads d -> b t w n (heads d)") for x in (query, key, value))
+    if bias is not None:
+        bias = bias.swapaxes(1, 2)
+    out, logsum = _attention((heads, 1, interpret), query * features**-0.5, key, value, bias, None, None)
+    out = rearrange(out, "b t w n (heads d) -> b t w n heads d", heads=heads)
+    return out, rearrange(logsum, "b w groups heads (t n) -> b t w n (groups heads)", t=out.shape[1])
+
+
+def holds_windows(frames: int, tokens: int) -> bool:
+    """Whether `fused_windows` computes windows of so many frames with so many tokens in each: in a block, unpadded."""
+    size = frames * tokens
+    return tokens % SUBLANES == 0 and size >= LANES and size**2 <= PAIRS
+
+
 def holds(heads: int, features: int, places: int, dtype: jnp.dtype) -> bool:
-    """Whether a bias between so many places fits the chip: with its gradient, both buffered twice, in half of it."""
+    """Whether a bias between so many places fits the chip: with its gradient in half of it."""
     size = _heads_together(heads, features) * places * (places + LANES)
-    return 2 * size * (jnp.dtype(dtype).itemsize + 4) < VMEM_BYTES / 2
+    return size * (jnp.dtype(dtype).itemsize + 4) < VMEM_BYTES / 2
 
 
 def _heads_together(heads: int, features: int) -> int:
@@ -104,8 +131,11 @@ def _attention(options, query, key, value, bias, places, segments):
 def _forward(options, query, key, value, bias, places, segments):
     inputs = {"q": query, "k": key, "v": value, "bias": bias, "places": places, "segments": segments}
     heads = options[0]
-    together = _heads_together(heads, query.shape[2] // heads)
-    sums = jax.ShapeDtypeStruct((len(query), heads // together, together, query.shape[1]), jnp.float32)
+    together = _heads_together(heads, query.shape[-1] // heads)
+    rows, tokens = query.shape[:1], query.shape[1]
+    if query.ndim == 5:
+        rows, tokens = (query.shape[0], query.shape[2]), query.shape[1] * query.shape[3]
+    sums = jax.ShapeDtypeStruct((*rows, heads // together, together, tokens), jnp.float32)
     found = _call(_forward_kernel, options, inputs, {"q": query, "sum": sums}, 2)
     return (found["q"], found["sum"]), (query, key, value, bias, places, segments, found["q"], found["sum"])
 
@@ -129,8 +159,9 @@ _attention.defvjp(_forward, _backward)
 def _call(kernel, options: tuple[int, int, bool], inputs: dict, outputs: dict, products: int) -> dict[str, Array]:
     """Runs a kernel over heads, rows and blocks of queries.
 
-    The blocks of a row are consecutive, and so are the rows of a head: gradients of keys are summed over the former,
-    that of the bias over both.
+    Rows are `[batch, n, heads d]`, or windows of `[batch, t, w, n, heads d]`, see `fused_windows`. The blocks of a row
+    are consecutive, and so are the rows of a head: gradients of keys are summed over the former, that of the bias over
+    both.
 
     Args:
         options: heads, how many windows share a row, whether the kernel is interpreted.
@@ -140,7 +171,12 @@ def _call(kernel, options: tuple[int, int, bool], inputs: dict, outputs: dict, p
     """
     heads, share, interpret = options
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    (batch, queries, width), keys = inputs["q"].shape, inputs["k"].shape[1]
+    windows = inputs["q"].ndim == 5
+    if windows:
+        batch, frames, count, each, width = inputs["q"].shape
+        queries = keys = frames * each
+    else:
+        (batch, queries, width), keys, count = inputs["q"].shape, inputs["k"].shape[1], 1
     together = _heads_together(heads, width // heads)
     features = together * (width // heads)
     block = queries
@@ -148,9 +184,20 @@ def _call(kernel, options: tuple[int, int, bool], inputs: dict, outputs: dict, p
         block = next((n for n in range(queries, 0, -LANES) if queries % n == 0 and n * keys <= PAIRS), LANES)
     most = PROGRAM_BYTES // (features * max(queries, keys) * inputs["q"].dtype.itemsize)
     rows = next(n for n in range(max(min(most, ROWS), 1), 0, -1) if batch % n == 0)
-    q = pl.BlockSpec((rows, block, features), lambda head, row, part: (row, part, head))
-    k = pl.BlockSpec((rows, keys, features), lambda head, row, part: (row, 0, head))
-    of_sums = pl.BlockSpec((rows, 1, together, block), lambda head, row, part: (row, head, 0, part))
+    if windows:
+
+        def place(row):
+            return row // count, row % count  # clips, and which of their windows
+
+        q = k = pl.BlockSpec(
+            (rows, frames, None, each, features),
+            lambda head, row, part: (place(row)[0], 0, place(row)[1], 0, head),
+        )
+        of_sums = pl.BlockSpec((rows, None, 1, together, block), lambda head, row, part: (*place(row), head, 0, part))
+    else:
+        q = pl.BlockSpec((rows, block, features), lambda head, row, part: (row, part, head))
+        k = pl.BlockSpec((rows, keys, features), lambda head, row, part: (row, 0, head))
+        of_sums = pl.BlockSpec((rows, 1, together, block), lambda head, row, part: (row, head, 0, part))
     pair = (
         pl.BlockSpec((rows, 1, block), lambda head, row, part: (row, 0, part)),
         pl.BlockSpec((rows, 1, keys), lambda head, row, part: (row, 0, 0)),
@@ -158,20 +205,23 @@ def _call(kernel, options: tuple[int, int, bool], inputs: dict, outputs: dict, p
     specs = {"q": q, "k": k, "v": k, "out": q, "out_slope": q, "sum": of_sums, "sum_slope": of_sums}
     specs |= {"places": pair, "segments": pair}
     if "bias" in inputs:
-        specs["bias"] = pl.BlockSpec((together, *inputs["bias"].shape[1:]), lambda head, row, part: (head, 0, 0))
+        # Buffered once: the next heads' bias is not fetched before all rows are done.
+        specs["bias"] = pl.BlockSpec(
+            (together, *inputs["bias"].shape[1:]), lambda head, row, part: (head, 0, 0), pipeline_mode=pl.Buffered(1)
+        )
     partial_sums = [pltpu.VMEM((rows, keys, features), jnp.float32)] * 2 if "k" in outputs and block < queries else []
     order = ("parallel", "arbitrary" if "bias" in outputs else "parallel", "arbitrary" if partial_sums else "parallel")
     return pl.pallas_call(
         kernel,
-        grid=(heads // together, batch // rows, queries // block),
+        grid=(heads // together, batch // rows * count, queries // block),
         in_specs=[{name: specs[name] for name in inputs}],
         out_specs={name: specs[name] for name in outputs},
         out_shape={name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()},
         scratch_shapes=partial_sums,
         compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * batch * queries * keys * width // share,
-            transcendentals=batch * heads * queries * keys,
+            flops=2 * products * batch * count * queries * keys * width // share,
+            transcendentals=batch * count * heads * queries * keys,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))),
         ),
         interpret=interpret,
@@ -191,7 +241,7 @@ def _forward_kernel(inputs, outputs):
             share = jnp.where(most > MASKED / 2, 1 / total, 0)
             found.append(_product(value, exponentials.astype(value.dtype), 0, 0) * share)
             outputs["sum"][row, 0, head : head + 1] = most + jnp.log(total)
-        outputs["q"][row] = _transposed(found).astype(outputs["q"].dtype)
+        _put(outputs["q"], row, _transposed(found))
 
 
 def _backward_kernel(inputs, outputs, *partial_sums):
@@ -218,14 +268,21 @@ def _backward_kernel(inputs, outputs, *partial_sums):
             query_slopes.append(_product(key, logits, 0, 0))
             key_slopes.append(_product(logits, query, 1, 0))
             value_slopes.append(_product(weights.astype(slope.dtype), slope, 1, 0))
-        outputs["q"][row] = _transposed(query_slopes).astype(query.dtype)
+        _put(outputs["q"], row, _transposed(query_slopes))
         for name, slopes, sums in zip("kv", (key_slopes, value_slopes), partial_sums or (None, None), strict=True):
             _store(jnp.concatenate(slopes, axis=1), outputs[name], row, sums)
 
 
 def _of_head(inputs, sums, name: str, row: int, head: int) -> Float[Array, "n d"]:
-    size = inputs[name].shape[2] // sums["sum"].shape[2]
-    return inputs[name][row, :, head * size : (head + 1) * size]
+    size = inputs[name].shape[-1] // sums["sum"].shape[2]
+    own = slice(head * size, (head + 1) * size)
+    if len(inputs[name].shape) == 4:  # a window in several frames
+        return inputs[name][row, :, :, own].reshape(-1, size)
+    return inputs[name][row, :, own]
+
+
+def _put(output, row: int, x: Float[Array, "n d"]) -> None:
+    output[row] = x.astype(output.dtype).reshape(output.shape[1:])
 
 
 def _logits(inputs, sums, row: int, head: int) -> Float[Array, "k q"]:
@@ -267,7 +324,7 @@ def _add_to_bias(inputs, row: int, head: int, logits: Float[Array, "k q"], outpu
 
 def _block(inputs) -> slice | pl.Slice:
     """The program's queries among all of a row."""
-    size = inputs["q"].shape[1]
+    size = math.prod(inputs["q"].shape[1:-1])
     if inputs["bias"].shape[2] == size:
         return slice(None)
     return pl.ds(pl.multiple_of(pl.program_id(2) * size, LANES), size)
@@ -276,13 +333,13 @@ def _block(inputs) -> slice | pl.Slice:
 def _store(x: Float[Array, "k d"], output, row: int, sums) -> None:
     """Stores the gradient of a row's keys or values, summed over its blocks of queries."""
     if sums is None:
-        output[row] = x.astype(output.dtype)
+        _put(output, row, x)
         return
     sums[row] = jnp.where(pl.program_id(2) == 0, x, sums[row] + x)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        output[row] = sums[row].astype(output.dtype)
+        _put(output, row, sums[row])
 
 
 def _transposed(heads: list[Float[Array, "d n"]]) -> Float[Array, "n heads*d"]:
