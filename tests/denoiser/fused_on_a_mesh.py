@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles import normal
 
-from walt_jax.denoiser.head_norm import HeadNorm
 from walt_jax.denoiser.kernels import tpu
-from walt_jax.denoiser.kernels.sharded import sharded, sharded_windows
+from walt_jax.denoiser.kernels.head_norm import normalised
+from walt_jax.denoiser.kernels.sharded import sharded, sharded_norm, sharded_windows
 from walt_jax.errors import UserError
 from walt_jax.layers import compiling_for
 
@@ -54,11 +54,9 @@ def windows(query, key, value, bias, places, segments, interpret, function=shard
     return out.reshape(query.shape), logsum.reshape(query.shape[:3])
 
 
-def normalised(query, key, value, bias, places, segments, interpret):
-    """Queries over each head; its scale has a gradient too."""
-    with compiling_for("tpu"):
-        x = query.reshape(*query.shape[:2], -1)
-        y = HeadNorm(query.shape[2], np.float32).apply({"params": {"scale": bias[0, 0, :FEATURES]}}, x)
+def norm(query, key, value, bias, places, segments, interpret, function=sharded_norm):
+    """Queries over each head; the scale has a gradient too."""
+    y = function(query.reshape(*query.shape[:2], -1), bias[0, 0, :FEATURES], interpret)
     return y.reshape(query.shape), key[..., 0]
 
 
@@ -88,7 +86,7 @@ def main():
     apart = {}
     for name, function, alone_too in (
         ("windows", windows, functools.partial(windows, function=tpu.fused_windows)),
-        ("norm", normalised, normalised),
+        ("norm", norm, functools.partial(norm, function=normalised)),
     ):
         with jax.set_mesh(mesh):
             ours = jax.device_get(with_gradients(function)(*placed, arguments[3]))

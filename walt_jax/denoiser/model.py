@@ -16,6 +16,7 @@ from walt_jax.denoiser.attention import ExtraTokens
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.context import ordered
 from walt_jax.denoiser.dit_block import DiTBlock, DiTConfig
+from walt_jax.denoiser.kernels import ATTENDED
 from walt_jax.denoiser.latte_block import LatteBlock, LatteConfig
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
 from walt_jax.denoiser.sinusoids import sinusoids, timestep_embedding
@@ -49,7 +50,10 @@ def narrow_dots(primitive: Any, *inputs: Any, **params: Any) -> bool:
 
 
 POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     "dots_on_host": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "narrow": narrow_dots,
     "block": jax.checkpoint_policies.nothing_saveable,

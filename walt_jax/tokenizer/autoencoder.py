@@ -123,11 +123,10 @@ class FrameNorm(nn.Module):
     ) -> Float[Array, "b t h w c"]:
         """`first` says whether the chunk begins the clip, so that its frame 0 has its own latent frame."""
         *_, channels = x.shape
-        grouped = rearrange(x, "b t h w (g c) -> b t (h w) g c", g=self.groups).astype(jnp.float32)
-        mean = grouped.mean(axis=(2, 4), keepdims=True)
-        variance = jnp.square(grouped - mean).mean(axis=(2, 4), keepdims=True)
         # In float32 to the end: gradients of scale and shift are sums over all positions.
-        x = ((grouped - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
+        x = x.astype(jnp.float32)
+        x = x - self._of_groups(x)
+        x = x / jnp.sqrt(self._of_groups(jnp.square(x)) + 1e-6)
         if condition is None:
             axis = ("channels_out",)
             scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, axis), (channels,))
@@ -139,6 +138,11 @@ class FrameNorm(nn.Module):
             scale, shift = jnp.split(affine(pooled)[:, :, None, None, :], 2, axis=-1)
             scale = 1 + scale
         return (x * scale + shift).astype(self.dtype)
+
+    def _of_groups(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t 1 1 c"]:
+        """The mean of each channel's group, from those of channels: an axis of groups would move x on a TPU."""
+        means = rearrange(x.mean(axis=(2, 3)), "b t (g c) -> b t g c", g=self.groups).mean(-1)
+        return jnp.repeat(means, x.shape[-1] // self.groups, axis=-1)[:, :, None, None]
 
 
 def frames_of_latents(x: Float[Array, "b t2 c"], frames: int, first: bool) -> Float[Array, "b t c"]:

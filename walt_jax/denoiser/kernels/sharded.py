@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from walt_jax.denoiser.kernels import Pair, gpu, tpu
+from walt_jax.denoiser.kernels import Pair, gpu, head_norm, tpu
 from walt_jax.errors import UserError
 from walt_jax.layers import on_gpu, platform
 from walt_jax.parallel.rules import divided_along
@@ -66,6 +66,23 @@ def sharded_windows(
         UserError: if `tensor` does not divide the heads.
     """
     return _on_mesh(functools.partial(tpu.fused_windows, interpret=interpret), query, key, value, bias)
+
+
+def sharded_norm(
+    x: Float[Array, "b *n d"], scale: Float[Array, " e"], interpret: bool = False
+) -> Float[Array, "b *n d"]:
+    """`head_norm.normalised` on the mesh in context, which divides rows, tokens (of `[b, n, d]`) and whole heads."""
+    run = functools.partial(head_norm.normalised, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name: mesh.shape[name] for name in mesh.auto_axes}
+    if not free or mesh.size == 1:
+        return run(x, scale)
+    rows, heads = tuple(divided_along("batch", x.shape[0])) or None, HEADS if HEADS in free else None
+    tokens = tuple(divided_along("tokens", x.shape[1])) or None if x.ndim == 3 else None
+    spec = PartitionSpec(rows, tokens, *[None] * (x.ndim - 3), heads)
+    return jax.shard_map(run, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names=set(free), check_vma=False)(
+        x, scale
+    )
 
 
 def _on_mesh(fused: Callable[..., Any], query: Array, key: Array, value: Array, bias: Array | None, *pairs: Any) -> Any:

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from walt_jax.denoiser.kernels import MASKED, Pair
+from walt_jax.denoiser.kernels import ATTENDED, MASKED, Pair
 
 LANES, SUBLANES = 128, 16  # a tile of bfloat16; float32's has 8 sublanes
 PAIRS = 2**19  # at most so many pairs of tokens at once: 2 MiB in float32, of which the backward pass holds about four
@@ -137,7 +138,8 @@ def _forward(options, query, key, value, bias, places, segments):
         rows, tokens = (query.shape[0], query.shape[2]), query.shape[1] * query.shape[3]
     sums = jax.ShapeDtypeStruct((*rows, heads // together, together, tokens), jnp.float32)
     found = _call(_forward_kernel, options, inputs, {"q": query, "sum": sums}, 2)
-    return (found["q"], found["sum"]), (query, key, value, bias, places, segments, found["q"], found["sum"])
+    out, logsum = (checkpoint_name(found[name], ATTENDED) for name in ("q", "sum"))
+    return (out, logsum), (query, key, value, bias, places, segments, out, logsum)
 
 
 def _backward(options, residuals, slopes):
@@ -187,7 +189,7 @@ def _call(kernel, options: tuple[int, int, bool], inputs: dict, outputs: dict, p
     if windows:
 
         def place(row):
-            return row // count, row % count  # clips, and which of their windows
+            return jax.lax.div(row, count), jax.lax.rem(row, count)  # clips, and which of their windows
 
         q = k = pl.BlockSpec(
             (rows, frames, None, each, features),
