@@ -120,6 +120,24 @@ def test_collectives_count_once_and_say_their_kind_size_and_group(operations):
     assert found["all-reduce"].bytes == 8 * 128 * 4  # tiles are padded
 
 
+def test_what_a_sparse_core_does_runs_while_others_do():
+    """It counts in the loop that starts it."""
+    began = """  %fusion.5 = ((f32[8,8], token[]), f32[8,8]{1,0}) call-start(%grad), to_apply=%sc
+  %ended = f32[8,8]{1,0} call-done(%fusion.5)"""
+    called = """
+%sc (g: f32[8,8]) -> f32[8,8] {
+  %g = f32[8,8]{1,0} parameter(0)
+  ROOT %reduced = f32[8,8]{1,0} all-reduce(%g), channel_id=9, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%body ("""
+    line = next(line for line in LOOP.splitlines() if "%fusion.5" in line)
+    found = [o for o in Program(LOOP.replace(line, began).replace("\n%body (", called)).operations() if o.kind]
+    assert [(o.kind, o.overlaps, o.computation, o.times) for o in found if o.bytes == 256] == [
+        ("all-reduce", True, "body", 24)
+    ]
+
+
 def test_only_what_a_slice_reads_and_an_update_writes_moves(operations):
     """A stack of 24 in HBM is not read for one of its rows."""
     slices = [o.hbm_bytes for o in operations if o.computation == "body" and not o.products and not o.kind]

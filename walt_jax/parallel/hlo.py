@@ -12,7 +12,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # Instructions that move nothing, or that end what is counted where it starts.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all",
-    "copy-done", "slice-done", "async-done", "async-update", "opt-barrier", "iota",
+    "copy-done", "slice-done", "async-done", "async-update", "call-done", "opt-barrier", "iota",
     *(f"{kind}-done" for kind in KINDS),
 }  # fmt: skip
 SLICES = {"dynamic-slice", "slice", "gather"}
@@ -256,6 +256,10 @@ class Program:
                 yield from max((list(self._walk(branch, times)) for branch in branches), key=_work)
             elif code in ("call", "async-start") and instruction.calls in self.computations:
                 yield from self._walk(instruction.calls, times)
+            elif code == "call-start" and instruction.calls in self.computations:
+                # What a TPU's SparseCore does while the program goes on.
+                for each in self._walk(instruction.calls, times):
+                    yield dataclasses.replace(each, overlaps=True, computation=name)
             else:
                 yield self._operation(instruction, name, times)
 

@@ -22,6 +22,19 @@ from walt_jax.training.tasks import Metrics, Task
 
 # XLA's CPU compiler removes optimization barriers before it fuses operations, unless this pass is disabled.
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+# SparseCores of TPUs gather parameters and add up gradients while the matrix units go on; without these the program
+# waits for both.
+SPARSE_CORES = dict.fromkeys(
+    (
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce",
+        "xla_tpu_use_tc_device_shape_on_sc",
+    ),
+    True,
+) | {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": False}
+SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 # What runs once is compiled without the slower passes: of random parameters they take twenty times as long as the rest.
 ONCE_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}}
 
@@ -137,5 +150,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, moving, ema, opt_state), metrics
 
     options = COMPILER_OPTIONS.get(platform or jax.default_backend())
+    if divided is not None and divided.step.mesh.devices.flat[0].device_kind in SPARSE_CORE_KINDS:
+        options = SPARSE_CORES
     out = None if divided is None else (divided, replicated(divided.step.mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=options)

@@ -52,7 +52,7 @@ def fused(
         segments: of queries and keys. A query sees the keys of its segment; None: all keys.
         interpret: whether the kernel is interpreted rather than compiled.
     """
-    (batch, queries, heads, features), keys = query.shape, key.shape[1]
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
     share = next(n for n in range(max(LANES // queries, 1), 0, -1) if batch % n == 0) if queries == keys else 1
     if share > 1:  # short windows share a row, or most of a tile would be empty
         own = jnp.arange(batch, dtype=jnp.int32)[:, None] % share
@@ -67,9 +67,7 @@ def fused(
         segments = tuple(jnp.zeros(x.shape[:2], jnp.int32) for x in (query, key))
     lanes = SUBLANES if queries * keys <= PAIRS else LANES  # several blocks of queries start at whole tiles of lanes
     query, key, value = (rearrange(x, "b n heads d -> b n (heads d)") for x in (query, key, value))
-    query, key, value = (
-        _filled(x, 1, size) for x, size in ((query * features**-0.5, lanes), (key, SUBLANES), (value, SUBLANES))
-    )
+    query, key, value = (_filled(x, 1, size) for x, size in ((query, lanes), (key, SUBLANES), (value, SUBLANES)))
     if bias is not None:
         bias = _filled(_filled(bias.swapaxes(1, 2), 1, SUBLANES), 2, lanes)
     places, segments = (
@@ -92,11 +90,11 @@ def fused_windows(
 
     Programs read a window's tokens where they are: nothing is moved. See `holds_windows`.
     """
-    heads, features = query.shape[-2:]
+    heads = query.shape[-2]
     query, key, value = (rearrange(x, "b t w n heads d -> b t w n (heads d)") for x in (query, key, value))
     if bias is not None:
         bias = bias.swapaxes(1, 2)
-    out, logsum = _attention((heads, 1, interpret), query * features**-0.5, key, value, bias, None, None)
+    out, logsum = _attention((heads, 1, interpret), query, key, value, bias, None, None)
     out = rearrange(out, "b t w n (heads d) -> b t w n heads d", heads=heads)
     return out, rearrange(logsum, "b w groups heads (t n) -> b t w n (groups heads)", t=out.shape[1])
 
@@ -256,8 +254,9 @@ def _backward_kernel(inputs, outputs, *partial_sums):
     for row in range(inputs["q"].shape[0]):
         query_slopes, key_slopes, value_slopes = [], [], []
         for head in range(inputs["sum"].shape[2]):
-            names = "q", "k", "v", "out", "out_slope"
-            query, key, value, out, slope = (_of_head(inputs, inputs, name, row, head) for name in names)
+            names = "k", "v", "out", "out_slope"
+            key, value, out, slope = (_of_head(inputs, inputs, name, row, head) for name in names)
+            query = _query(inputs, inputs, row, head)
             logsum, sum_slope = (inputs[name][row, 0, head : head + 1] for name in ("sum", "sum_slope"))
             # A query that sees nothing has no weights, rather than those of a softmax over equal logits.
             weights = jnp.exp(_logits(inputs, inputs, row, head) - jnp.where(logsum > MASKED / 2, logsum, 0))
@@ -267,7 +266,7 @@ def _backward_kernel(inputs, outputs, *partial_sums):
             if "bias" in outputs:
                 _add_to_bias(inputs, row, head, logits, outputs["bias"])
             logits = logits.astype(query.dtype)
-            query_slopes.append(_product(key, logits, 0, 0))
+            query_slopes.append(_product(key, logits, 0, 0) * key.shape[1] ** -0.5)
             key_slopes.append(_product(logits, query, 1, 0))
             value_slopes.append(_product(weights.astype(slope.dtype), slope, 1, 0))
         _put(outputs["q"], row, _transposed(query_slopes))
@@ -283,12 +282,18 @@ def _of_head(inputs, sums, name: str, row: int, head: int) -> Float[Array, "n d"
     return inputs[name][row, :, own]
 
 
+def _query(inputs, sums, row: int, head: int) -> Float[Array, "q d"]:
+    """Scaled here, for outside it would be moved through memory once more, and rather than the more numerous logits."""
+    query = _of_head(inputs, sums, "q", row, head)
+    return (query.astype(jnp.float32) * query.shape[1] ** -0.5).astype(query.dtype)
+
+
 def _put(output, row: int, x: Float[Array, "n d"]) -> None:
     output[row] = x.astype(output.dtype).reshape(output.shape[1:])
 
 
 def _logits(inputs, sums, row: int, head: int) -> Float[Array, "k q"]:
-    logits = _product(_of_head(inputs, sums, "k", row, head), _of_head(inputs, sums, "q", row, head), 1, 1)
+    logits = _product(_of_head(inputs, sums, "k", row, head), _query(inputs, sums, row, head), 1, 1)
     if "bias" in inputs:
         logits = logits + _bias(inputs, row, head)
     if "segments" in inputs:
