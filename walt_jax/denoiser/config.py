@@ -54,9 +54,10 @@ class DenoiserConfig:
             other. Compiling deep models takes a fraction of the time when scanned; on CPU the backward pass of a scan
             takes twice the time.
         remat: what the forward pass saves for the backward pass, which recomputes the rest; from most to least memory:
-            "none" saves all that gradients need; "dots" products with weights; "dots_on_host" the same, moved to the
-            host's memory and back (TPUs and GPUs); "narrow" those products with weights that are no wider than their
-            input, so not the MLP's hidden layer; "block" only what a cycle of blocks begins with.
+            "none" saves all that gradients need; "dots" products with weights, and what a TPU's kernel returns of
+            attention; "dots_on_host" products with weights, moved to the host's memory and back (TPUs and GPUs);
+            "narrow" those products with weights that are no wider than their input, so not the MLP's hidden layer;
+            "block" only what a cycle of blocks begins with.
         dtype: of the computation, "float32" or "bfloat16".
     """
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -41,7 +40,8 @@ def blur_pool(x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
         pads[axis] = (1, 2 * (half - 1) + len(BLUR) - length - 1)
         padded = jnp.pad(x, pads, mode="edge")
         parts = [
-            weight * jax.lax.slice_in_dim(padded, tap, tap + 2 * half - 1, 2, axis) for tap, weight in enumerate(BLUR)
+            weight * jnp.take(padded, jnp.arange(tap, tap + 2 * half - 1, 2), axis=axis)
+            for tap, weight in enumerate(BLUR)
         ]
         x = sum(parts[1:], start=parts[0])
     return x
