@@ -294,15 +294,16 @@ def test_every_config_has_a_plan_on_gpus(name):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "hardware", "fits"),
-    [("walt_l", "v5e:4x4", True), ("walt_xl", "v6e:4x4", True), ("walt_3b", "v5p:4x4x8", True)],
+    ("name", "hardware", "mfu"),
+    [("walt_l", "v5e:4x4", 0.5), ("walt_xl", "v6e:4x4", 0.5), ("walt_3b", "v5p:4x4x8", 0.0)],
 )
-def test_the_published_models_fit_the_hardware_that_they_are_meant_for(name, hardware, fits):
+def test_the_published_models_fit_the_hardware_that_they_are_meant_for(name, hardware, mfu):
+    """And reach their goals by the roofline, but for `walt_3b`, whose 60 % another mesh comes closer to."""
     config = config_of(name)
     found = topology(hardware)
     mesh = mesh_of(config, found)
     entry = compiled(train_step(config, config.denoiser_stages[-1], mesh), config, mesh, found)
-    assert entry["fits"] == fits
+    assert entry["fits"] and entry["estimated_mfu"] > mfu
 
 
 @pytest.mark.parametrize("name", ["h100:1", "h100:2", "h100:8", "h200:8x4"])
