@@ -168,16 +168,22 @@ def test_no_usable_clip_is_an_error(tmp_path):
 def test_embeddings_are_there_as_they_were(tmp_path, dtype):
     def embedded(number):
         tokens = np.random.default_rng(number).normal(size=(1 + number % 3, 5))
-        return clip(number)._replace(embeddings=tokens.astype(jnp.dtype(dtype)))
+        one = clip(number)
+        return one._replace(embeddings=tokens.astype(jnp.dtype(dtype)), low_res=one.latents[:, :1] + 1)
 
-    identity = {**IDENTITY, "text": "t5"}
+    identity = {**IDENTITY, "text": "t5", "low_res": "small"}
     empty = embedded(99).embeddings
     write_latents(tmp_path, identity, 5, lambda numbers: map(embedded, numbers), lambda: empty)
     clips = LatentClips(tmp_path, tokenizer="abc", text="t5")
+    source = tfds.builder_from_directory(tmp_path).as_data_source("train")
     for number in (*range(5), 0):
-        expected = embedded(number).embeddings
-        assert clips[number].embeddings.dtype == expected.dtype
-        np.testing.assert_array_equal(clips[number].embeddings, expected)
+        found, expected, twin = clips[number], embedded(number).embeddings, source[number]
+        assert found.embeddings.dtype == expected.dtype
+        np.testing.assert_array_equal(found.embeddings, expected)
+        for name in ("latents", "low_res", "embeddings"):  # as TFDS reads it
+            assert getattr(found, name).dtype == twin[name].dtype
+            np.testing.assert_array_equal(getattr(found, name), twin[name])
+        assert found.caption == twin["caption"].decode()
     assert clips.empty.dtype == empty.dtype
     np.testing.assert_array_equal(clips.empty, empty)
     with pytest.raises(UserError, match=r"config\.text"):

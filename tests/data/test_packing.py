@@ -82,6 +82,27 @@ def test_a_pack_is_of_those_that_wait_overflows_nothing_and_has_no_room_for_anot
     assert len(pack) == clips or all(item.tokens > TOKENS - total for item in rest)
 
 
+def table(waiting, tokens, clips):
+    """The knapsack's whole table, one clip and one length at a time; of equal packs the one that was found first."""
+    first, rest, room = waiting[0], waiting[1:], tokens - waiting[0].tokens
+    best = {0: ()}  # by length
+    for number, item in enumerate(rest):
+        for length in range(room, item.tokens - 1, -1):
+            before = best.get(length - item.tokens)
+            if before is not None and len(before) + 1 < min(clips, len(best.get(length, range(clips)))):
+                best[length] = (*before, number)
+    chosen = best[max(best)]
+    left = [item for number, item in enumerate(rest) if number not in chosen]
+    return [first, *(rest[number] for number in chosen)], left
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.integers(1, 6), st.integers(1, 3))
+def test_of_packs_as_full_and_of_as_few_clips_that_of_the_table_is_chosen(sizes, clips, unit):
+    waiting = waiting_list([unit * size for size in sizes])
+    assert fill(waiting, unit * TOKENS + unit - 1, clips) == table(waiting, unit * TOKENS + unit - 1, clips)
+
+
 def test_by_hand():
     pack, rest = fill([Item(7, 5), Item(1, 9), Item(2, 8), Item(3, 9), Item(4, 7)], 20, 3)
     assert pack == [Item(7, 5), Item(2, 8), Item(4, 7)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import GRIDS, WINDOWS
 
 from walt_jax.denoiser.layout import place_clips
-from walt_jax.denoiser.windows import Window, merge, partition, window_numbers
+from walt_jax.denoiser.windows import Window, merge, partition, ranks, window_numbers
 
 AXIS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.booleans())  # window, windows on the axis, written as None
 
@@ -78,6 +78,13 @@ def test_tokens_have_equal_numbers_where_a_loop_finds_them_in_one_window(grids, 
     keys += [None] * padding
     order = sorted({key for key in keys if key is not None})  # by segments first
     np.testing.assert_array_equal(numbers, [-1 if key is None else order.index(key) for key in keys])
+
+
+@pytest.mark.parametrize("most", [5, 1000])
+def test_ranks_are_places_among_those_that_occur(most):
+    """Counted where there are few gaps, sorted where there are many."""
+    keys = np.random.default_rng(0).integers(0, most, 30)
+    np.testing.assert_array_equal(ranks(keys), [sorted(set(keys.tolist())).index(key) for key in keys])
 
 
 def test_numbers_do_not_depend_on_where_in_the_pack_a_token_is():

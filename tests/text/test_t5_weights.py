@@ -83,7 +83,7 @@ def test_captions_are_read_alike_however_many_are_read_at_once(folder):
             row = getattr(single, field)[0]
             np.testing.assert_array_equal(row, getattr(many, field)[number])
             np.testing.assert_array_equal(row, getattr(many, field)[number + 9])
-            np.testing.assert_array_equal(row, getattr(padded(embeddings, 12), field))
+            np.testing.assert_array_equal(row, getattr(padded([embeddings], 12), field)[0])
         there = ids[number] != 0
         np.testing.assert_array_equal(single.mask[0], there)
         np.testing.assert_allclose(single.embeddings[0][there], plain[number][there], atol=1e-5)

@@ -49,8 +49,8 @@ def ids(captions):
     return np.array([(int(caption or 0), 100 * int(caption or 0)) for caption in captions], np.int32)
 
 
-def read(clip, dropped):
-    return ids(["" if dropped else clip.caption])[0]
+def read(clips, dropped):
+    return ids(["" if without else clip.caption for clip, without in zip(clips, dropped, strict=True)])
 
 
 CACHED = Clips(

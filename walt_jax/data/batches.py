@@ -1,7 +1,6 @@
 """Batches of clips of equal shape; an iterator's state is JSON."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from walt_jax.data.order import WHOLE, Part
-from walt_jax.data.stream import Kind, Numbered, ReadAhead, check_state
+from walt_jax.data.stream import Kind, Numbered, Planned, ReadAhead, check_state
 
 Clip = dict[str, Any]
 
@@ -29,19 +28,20 @@ class Batches(ReadAhead):
     it is read is replaced by the next one of its batch; a batch without any usable clip is passed over.
 
     Args:
-        clips: {"number", "shape": its index, "video" or "latents", and other arrays} by number, see `pipeline.Clips`.
+        clips: {"number", "shape": its index, "video", and other arrays} by number, see `pipeline.Clips`.
         batch_sizes: clips per batch, for each shape.
         part: the rows of each batch that are read.
     """
 
     def __init__(self, clips: Numbered, batch_sizes: Sequence[int], part: Part = WHOLE):
-        self._clips, self._part = clips, part
-        super().__init__(_Plans(clips, tuple(batch_sizes)), self._reads, self._join)
+        self._clips = clips
+        rows = lambda plan: part.rows(len(plan.numbers))  # noqa: E731
+        super().__init__(Plans(clips, batch_sizes), rows, self._read, self._join)
 
-    def _reads(self, plan: BatchPlan) -> list[Callable[[], Clip | None]]:
-        return [functools.partial(self._read, plan, row) for row in self._part.rows(len(plan.numbers))]
+    def _read(self, plan: BatchPlan, rows: Sequence[int]) -> list[Clip | None]:
+        return [self._one(plan, row) for row in rows]
 
-    def _read(self, plan: BatchPlan, row: int) -> Clip | None:
+    def _one(self, plan: BatchPlan, row: int) -> Clip | None:
         for number in plan.numbers[row:] + plan.numbers[:row]:
             clip = self._clips[number]
             if clip is not None and _kind(clip) == plan.kind:
@@ -53,17 +53,19 @@ class Batches(ReadAhead):
         return None if clips[0] is None else jax.tree.map(lambda *arrays: np.stack(arrays), *clips)
 
 
-class _Plans(grain.IterDataset):
-    def __init__(self, clips: Numbered, batch_sizes: tuple[int, ...]):
+class Plans(grain.IterDataset):
+    """Endless plans of batches, see `Batches`."""
+
+    def __init__(self, clips: Planned, batch_sizes: Sequence[int]):
         super().__init__()
-        self.clips, self.batch_sizes = clips, batch_sizes
+        self.clips, self.batch_sizes = clips, tuple(batch_sizes)
 
     def __iter__(self) -> "_PlansIterator":
         return _PlansIterator(self)
 
 
 class _PlansIterator(grain.DatasetIterator):
-    def __init__(self, plans: _Plans):
+    def __init__(self, plans: Plans):
         super().__init__()
         self._clips, self._batch_sizes = plans.clips, plans.batch_sizes
         self._next, self._waiting = 0, {}
@@ -93,6 +95,5 @@ class _PlansIterator(grain.DatasetIterator):
 
 
 def _kind(clip: Clip) -> Kind:
-    """As `Numbered.kind`, of a clip that has been read."""
-    content = clip["video"] if "video" in clip else clip["latents"]
-    return clip["shape"], *content.shape[:3]
+    """As `Planned.kind`, of a clip that has been read."""
+    return clip["shape"], *clip["video"].shape[:3]

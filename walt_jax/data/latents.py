@@ -199,9 +199,9 @@ class LatentClips:
         self.sizes = _load(path / SIZES)
         self.empty = None
         try:
-            self._examples = builder.as_data_source(SPLIT)
-            if self.sizes.shape != (len(self._examples), 3):
-                raise ValueError(f"{SIZES} has the shape {self.sizes.shape} for {len(self._examples)} clips")
+            self._records = _records(builder)
+            if self.sizes.shape != (len(self._records), 3):
+                raise ValueError(f"{SIZES} has the shape {self.sizes.shape} for {len(self._records)} clips")
             if "embeddings" in builder.info.features:
                 self.empty = _load(path / EMPTY).astype(builder.info.features["embeddings"].np_dtype)
         except Exception as error:  # damaged files raise many kinds in TFDS
@@ -224,6 +224,7 @@ class LatentClips:
                 "with --mode=encode and this config."
             )
         self.path, self._room, self._kept = path, cache_bytes, {}
+        self._example = _example()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -232,9 +233,9 @@ class LatentClips:
         if index in self._kept:
             return self._kept[index]
         try:
-            example = self._examples[index]
-            latents = np.asarray(example["latents"], np.float32)
-            clip = Encoded(latents, example["caption"].decode(), example.get("embeddings"), example.get("low_res"))
+            clip = self._decoded(self._records[index])
+            if clip.latents.shape[:3] != tuple(self.sizes[index].tolist()):
+                raise ValueError(f"it has latents of {clip.latents.shape}, not the size that {SIZES} has")
         except Exception as error:  # damaged shards raise many kinds in ArrayRecord and protobuf
             raise UserError(
                 f"Clip {index} of {self.path} can't be read, a shard is damaged ({short_reason(error)}): {REMEDY}."
@@ -244,6 +245,21 @@ class LatentClips:
             self._room -= size
             self._kept[index] = clip
         return clip
+
+    def _decoded(self, record: bytes) -> Encoded:
+        """What `_write_shard` has written of a clip; TFDS takes ten times as long to decode it."""
+        features = self._example.FromString(record).features.feature
+
+        def array(name: str) -> np.ndarray:
+            content = np.frombuffer(features[f"{name}/value"].bytes_list.value[0], np.float32)
+            return content.reshape(features[f"{name}/shape"].int64_list.value)
+
+        embeddings = None
+        if self.empty is not None:
+            content = np.frombuffer(features["embeddings"].bytes_list.value[0], self.empty.dtype)
+            embeddings = content.reshape(-1, self.empty.shape[1])
+        caption = features["caption"].bytes_list.value[0].decode()
+        return Encoded(array("latents"), caption, embeddings, array("low_res") if "low_res/value" in features else None)
 
 
 def _check_same(out: epath.Path, identity: dict[str, Any]) -> None:
@@ -270,6 +286,21 @@ def _read_report(path: epath.Path) -> dict[str, Any]:
     if not isinstance(report.get("identity"), dict):
         raise UserError(f"{path} is damaged (it has no identity): {REMEDY}.")
     return report
+
+
+def _records(builder: Any) -> Any:
+    """The bytes of a data set's examples, by index."""
+    import tensorflow_datasets as tfds
+
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(SPLIT, deserialize_method=raw)
+
+
+def _example() -> Any:
+    """The message that an example is; protobuf's classes are imported where they are used, as they take a second."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example
 
 
 def _load(path: epath.Path) -> np.ndarray:

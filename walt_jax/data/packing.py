@@ -1,6 +1,7 @@
 """Packing: clips of any size concatenated into sequences of one length (NaViT, Dehghani et al. 2023)."""
 
 import collections
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,25 +34,29 @@ def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list
         The pack, and the clips that are left.
     """
     first, rest = waiting[0], waiting[1:]
-    room = tokens - first.tokens
-    # fewest[n]: the fewest clips with exactly n tokens. taken[i, n]: whether clip i is the last one added to them.
-    fewest = np.full(room + 1, clips, np.int64)
+    sizes = [item.tokens for item in rest]
+    unit = math.gcd(*sizes) or 1  # nothing is between its multiples
+    room = (tokens - first.tokens) // unit
+    # fewest[n]: the fewest clips with exactly n units of tokens.
+    fewest = np.full(room + 1, clips, np.int32)
     fewest[0] = 0
-    taken = np.zeros((len(rest), room + 1), bool)
+    tried: list[tuple[int, int, np.ndarray]] = []  # (clip, its size, of which n it is the last one added)
     alike: collections.Counter[int] = collections.Counter()
-    for number, item in enumerate(rest):
-        alike[item.tokens] += 1
+    for number, size in enumerate(sizes):
+        alike[size] += 1
+        size //= unit
         # Of clips of one size no more can be added than there is room for: the first ones do.
-        if alike[item.tokens] <= min(room // item.tokens, clips - 1):
-            with_it = fewest[: room + 1 - item.tokens] + 1
-            taken[number, item.tokens :] = with_it < fewest[item.tokens :]
-            fewest[item.tokens :] = np.minimum(fewest[item.tokens :], with_it)
+        if alike[sizes[number]] <= min(room // size, clips - 1):
+            with_it = fewest[: room + 1 - size] + 1
+            better = with_it < fewest[size:]
+            tried.append((number, size, better))
+            np.copyto(fewest[size:], with_it, where=better)
     left = int(np.flatnonzero(fewest < clips)[-1])
     chosen = []
-    for number in range(len(rest) - 1, -1, -1):
-        if taken[number, left]:
+    for number, size, better in reversed(tried):
+        if left >= size and better[left - size]:
             chosen.append(number)
-            left -= rest[number].tokens
+            left -= size
     chosen.reverse()
     kept = set(range(len(rest))).difference(chosen)
     return [first, *(rest[number] for number in chosen)], [rest[number] for number in sorted(kept)]

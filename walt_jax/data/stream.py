@@ -16,11 +16,15 @@ ENDLESS = 2**62
 Kind = tuple[Hashable, ...]
 
 
-class Numbered(Protocol):
-    """Clips by their number in the order. Equal numbers give equal clips, in all processes."""
+class Planned(Protocol):
+    """What is known of clips before they are read, by their number in the order; the same in all processes."""
 
     def kind(self, number: int) -> Kind | None:
         """The index of a clip's shape and its size, without reading it; None for one that is known to be unusable."""
+
+
+class Numbered(Planned, Protocol):
+    """Clips by their number in the order. Equal numbers give equal clips, in all processes."""
 
     def __getitem__(self, number: int) -> Any:
         """The clip, or None if it turns out to be unusable."""
@@ -39,18 +43,22 @@ class ReadAhead(grain.IterDataset):
 
     Args:
         plan: endless plans of batches; its iterators' states are JSON.
-        reads: of a plan, what is to be called in the threads.
+        clips: of a plan, what names the clips that are read.
+        read: reads some clips of a plan, called in the threads; a result each.
         join: makes a batch of a plan and the results; None passes it over.
+        at_once: clips that a thread reads in one call, at most; small ones take less time together.
     """
 
     def __init__(
         self,
         plan: grain.IterDataset,
-        reads: Callable[[Any], Sequence[Callable[[], Any]]],
+        clips: Callable[[Any], Sequence[Any]],
+        read: Callable[[Any, Sequence[Any]], list[Any]],
         join: Callable[[Any, list[Any]], Any],
+        at_once: int = 1,
     ):
         super().__init__()
-        self.plan, self.reads, self.join = plan, reads, join
+        self.plan, self.clips, self.read, self.join, self.at_once = plan, clips, read, join, at_once
 
     def __iter__(self) -> "_ReadAheadIterator":
         return _ReadAheadIterator(self)
@@ -67,25 +75,28 @@ class _ReadAheadIterator(grain.DatasetIterator):
         if state is not None:
             self._plan.set_state(state)
         self._state = self._plan.get_state()
-        # (plan, its state after it, results to come) of the next batches
-        self._ahead: collections.deque[tuple[Any, Any, list[futures.Future]]] = collections.deque()
+        # (plan, its state after it, number of clips, results to come) of the next batches
+        self._ahead: collections.deque[tuple[Any, Any, int, list[futures.Future]]] = collections.deque()
 
     def __next__(self) -> Any:
         while True:
             self._submit(1)
-            plan, state, reads = self._ahead.popleft()
+            plan, state, _, reads = self._ahead.popleft()
             self._submit(PREFETCHED)
-            batch = self._dataset.join(plan, [read.result() for read in reads])
+            batch = self._dataset.join(plan, [clip for read in reads for clip in read.result()])
             self._state = state
             if batch is not None:
                 return batch
 
     def _submit(self, clips: int) -> None:
         """Has at least so many clips of later batches read."""
-        while not self._ahead or sum(len(reads) for _, _, reads in self._ahead) < clips:
+        dataset = self._dataset
+        while not self._ahead or sum(count for _, _, count, _ in self._ahead) < clips:
             plan = next(self._plan)
-            reads = [self._pool.submit(read) for read in self._dataset.reads(plan)]
-            self._ahead.append((plan, self._plan.get_state(), reads))
+            names = dataset.clips(plan)
+            parts = [names[first : first + dataset.at_once] for first in range(0, len(names), dataset.at_once)]
+            reads = [self._pool.submit(dataset.read, plan, part) for part in parts]
+            self._ahead.append((plan, self._plan.get_state(), len(names), reads))
 
     def close(self) -> None:
         """Stops reading."""
@@ -96,7 +107,7 @@ class _ReadAheadIterator(grain.DatasetIterator):
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for _, _, reads in self._ahead:
+        for *_, reads in self._ahead:
             for read in reads:
                 read.cancel()
         self._begin(state)

@@ -155,8 +155,8 @@ def group(numbers: Int[np.ndarray, "b n"], rows: Rows, shards: int = 1) -> Group
     for shard, packs in enumerate(np.split(numbers, shards)):
         offsets = np.cumsum([0, *(packs.max(axis=1) + 1)[:-1]])
         flat = np.where(packs >= 0, packs + offsets[:, None], -1).ravel()
-        order = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :]
-        windows = np.unique(flat[order], return_counts=True)[1]
+        order, counts = _by_number(flat)
+        windows = counts[counts > 0]
         first = placed(windows, rows)
         if first is None:
             raise ValueError(f"{len(windows)} windows of up to {windows.max()} tokens don't fit rows of {rows}")
@@ -164,6 +164,16 @@ def group(numbers: Int[np.ndarray, "b n"], rows: Rows, shards: int = 1) -> Group
         slots = np.repeat(first, windows) + rank
         table[shard, slots], row_window[shard, slots] = order, flat[order]
     return Groups(table, row_window, _places(table, total), rows)
+
+
+def _by_number(numbers: Int[np.ndarray, " n"], least: int = 0) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " m"]]:
+    """(indices of the numbers from 0 on, of equal ones in their order, how often each occurs, of at least so many)"""
+    inside = np.flatnonzero(numbers >= 0)
+    found = numbers[inside]
+    counts = np.bincount(found, minlength=least)
+    if len(counts) <= 2**16:
+        found = found.astype(np.uint16)  # NumPy sorts 16 bits by their digits
+    return inside[np.argsort(found, kind="stable")], counts
 
 
 def _places(slots: Int[np.ndarray, "shards *slots"], tokens: int) -> Int[np.ndarray, "shards n"]:
@@ -236,8 +246,7 @@ def text_rows(segments: Int[np.ndarray, "b n"], clips: int, rows: tuple[int, int
     clip = np.zeros((shards, number), np.int32)
     for shard, packs in enumerate(np.split(segments, shards)):
         flat = np.where(packs >= 0, packs + clips * np.arange(batch)[:, None], -1).ravel()
-        order = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :]
-        tokens = np.bincount(flat[order], minlength=batch * clips)
+        order, tokens = _by_number(flat, batch * clips)
         needed = -(-tokens // length)
         if needed.sum() > number:
             raise ValueError(f"{np.count_nonzero(tokens)} clips don't fit {number} rows of {length} tokens")

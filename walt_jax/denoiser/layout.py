@@ -1,5 +1,6 @@
 """The position of every token: equal clips in raster order, or packs of clips of any size."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
@@ -97,9 +98,12 @@ class Layout:
         return jnp.ones((1, 1), bool) if self.pack is None else self.pack.positions[..., 0] >= 0
 
 
+@functools.lru_cache(maxsize=1024)
 def raster(grid: Grid) -> Int[np.ndarray, "n 3"]:
-    """(t, y, x) of a grid's tokens in raster order."""
-    return np.indices(grid, np.int32).reshape(3, -1).T
+    """(t, y, x) of a grid's tokens in raster order; an array that can't be written to."""
+    places = np.ascontiguousarray(np.indices(grid, np.int32).reshape(3, -1).T)
+    places.flags.writeable = False
+    return places
 
 
 def to_tokens(latents: Float[Array, "b t h w c"], patch: Grid) -> Float[Array, "b n p"]:
@@ -145,7 +149,8 @@ def place_clips(
             )
         start = 0
         for segment, (grid, places) in enumerate(zip(grids, clip_places, strict=True)):
-            positions[row, start : start + len(places)] = np.insert(places, 0, segment, axis=1)
+            own = positions[row, start : start + len(places)]
+            own[:, 0], own[:, 1:] = segment, places
             sizes[row, segment] = grid
             start += len(places)
     return positions, sizes

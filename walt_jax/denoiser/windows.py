@@ -7,6 +7,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Int, Shaped
 
+SPARSE = 16  # so many times as many numbers as tokens are rather sorted than counted
+
 
 class Window(NamedTuple):
     """Sizes in tokens; None is the whole axis. Tokens attend only to those in their own window.
@@ -104,13 +106,24 @@ def window_numbers(
     """
     segment, *place = positions.T
     inside = segment >= 0
-    if isolated is not None:
+    if isolated is not None and len(isolated):
         inside &= ~np.isin(segment, isolated)
-    cells = [np.zeros_like(axis) if size is None else axis // size for axis, size in zip(place, window, strict=True)]
-    keys = np.stack([segment, *cells], -1)[inside]
     numbers = np.full(len(positions), -1, np.int32)
-    if len(keys):
-        # One number for all four: sorting rows takes ten times as long.
-        flat = np.ravel_multi_index(keys.T, keys.max(axis=0) + 1)
-        numbers[inside] = np.unique(flat, return_inverse=True)[1]
+    inside = np.flatnonzero(inside)
+    if len(inside):
+        cells = [axis[inside] // size for axis, size in zip(place, window, strict=True) if size is not None]
+        key = segment[inside].astype(np.int64)  # one number for all four
+        for cell in cells:
+            key = key * (int(cell.max()) + 1) + cell
+        numbers[inside] = ranks(key)
     return numbers
+
+
+def ranks(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The place of each of these numbers from 0 on among all that occur."""
+    most = int(keys.max())
+    if most > SPARSE * len(keys):
+        return np.unique(keys, return_inverse=True)[1]
+    occurs = np.zeros(most + 1, bool)  # takes a tenth of the time of sorting
+    occurs[keys] = True
+    return (np.cumsum(occurs) - 1)[keys]

@@ -57,7 +57,7 @@ class Generator:
 
     def in_int8(self) -> "Generator":
         """With the weights of linear layers in 8 bits, see `int8`."""
-        return dataclasses.replace(self, params=jax.jit(int8.quantised)(self.params))
+        return dataclasses.replace(self, params=together(jax.jit(int8.quantised), self.params))
 
     @property
     def longest(self) -> int:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from walt_jax.errors import UserError
 from walt_jax.generation.lora import SCANNED, A, B, LoraConfig, Path, layers, merged
+from walt_jax.parallel.processes import together
 from walt_jax.workdir import write_atomically
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -82,7 +83,8 @@ def with_loras(params: Any, loras: Sequence[Chosen]) -> Any:
         UserError: as `read`.
     """
     for lora in loras:
-        params = merged(params, read(lora.file, params), lora.weight)
+        where = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
+        params = together(jax.jit(merged, out_shardings=where), params, read(lora.file, params), lora.weight)
     return params
 
 

@@ -61,7 +61,10 @@ class FrozenText:
         return [embeddings[mask] for embeddings, mask in zip(*self.encode(captions), strict=True)]
 
 
-def padded(embeddings: Float[np.ndarray, "n e"], length: int) -> Embedded:
-    """What `each` returns for a caption, as a row of what `encode` returns."""
-    count = len(embeddings)
-    return Embedded(np.pad(embeddings, ((0, length - count), (0, 0))), np.arange(length) < count)
+def padded(embeddings: Sequence[Float[np.ndarray, "n e"]], length: int) -> Embedded:
+    """What `each` returns, as `encode` returns it; at least one caption."""
+    counts = np.array([len(one) for one in embeddings])
+    whole = np.zeros((len(embeddings), length, embeddings[0].shape[1]), embeddings[0].dtype)
+    for row, one in zip(whole, embeddings, strict=True):
+        row[: len(one)] = one
+    return Embedded(whole, np.arange(length) < counts[:, None])

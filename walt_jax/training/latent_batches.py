@@ -1,28 +1,29 @@
 """Encodes clips, and makes batches of encoded clips; `pack_batches` makes packs."""
 
-import dataclasses
-import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Float, Int
 
-from walt_jax.data.batches import Batches
+from walt_jax.data.batches import BatchPlan, Plans
 from walt_jax.data.latents import Encoded, LatentClips
 from walt_jax.data.order import WHOLE, Order, Part
-from walt_jax.data.stream import Kind
+from walt_jax.data.stream import Kind, ReadAhead
+from walt_jax.data.uniform import uniform
 from walt_jax.errors import UserError
 
 ENCODED_AT_ONCE = 8
+READ_AT_ONCE = 32  # clips, by one thread
 
 Encode = Callable[[np.ndarray], Float[np.ndarray, "b t h w c"]]
 Embed = Callable[[list[str]], list[Float[np.ndarray, "n e"]]]
-# (clip, whether its caption is dropped) to a row of ids or embeddings, of the caption or of the empty one.
-ReadCaption = Callable[[Encoded | None, bool], Any]
+# (clips, whether the caption of each is dropped) to ids or embeddings, a row for each clip, of its caption or the empty
+# one. A clip whose caption is dropped may be None.
+ReadCaptions = Callable[[Sequence[Encoded | None], Sequence[bool]], Any]
 Size = tuple[int, int, int]
 
 
@@ -76,7 +77,7 @@ def encoded_clips(
 
 def dense_batches(
     clips: LatentClips,
-    read_caption: ReadCaption,
+    read_captions: ReadCaptions,
     caption_dropout: float,
     batch_sizes: dict[Size, int],
     seed: int,
@@ -88,7 +89,7 @@ def dense_batches(
 
     Args:
         clips: see `LatentClips`.
-        read_caption: see `ReadCaption`.
+        read_captions: see `ReadCaptions`.
         caption_dropout: probability of an empty caption.
         batch_sizes: clips in a batch, for each size (t, h, w) of latents.
         seed: of the order and of the dropped captions.
@@ -104,8 +105,22 @@ def dense_batches(
             f"{clips.path} holds latents of {_size(unknown[0])}, but the stage's clips have "
             f"{' or '.join(map(_size, batch_sizes))}; give the stage the shapes that were encoded."
         )
-    latents = _Latents(clips, owners, read_caption, caption_dropout, seed)
-    return Batches(latents, [batch_sizes[size] for size in sizes], part)
+    order = Order([len(clips)], [1.0], seed)
+
+    def numbers(plan: BatchPlan) -> list[int]:
+        return [plan.numbers[row] for row in part.rows(len(plan.numbers))]
+
+    def read(_: BatchPlan, numbers: Sequence[int]) -> list[Encoded]:
+        return [clips[order[number].index] for number in numbers]
+
+    def join(plan: BatchPlan, found: list[Encoded]) -> dict[str, Any]:
+        dropped = uniform([seed], numbers(plan)) < caption_dropout
+        small = {} if found[0].low_res is None else {"low_res": np.stack([clip.low_res for clip in found])}
+        latents = np.stack([clip.latents for clip in found])
+        return {"latents": latents, "text": read_captions(found, dropped.tolist()), **small}
+
+    plans = Plans(_Sizes(order, sizes, owners), [batch_sizes[size] for size in sizes])
+    return ReadAhead(plans, numbers, read, join, READ_AT_ONCE)
 
 
 def clip_sizes(clips: LatentClips) -> tuple[list[Size], Int[np.ndarray, " n"]]:
@@ -114,31 +129,15 @@ def clip_sizes(clips: LatentClips) -> tuple[list[Size], Int[np.ndarray, " n"]]:
     return [tuple(map(int, size)) for size in sizes], owners.reshape(-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Latents:
-    """Clips by number, for `Batches`; a clip's shape is the index of its size."""
+class _Sizes:
+    """The kinds of clips by number, for `Plans`; a clip's shape is the index of its size."""
 
-    clips: LatentClips
-    owners: Int[np.ndarray, " n"]
-    read_caption: ReadCaption
-    caption_dropout: float
-    seed: int
-
-    @functools.cached_property
-    def order(self) -> Order:
-        return Order([len(self.clips)], [1.0], self.seed)
+    def __init__(self, order: Order, sizes: Sequence[Size], owners: Int[np.ndarray, " n"]):
+        self._order, self._owners = order, owners
+        self._kinds = [(index, *size) for index, size in enumerate(sizes)]
 
     def kind(self, number: int) -> Kind:
-        index = self.order[number].index
-        return int(self.owners[index]), *self.clips.sizes[index].tolist()
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        index = self.order[number].index
-        clip = self.clips[index]
-        dropped = np.random.default_rng([self.seed, number]).random() < self.caption_dropout
-        text = self.read_caption(clip, bool(dropped))
-        small = {} if clip.low_res is None else {"low_res": clip.low_res}
-        return {"number": number, "shape": int(self.owners[index]), "latents": clip.latents, "text": text, **small}
+        return self._kinds[self._owners[self._order[number].index]]
 
 
 def _size(size: Size) -> str:

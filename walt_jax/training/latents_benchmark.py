@@ -1,5 +1,6 @@
 """How many tokens a second a host reads of cached latents: as batches or packs, from its disk onto its devices."""
 
+import math
 import pathlib
 import statistics
 import tempfile
@@ -18,7 +19,9 @@ from walt_jax.training.pack_batches import Packing, packs_of_latents
 from walt_jax.training.run_config import RunConfig
 from walt_jax.training.run_text import RunText
 
-CLIPS, ROUNDS = 512, 5
+CLIPS, ROUNDS = 4096, 5
+BYTES = 2**28  # of latents and embeddings, at most, but FEWEST clips
+FEWEST = 256
 TOKENS = 500_000  # at least so many a round
 
 
@@ -82,14 +85,14 @@ def _batches(config: RunConfig, name: str, folder: pathlib.Path) -> grain.IterDa
             captions = [str(label) for label in range(config.denoiser.classes)]
         text.keep(text.make(captions, ()))
     clips = LatentClips(_write(config, name, folder / "latents", captions), cache_bytes=0)
-    read_caption, dropout = text.reader(clips.empty), config.data.caption_dropout
+    read_captions, dropout = text.reader(clips.empty), config.data.caption_dropout
     if stage.pack is None:
         sizes = {
             latents[:3]: size
             for shape, size in zip(config.clip_shapes(name), config.batch_sizes(name), strict=True)
             for latents in config.latent_shapes(shape)
         }
-        return dense_batches(clips, read_caption, dropout, sizes, config.seed)
+        return dense_batches(clips, read_captions, dropout, sizes, config.seed)
     shards = data_shards(make_mesh(config.mesh, jax.local_devices())) * stage.accumulate
     packing = Packing(
         config.denoiser_of(name),
@@ -102,7 +105,7 @@ def _batches(config: RunConfig, name: str, folder: pathlib.Path) -> grain.IterDa
         shards,
         stage.pack.packers,
     )
-    return packs_of_latents(clips, read_caption, packing)
+    return packs_of_latents(clips, read_captions, packing)
 
 
 def _write(config: RunConfig, name: str, out: pathlib.Path, captions: list[str]) -> pathlib.Path:
@@ -125,5 +128,7 @@ def _write(config: RunConfig, name: str, out: pathlib.Path, captions: list[str])
         return clips
 
     identity = {"low_res": "random"} if scale > 1 else {}
-    write_latents(out, identity, CLIPS, encoded, None if text is None else lambda: normal(1, text.encoder.dim))
+    numbers = channels * max(map(math.prod, sizes)) + (0 if text is None else text.length * text.encoder.dim)
+    count = min(CLIPS, max(FEWEST, BYTES // (4 * numbers)))
+    write_latents(out, identity, count, encoded, None if text is None else lambda: normal(1, text.encoder.dim))
     return out

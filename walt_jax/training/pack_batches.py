@@ -1,7 +1,6 @@
 """Batches of packs: of clips that are encoded already, or of clips that are encoded for each batch."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +15,11 @@ from walt_jax.data.latents import Encoded, LatentClips
 from walt_jax.data.order import WHOLE, Order, Part
 from walt_jax.data.packing import Packed, PackedBatch, fill
 from walt_jax.data.stream import Numbered, ReadAhead
+from walt_jax.data.uniform import uniform
 from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Needs, PackRows, make_pack, place_clips, to_tokens
 from walt_jax.errors import UserError
-from walt_jax.training.latent_batches import ReadCaption, Size, clip_sizes
+from walt_jax.training.latent_batches import READ_AT_ONCE, ReadCaptions, Size, clip_sizes
 
 WAITING = 256  # clips among which a pack is chosen
 TRIED = 64  # data shards for which rows are chosen
@@ -77,14 +77,14 @@ class _Item(NamedTuple):
 
 def packs_of_latents(
     clips: LatentClips,
-    read_caption: ReadCaption,
+    read_captions: ReadCaptions,
     packing: Packing,
 ) -> grain.IterDataset:
     """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
 
     Args:
         clips: encoded clips of any sizes.
-        read_caption: see `ReadCaption`.
+        read_captions: see `ReadCaptions`.
         packing: see `Packing`.
 
     Raises:
@@ -103,12 +103,13 @@ def packs_of_latents(
     def grid_of(number: int) -> Grid:
         return grids[owners[order[number].index]]
 
-    def read(item: _Item) -> Encoded:
-        return clips[order[item.number].index]
+    def read(some: Sequence[_Item]) -> list[Encoded]:
+        return [clips[order[item.number].index] for item in some]
 
     channels = clips[0].latents.shape[-1]
     weights = np.bincount(owners) / len(owners)
-    return _packs(_Items(grid_of, packing, most), read, list, grids, weights, channels, read_caption, packing)
+    items = _Items(grid_of, packing, most)
+    return _packs(items, read, READ_AT_ONCE, list, grids, weights, channels, read_captions, packing)
 
 
 def packs_of_clips(
@@ -117,7 +118,7 @@ def packs_of_clips(
     sizes: dict[Size, float],
     encode: Callable[[list[dict[str, Any]]], list[Encoded]],
     channels: int,
-    read_caption: ReadCaption,
+    read_captions: ReadCaptions,
     packing: Packing,
 ) -> grain.IterDataset:
     """Packs as `packs_of_latents` makes them, of clips that are encoded each time.
@@ -131,7 +132,7 @@ def packs_of_clips(
         sizes: (t, h, w) that latents may have, and how often; tokens of none exceed a pack's.
         encode: clips of any sizes to latents, captions and their embeddings.
         channels: of latents.
-        read_caption: see `ReadCaption`.
+        read_captions: see `ReadCaptions`.
         packing: see `Packing`.
     """
     config = packing.config
@@ -140,15 +141,18 @@ def packs_of_clips(
         kind = clips.kind(number)
         return None if kind is None else config.grid(latent_size(kind[1:]))
 
-    def read(item: _Item) -> dict[str, Any] | None:
+    def one(item: _Item) -> dict[str, Any] | None:
         clip = clips[item.number]
         fits = clip is not None and config.grid(latent_size(clip["video"].shape[:3])) == item.grid
         return clip if fits else None
 
+    def read(some: Sequence[_Item]) -> list[dict[str, Any] | None]:
+        return list(map(one, some))
+
     grids = [config.grid(size) for size in sizes]
     most = max(int(np.prod(grid)) for grid in grids)
     weights = np.array(list(sizes.values())) / sum(sizes.values())
-    return _packs(_Items(grid_of, packing, most), read, encode, grids, weights, channels, read_caption, packing)
+    return _packs(_Items(grid_of, packing, most), read, 1, encode, grids, weights, channels, read_captions, packing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +163,13 @@ class _Items:
         grid_of: the tokens of a clip along (t, h, w), by its number in the order; None for one that can't be used.
         packing: see `Packing`.
         most: tokens of the largest clip.
+        whole: by grid, what a clip needs of rows of which all tokens are kept; filled as they come.
     """
 
     grid_of: Callable[[int], Grid | None]
     packing: Packing
     most: int
+    whole: dict[Grid, Needs] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, number: int) -> _Item | None:
         grid = self.grid_of(number)
@@ -173,42 +179,43 @@ class _Items:
         """A clip to be packed."""
         config = self.packing.config
         if self.packing.drop is None:
-            return _Item(math.prod(grid), number, grid, _whole_needs(config, grid))
+            if grid not in self.whole:
+                self.whole[grid] = _whole_needs(config, grid)
+            return _Item(math.prod(grid), number, grid, self.whole[grid])
         kept = self.kept(number, grid)
         return _Item(len(kept), number, grid, _needs(config, grid, kept))
 
     def kept(self, number: int, grid: Grid) -> Int[np.ndarray, " k"]:
-        """Which of a clip's tokens are kept."""
-        count, drop = int(np.prod(grid)), self.packing.drop
-        if drop is None:
-            return np.arange(count)
-        return kept(drop, count, self.most, [self.packing.seed, number, 0])
+        """Which of a clip's tokens are kept, where some are dropped."""
+        return kept(self.packing.drop, math.prod(grid), self.most, [self.packing.seed, number, 0])
 
 
 def _packs(
     items: _Items,
-    read: Callable[[_Item], Any],
+    read: Callable[[Sequence[_Item]], list[Any]],
+    at_once: int,
     encode: Callable[[list[Any]], list[Encoded]],
     grids: Sequence[Grid],
     weights: Sequence[float],
     channels: int,
-    read_caption: ReadCaption,
+    read_captions: ReadCaptions,
     packing: Packing,
 ) -> grain.IterDataset:
     """Batches of packs.
 
     Args:
         items: see `_Items`.
-        read: an item's clip; None if it turns out to be unusable.
+        read: the clips of items; None for one that turns out to be unusable.
+        at_once: clips that are read by one call, at most.
         encode: clips that were read to latents and captions.
         grids: all that clips may have.
         weights: how often each is.
         channels: of latents.
-        read_caption, packing: see `packs_of_latents`.
+        read_captions, packing: see `packs_of_latents`.
     """
     config, tokens, part = packing.config, packing.tokens, packing.part
     width = channels * int(np.prod(config.patch_size))
-    empty = jax.tree.map(np.asarray, read_caption(None, True))
+    empty = jax.tree.map(np.asarray, read_captions([None], [True]))
     windows, isolate, groups = config.attention_windows, config.isolate_images, packing.groups
     rows = pack_rows(trial_shards(grids, weights, packing), grids, packing)
 
@@ -217,29 +224,33 @@ def _packs(
 
     mine = part.rows(packing.batch_size)
 
-    def reads(packed: PackedBatch) -> list[Callable[[], Any]]:
-        return [functools.partial(read, item) for row in mine for item in packed.packs[row]]
+    def chosen_items(packed: PackedBatch) -> list[_Item]:
+        return [item for row in mine for item in packed.packs[row]]
 
     def join(packed: PackedBatch, found: list[Any]) -> dict[str, Any]:
-        clips = iter(encode([clip for clip in found if clip is not None]))
+        clips = encode([clip for clip in found if clip is not None])
         usable = iter(clip is not None for clip in found)
         packs = [[item for item in packed.packs[row] if next(usable)] for row in mine]
-        chosen = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
-        positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, chosen)
+        places = [(row, segment) for row, pack in enumerate(packs) for segment in range(len(pack))]
+        kept = None
+        if packing.drop is not None:
+            kept = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
+        positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, kept)
         batch = np.zeros((len(packs), tokens, width), np.float32)
+        start = 0
+        for (row, segment), clip in zip(places, clips, strict=True):
+            start = start if segment else 0
+            content = to_tokens(clip.latents[None], config.patch_size)[0]
+            content = content if kept is None else content[kept[row][segment]]
+            batch[row, start : start + len(content)] = content
+            start += len(content)
         # Zeros where a pack has fewer clips; of a large T5 a clip's embeddings take a hundred times its latents.
-        text = jax.tree.map(lambda leaf: np.zeros((len(packs), packing.clips, *leaf.shape), leaf.dtype), empty)
-        for row, pack in enumerate(packs):
-            start = 0
-            for segment, item in enumerate(pack):
-                clip = next(clips)
-                content = to_tokens(clip.latents[None], config.patch_size)[0][chosen[row][segment]]
-                batch[row, start : start + len(content)] = content
-                start += len(content)
-                rng = np.random.default_rng([packing.seed, item.number, 1])
-                caption = read_caption(clip, bool(rng.random() < packing.caption_dropout))
-                for whole, own in zip(jax.tree.leaves(text), jax.tree.leaves(caption), strict=True):
-                    whole[row, segment] = own
+        text = jax.tree.map(lambda leaf: np.zeros((len(packs), packing.clips, *leaf.shape[1:]), leaf.dtype), empty)
+        if places:
+            dropped = uniform([packing.seed], [item.number for pack in packs for item in pack], [1])
+            captions = read_captions(clips, (dropped < packing.caption_dropout).tolist())
+            for whole, own in zip(jax.tree.leaves(text), jax.tree.leaves(captions), strict=True):
+                whole[tuple(np.transpose(places))] = own
         local = part.rows(groups)
         pack = make_pack(positions, sizes, windows, rows, isolate, len(local)).replace(
             deferred=np.array([packed.deferred[group] for group in local], np.int32)
@@ -248,7 +259,7 @@ def _packs(
 
     packers = sorted({row * packing.packers // packing.batch_size for row in mine})
     plan = Packed(items, packing.batch_size, tokens, packing.clips, WAITING, groups, hold, packing.packers, packers)
-    return ReadAhead(plan, reads, join)
+    return ReadAhead(plan, chosen_items, lambda _, some: read(some), join, at_once)
 
 
 def trial_shards(grids: Sequence[Grid], weights: Sequence[float], packing: Packing) -> list[list[_Item]]:
@@ -288,7 +299,6 @@ def _needs(config: DenoiserConfig, grid: Grid, kept: Int[np.ndarray, " k"]) -> N
     return Needs.of(*places, config.attention_windows, config.isolate_images)
 
 
-@functools.lru_cache(maxsize=1024)
 def _whole_needs(config: DenoiserConfig, grid: Grid) -> Needs:
     """What a clip needs of rows, of which all tokens are kept."""
     return _needs(config, grid, np.arange(np.prod(grid)))

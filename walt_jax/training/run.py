@@ -317,7 +317,7 @@ class Run:
     def _whole(self, stage: str, served: Any) -> Any:
         """The denoiser's parameters, of what a stage serves: of LoRA's A and B merged with the base."""
         lora = self.config.stages[stage].lora
-        return served if lora is None else jax.jit(merged)(self._base_params, served, lora.scale)
+        return served if lora is None else together(jax.jit(merged), self._base_params, served, lora.scale)
 
     @property
     def _lora_stage(self) -> str | None:

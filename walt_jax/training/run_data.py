@@ -233,17 +233,17 @@ class RunData:
             self._text.digest(),
             None if low_res is None else digest(low_res.tokenizer),
         )
-        read_caption = self._text.reader(clips.empty)
+        read_captions = self._text.reader(clips.empty)
         if stage.pack is None:
             dropout, seed = config.data.caption_dropout, self._seed(name)
-            return dense_batches(clips, read_caption, dropout, self._sizes(name), seed, self._part())
+            return dense_batches(clips, read_captions, dropout, self._sizes(name), seed, self._part())
         t, h, w = (bound * size for bound, size in zip(config.bounds(name), config.denoiser.patch_size, strict=True))
         if (clips.sizes > np.array([t, h, w])).any():
             raise UserError(
                 f"{path} holds latents of up to {' × '.join(map(str, clips.sizes.max(0)))}, and stages.{name} has "
                 f"clips of at most {t} × {h} × {w}; give the stage the shapes that were encoded."
             )
-        return packs_of_latents(clips, read_caption, self._packing(name))
+        return packs_of_latents(clips, read_captions, self._packing(name))
 
     def packs(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """A stage's batches of packs of clips that are encoded for each batch."""

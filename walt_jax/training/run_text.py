@@ -2,18 +2,20 @@
 
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from numpy import ndarray
 
+from walt_jax.data.latents import Encoded
 from walt_jax.errors import UserError
 from walt_jax.text import t5_weights, vocabulary, words
 from walt_jax.text.frozen import FrozenText, padded
 from walt_jax.text.labels import Labels
 from walt_jax.text.t5 import T5Encoder
 from walt_jax.text.vocabulary import Vocabulary
-from walt_jax.training.latent_batches import ReadCaption
+from walt_jax.training.latent_batches import ReadCaptions
 from walt_jax.training.run_config import RunConfig, only_published
 from walt_jax.workdir import write_atomically
 
@@ -169,10 +171,14 @@ class RunText:
             return None
         return f"{t5_weights.digest(text.pretrained)}, {text.length} tokens, {text.encoder.dtype}"
 
-    def reader(self, empty: Float[ndarray, "n e"] | None) -> ReadCaption:
+    def reader(self, empty: Float[ndarray, "n e"] | None) -> ReadCaptions:
         """Of clips that were encoded beforehand; `empty` is the empty caption as a frozen encoder has read it."""
         text = self._config.pretrained_text
+
+        def choose(clips: Sequence[Encoded], dropped: Sequence[bool], part: str, instead: Any) -> list[Any]:
+            return [instead if without else getattr(clip, part) for clip, without in zip(clips, dropped, strict=True)]
+
         if text is not None:
-            return lambda clip, dropped: padded(empty if dropped else clip.embeddings, text.length)
+            return lambda clips, dropped: padded(choose(clips, dropped, "embeddings", empty), text.length)
         captions = self.captions()
-        return lambda clip, dropped: captions.encode(["" if dropped else clip.caption])[0]
+        return lambda clips, dropped: captions.encode(choose(clips, dropped, "caption", ""))
