@@ -37,20 +37,19 @@ def fill(waiting: list[Item], tokens: int, clips: int) -> tuple[list[Item], list
     sizes = [item.tokens for item in rest]
     unit = math.gcd(*sizes) or 1  # nothing is between its multiples
     room = (tokens - first.tokens) // unit
-    # fewest[n]: the fewest clips with exactly n units of tokens.
-    fewest = np.full(room + 1, clips, np.int32)
+    # fewest[n]: the fewest clips with exactly n units of tokens; in 16 bits, which take half of the time.
+    fewest = np.full(room + 1, clips, np.int16 if clips < 2**15 else np.int64)
     fewest[0] = 0
     tried: list[tuple[int, int, np.ndarray]] = []  # (clip, its size, of which n it is the last one added)
     alike: collections.Counter[int] = collections.Counter()
     for number, size in enumerate(sizes):
-        alike[size] += 1
-        size //= unit
         # Of clips of one size no more can be added than there is room for: the first ones do.
-        if alike[sizes[number]] <= min(room // size, clips - 1):
-            with_it = fewest[: room + 1 - size] + 1
-            better = with_it < fewest[size:]
-            tried.append((number, size, better))
-            np.copyto(fewest[size:], with_it, where=better)
+        if alike[size] < min((tokens - first.tokens) // size, clips - 1):
+            alike[size] += 1
+            size //= unit
+            with_it, without = fewest[: room + 1 - size] + 1, fewest[size:]
+            tried.append((number, size, with_it < without))
+            np.minimum(with_it, without, out=without)
     left = int(np.flatnonzero(fewest < clips)[-1])
     chosen = []
     for number, size, better in reversed(tried):

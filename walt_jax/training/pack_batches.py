@@ -236,14 +236,14 @@ def _packs(
         if packing.drop is not None:
             kept = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
         positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, kept)
-        batch = np.zeros((len(packs), tokens, width), np.float32)
-        start = 0
+        batch, ends = np.empty((len(packs), tokens, width), np.float32), [0] * len(packs)
         for (row, segment), clip in zip(places, clips, strict=True):
-            start = start if segment else 0
             content = to_tokens(clip.latents[None], config.patch_size)[0]
             content = content if kept is None else content[kept[row][segment]]
-            batch[row, start : start + len(content)] = content
-            start += len(content)
+            start, ends[row] = ends[row], ends[row] + len(content)
+            batch[row, start : ends[row]] = content
+        for row, end in enumerate(ends):
+            batch[row, end:] = 0
         # Zeros where a pack has fewer clips; of a large T5 a clip's embeddings take a hundred times its latents.
         text = jax.tree.map(lambda leaf: np.zeros((len(packs), packing.clips, *leaf.shape[1:]), leaf.dtype), empty)
         if places:
