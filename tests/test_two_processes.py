@@ -11,8 +11,11 @@ import commands
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from walt_jax.clock import CLOCK, account, read_clock
+from walt_jax.generation import lora_files
+from walt_jax.generation.lora import A, B, LoraConfig, targeted
 
 TINY = pathlib.Path(__file__).parents[1] / "configs" / "walt_tiny.py"
 KILLS, MINUTE = 8, 60
@@ -141,3 +144,33 @@ def test_it_goes_on_with_another_number_of_processes_and_another_mesh(flags, tmp
         assert ours["name"] == theirs["name"]
         if ours["name"].startswith(("loss", "reconstruction")):
             assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3)
+
+
+def write_lora(path: pathlib.Path, params: dict) -> None:
+    """Of random numbers, large enough to change what is sampled."""
+    rng, config, pairs = np.random.default_rng(0), LoraConfig(rank=2, alpha=2.0, targets=("self_attention",)), {}
+    for place, kernel in targeted(params, config.targets).items():
+        *stack, wide, high = kernel.shape
+        pairs[*place, A] = rng.normal(size=(*stack, wide, 2)).astype(np.float32)
+        pairs[*place, B] = rng.normal(size=(*stack, 2, high)).astype(np.float32)
+    lora_files.write(path, unflatten_dict(pairs), config)
+
+
+@pytest.mark.slow
+def test_merged_parameters_of_8_bits_are_sampled_by_two_processes_as_by_one(flags, tmp_path, cache):
+    """With parameters that are divided over all devices, so of both processes."""
+    run = one_process(flags, tmp_path / "run", cache)
+    write_lora(tmp_path / lora_files.FILE, commands.trained(run)["denoiser"]["ema"])
+    asked = [*flags, "--mode=sample", f"--workdir={run}", "--config.mesh.data=1", "--config.mesh.fsdp=4"]
+    asked += ["--prompt=a red circle moving up", "--no_metadata"]
+    changed = ["--int8", f"--lora={tmp_path / lora_files.FILE}"]
+    found = {}
+    for name, processes, more in (("plain", 1, []), ("one", 1, changed), ("two", 2, changed)):
+        started = commands.start_together(
+            *asked, *more, f"--out={tmp_path / name}", cache=cache, processes=processes, devices=4 // processes
+        )
+        codes, errors = commands.ended(started)
+        assert codes == [0] * processes, errors
+        found[name] = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.mp4")}
+    assert len(found["one"]) == 1
+    assert found["two"] == found["one"] != found["plain"]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from walt_jax.errors import UserError
+from walt_jax.parallel import processes
 from walt_jax.training.checkpoint import Checkpoints, Keep
 from walt_jax.training.state import TrainState
 
@@ -251,3 +252,23 @@ def test_checkpoints_of_older_versions_have_no_manifest(saved, tmp_path, capsys)
     assert equal(checkpoints.restore(state(0))[0], state(2))
     assert f"the checkpoint {copy / '3'} is damaged" in capsys.readouterr().err
     gc.collect()  # here, rather than in another test
+
+
+def test_a_lost_process_is_no_full_disk(tmp_path, monkeypatch):
+    """Of several processes, those that are left find out by who watches, and are started again."""
+    checkpoints = Checkpoints(tmp_path, writer=True)
+
+    def lost():
+        try:
+            raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError("it can't be saved") from error
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lost)
+    with pytest.raises(UserError, match="can't be written"):
+        checkpoints.wait()
+    monkeypatch.setattr(processes, "_client", object())
+    with pytest.raises(ValueError, match="it can't be saved"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    checkpoints.close()

@@ -320,6 +320,17 @@ def divided(count: int, compute: Callable[[list[int]], np.ndarray]) -> np.ndarra
     return rows.swapaxes(0, 1).reshape(size * processes, *rows.shape[2:])[:count]
 
 
+def of_lost_process(error: BaseException | None) -> bool:
+    """Whether an error may be that of a program that has waited for a lost process."""
+    import jax
+
+    while _client is not None and error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def guarded(run: Callable[[], int]) -> int:
     """Runs a program; where one process fails with a traceback, the others end too."""
     try:
@@ -330,8 +341,6 @@ def guarded(run: Callable[[], int]) -> int:
         import traceback
 
         traceback.print_exc()
-        import jax
-
-        if isinstance(error, jax.errors.JaxRuntimeError):  # maybe of a program that waits for a lost process: see who
+        if of_lost_process(error):  # the thread that watches says who
             time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
         return leave(1, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

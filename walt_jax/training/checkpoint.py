@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from walt_jax.errors import UserError, reason_of
-from walt_jax.parallel.processes import exchanged, one_after_the_first, place
+from walt_jax.parallel.processes import exchanged, of_lost_process, one_after_the_first, place
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
@@ -151,6 +151,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError, by who meets it first
+            if of_lost_process(error):
+                raise
             complete = max(self.steps(), default=None)
             kept = f"the checkpoint of step {complete} is complete" if complete else "there is no checkpoint yet"
             reason = reason_of(error)
