@@ -20,6 +20,7 @@ from walt_jax.generation.lora import A, B, LoraConfig, targeted
 TINY = pathlib.Path(__file__).parents[1] / "configs" / "walt_tiny.py"
 KILLS, WATCHED, MINUTE = 30, 4, 60
 # A denoiser on the tokenizer of another run: little to compile, for all parts of a run are compiled by each process.
+# Its preview is made after the last step: a run that is stopped leaves out one that is due.
 LEAST = f"""
 from ml_collections import ConfigDict
 
@@ -35,7 +36,7 @@ def get_config():
     config.diffusion.self_conditioning = 0.0
     config.conditioning = ConfigDict()
     del config.stages["tokenizer"]
-    config.stages.denoiser.update(steps=6, batch_size=4, checkpoint_every=4, preview_every=16, cached_clips=8)
+    config.stages.denoiser.update(steps=6, batch_size=4, checkpoint_every=4, preview_every=48, cached_clips=8)
     config.stages.denoiser.optimizer = ConfigDict({{"name": "adamw", "learning_rate": 1e-3}})
     config.sampling.update(batch_size=4, steps=1)
     config.sampling.guidance.scale = 1.0
