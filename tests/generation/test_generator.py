@@ -10,6 +10,7 @@ from small_generator import make
 from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.errors import UserError
+from walt_jax.generation import packs
 from walt_jax.generation.asking import encoded
 from walt_jax.generation.latent_diffusion import NEVER, SamplingConfig, unboxed
 from walt_jax.generation.long_video import segments, windows
@@ -150,3 +151,28 @@ def test_encoding_in_chunks_is_encoding_at_once(generator):
     video = np.random.default_rng(0).integers(0, 255, (37, 16, 16, 3), np.uint8)
     whole = generator.model.codec.encode(generator.tokenizer, video[None])[0][0]
     np.testing.assert_allclose(encoded(generator.model.codec, generator.tokenizer, video), whole, atol=1e-4)
+
+
+def test_many_mixes_of_sizes_are_few_shapes(generator):
+    """Of a pack: what a program is compiled for."""
+    rng, shapes, mixes = np.random.default_rng(0), set(), set()
+    for _ in range(30):
+        sizes = [
+            (int(rng.choice([1, 9])), *(int(side) for side in rng.choice([16, 24, 32], 2)))
+            for _ in range(rng.integers(2, 9))
+        ]
+        clips = [generator.shape(size) for size in sizes]
+        ids = np.ones((len(clips), 8), np.int32)
+        packed = packs.pack(generator.model, clips, ids, ids, np.arange(len(clips)), [None] * len(clips))
+        leaves, structure = jax.tree.flatten(packed.asked)
+        shapes.add((structure, *(leaf.shape for leaf in leaves)))
+        mixes.add(tuple(sorted(sizes)))
+    assert len(mixes) > 25 and len(shapes) <= 16
+
+
+def test_rounding_adds_a_quarter_at_most():
+    for count in range(1, 2000):
+        assert count <= packs.rounded(count) <= 1.25 * count and packs.rounded(packs.rounded(count)) == packs.rounded(
+            count
+        )
+    assert len({packs.rounded(count) for count in range(1, 1025)}) < 40

@@ -14,6 +14,7 @@ from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.diffusion.objective import DiffusionConfig
+from walt_jax.diffusion.sampler import sample
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.errors import UserError
 from walt_jax.generation import latent_diffusion
@@ -133,12 +134,17 @@ def test_guidance_leaves_observed_positions_out(at_once):
         assert not call["observed_mask"].any() and not call["observed"].any()
 
 
-def real(sampling, config, rows=(0, 1), **conditions):
-    """Latents of clips from a denoiser with random parameters; nothing of it is zero."""
+def real_model(config):
+    """A denoiser with random parameters, and these; nothing of it is zero."""
     model = LatentDiffusion(None, None, Denoiser(config, SHAPE[:3]), DiffusionConfig(Schedule("cosine"), "v"), SHAPE)
     leaves, tree = jax.tree.flatten(nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0))))
     rng = np.random.default_rng(2)
-    params = tree.unflatten([0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    return model, tree.unflatten([0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def real(sampling, config, rows=(0, 1), **conditions):
+    """Latents of clips from `real_model`."""
+    model, params = real_model(config)
     rows = np.array(rows)
     return np.asarray(model.sample(params, LABELS[rows], EMPTY[rows], SEEDS[rows], sampling, **conditions))
 
@@ -258,3 +264,25 @@ def test_a_cached_clip_does_not_depend_on_the_others():
     together = real(sampling, config)
     alone = [real(sampling, config, rows=[row]) for row in range(2)]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc", "heun"])
+def test_one_program_serves_any_number_of_steps_and_any_guidance(sampler):
+    """Each equals the program of its own numbers alone: all evaluations in one scan, the numbers as constants."""
+    config = dataclasses.replace(CONFIG, self_conditioning=True)
+    model, params = real_model(config)
+    compiled = []
+    for steps, scale, interval in ((2, 1.5, (0.1, 0.8)), (5, 3.0, (0.3, 0.9)), (4, 2.2, (0.0, 1.0))):
+        sampling = SamplingConfig(steps, sampler, GuidanceConfig(scale, "interval", interval), batch_size=steps)
+        found = model.sample(params, LABELS, EMPTY, SEEDS, sampling)
+        compiled.append(model._step._cache_size())
+
+        @jax.jit
+        def alone(params, labels, sampling=sampling):
+            asked = model.asked(labels, EMPTY, SEEDS, SHAPE)
+            predict, levels, carried = model.predictor(params, asked, sampling)
+            noise = model.tokens(model.noise(SEEDS, SHAPE))
+            return sample(sampling.sampler, predict, noise, levels, sampling.steps, asked.keys, carried)
+
+        np.testing.assert_allclose(found.reshape(2, 12, 2), alone(params, LABELS), atol=3e-6, rtol=3e-6)
+    assert compiled[0] == compiled[1] == compiled[2]

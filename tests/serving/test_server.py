@@ -8,10 +8,12 @@ import json
 import pathlib
 import re
 import socket
+import threading
 import time
 import types
 
 import av
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -150,13 +152,38 @@ def test_a_job_has_so_much_time(server):
     assert "longer than 0 s" in client.get(f"/v1/videos/{name}").json()["error"]["message"]
 
 
-def test_programs_are_forgotten(server, monkeypatch):
-    client, cleared = server(paused=True), []
-    monkeypatch.setattr(worker, "PROGRAMS", 2)
-    monkeypatch.setattr(worker.jax, "clear_caches", lambda: cleared.append(1))
-    for key in (1, 2, 1, 2, 3, 3, 4, 1):
-        client.worker._forget_programs(key)
-    assert len(cleared) == 2  # before the third, and before the first comes again
+def test_few_programs_are_kept(server, monkeypatch):
+    """Other steps and guidance need none; each size has a sampler and a decoder, and there is room for two."""
+    client, cleared, clear = server(paused=True), [], jax.clear_caches
+    clear()
+    monkeypatch.setattr(worker, "PROGRAMS", 4)
+    monkeypatch.setattr(worker.jax, "clear_caches", lambda: cleared.append(worker.programs()) or clear())
+    for number, size in enumerate(("16x16", "16x16", "24x16", "16x16")):
+        ask(client, seed=number, num_inference_steps=1 + number, guidance_scale=2 + number, size=size)
+        client.worker.make_some()
+        assert worker.programs() == (2, 2, 4, 2)[number] and cleared == [4] * (number == 3)
+
+
+def test_cancelling_does_not_wait_for_a_compiler(server, monkeypatch):
+    """The next video is made while what is cancelled is still being compiled."""
+    compiling, compiled = threading.Event(), threading.Event()
+    sample = worker.Worker._sample
+
+    def slowly(self, ready):
+        if ready[0].request.seed == 7:
+            compiling.set()
+            assert compiled.wait(60)
+        sample(self, ready)
+
+    monkeypatch.setattr(worker.Worker, "_sample", slowly)
+    client = server()
+    name = ask(client, seed=7)["id"]
+    assert compiling.wait(60)
+    client.delete(f"/v1/videos/{name}")
+    assert finished(client, ask(client, seed=3)["id"])["status"] == "completed"
+    compiled.set()
+    assert finished(client, ask(client, seed=4)["id"])["status"] == "completed"
+    assert client.worker.counts["videos"] == 2
 
 
 def test_those_that_wait_are_made_together_whatever_their_size(server, tmp_path, generator):

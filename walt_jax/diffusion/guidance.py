@@ -6,9 +6,10 @@ affine combination, so guiding any of them is guiding all.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from walt_jax.config import Fraction, Range
@@ -78,16 +79,33 @@ class GuidanceConfig:
         return self.scale != 1
 
 
-def scale_at(config: GuidanceConfig, time: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """w at these times (0..1)."""
+class Strength(NamedTuple):
+    """The numbers of guidance as arguments of a compiled sampler, which serves any of them.
+
+    Attributes:
+        scale: w.
+        interval: lowest and highest time; read only by the kind "interval" and by mean velocities.
+    """
+
+    scale: Float[Array, ""]
+    interval: Float[Array, " 2"]
+
+    @classmethod
+    def of(cls, config: GuidanceConfig) -> "Strength":
+        """Those of a config."""
+        return cls(np.asarray(config.scale), np.asarray(config.interval or (0.0, 1.0)))
+
+
+def scale_at(config: GuidanceConfig, time: Float[Array, "*n"], strength: Strength | None = None) -> Float[Array, "*n"]:
+    """w at these times (0..1); with a `strength`, of its numbers instead of the config's."""
+    scale, (start, end) = (config.scale, config.interval or (0.0, 1.0)) if strength is None else strength
     match config.kind:
         case "constant":
-            return jnp.full_like(time, config.scale)
+            return jnp.full_like(time, scale)
         case "interval":
-            start, end = config.interval
-            return jnp.where((start <= time) & (time <= end), config.scale, 1.0)
+            return jnp.where((start <= time) & (time <= end), scale, 1.0)
         case "power_cosine":
-            return 1 + (config.scale - 1) * (1 - jnp.cos(math.pi * (1 - time) ** config.power)) / 2
+            return 1 + (scale - 1) * (1 - jnp.cos(math.pi * (1 - time) ** config.power)) / 2
     raise ValueError(f"{config.kind!r} is no kind of guidance")
 
 
@@ -108,6 +126,7 @@ def guide(
     conditional: Float[Array, "b *n"],
     unconditional: Float[Array, "b *n"],
     before: Float[Array, "b *n"] | None = None,
+    strength: Strength | None = None,
 ) -> Float[Array, "b *n"]:
     """The guided clean estimate, x = x_c + (w − 1) Δ with Δ = x_c − x_u, projected and rescaled.
 
@@ -121,12 +140,13 @@ def guide(
         conditional: the estimate of the clean latents with the condition; the first axis counts clips.
         unconditional: the one without, at the same noisy latents.
         before: `difference_of` at the evaluation before; None is zeros.
+        strength: see `scale_at`.
     """
     step = difference_of(config, conditional, unconditional, 0.0 if before is None else before)
     if config.apg is not None:
         step = projected(config.apg, step, conditional)
     # Written so that w = 1 gives the conditional estimate exactly.
-    guided = conditional + (scale_at(config, time) - 1) * step
+    guided = conditional + (scale_at(config, time, strength) - 1) * step
     if config.rescale == 0:
         return guided
     each = tuple(range(1, guided.ndim))

@@ -23,26 +23,38 @@ from walt_jax.diffusion.schedule import STEPS
 
 Latents = Float[Array, "b *n"]
 Level = Float[Array, "..."]  # of α, σ: a scalar or broadcastable to the latents
+Levels = Callable[[Float[Array, ""]], tuple[Level, Level]]  # α and σ at a time
 Index = Int[Array, ""]
 # (noisy latents, time, carried) -> (estimate of the clean latents, carried)
 Predict = Callable[[Latents, Float[Array, ""], Any], tuple[Latents, Any]]
 
 
 class TimeGrid(NamedTuple):
-    """The times that a sampler visits and the noise levels there, along a first axis from noise to data."""
+    """The times that a sampler visits, from noise to data, and the noise levels there.
+
+    Attributes:
+        time: from 1 to 0; zeros may follow as padding, so that one program serves any number of steps.
+        levels: α and σ at a time.
+    """
 
     time: Float[Array, " visits"]
-    alpha: Float[Array, "visits ..."]
-    sigma: Float[Array, "visits ..."]
+    levels: Levels
 
-    @property
-    def steps(self) -> int:
-        return len(self.time) - 1
+    def alpha(self, i: Index) -> Level:
+        """α at time i."""
+        return self.levels(self.time[i])[0]
+
+    def sigma(self, i: Index) -> Level:
+        """σ at time i."""
+        return self.levels(self.time[i])[1]
 
     def stride(self, i: Index) -> Level:
         """h, the change of λ = log α/σ over step i; infinite in a step from α = 0 or to σ = 0."""
-        log_ratio = jnp.log(self.alpha) - jnp.log(self.sigma)
-        return log_ratio[i + 1] - log_ratio[i]
+
+        def log_ratio(i):
+            return jnp.log(self.alpha(i)) - jnp.log(self.sigma(i))
+
+        return log_ratio(i + 1) - log_ratio(i)
 
     def step(self, i: Index, z: Latents, x: Latents) -> Latents:
         """From time i to time i + 1 as if x were the clean latents all the way: α' x + σ' (z − α x) / σ.
@@ -50,8 +62,8 @@ class TimeGrid(NamedTuple):
         This is DDIM's equation 12 and, as α' (1 − e^{−h}) = α' − α σ'/σ, also the first-order step of DPM-Solver++,
         here without exponents, so that it holds where h is infinite.
         """
-        ratio = self.sigma[i + 1] / self.sigma[i]
-        return ratio * z + (self.alpha[i + 1] - ratio * self.alpha[i]) * x
+        ratio = self.sigma(i + 1) / self.sigma(i)
+        return ratio * z + (self.alpha(i + 1) - ratio * self.alpha(i)) * x
 
     def has_slope(self, i: Index) -> Bool[Array, "..."]:
         """Whether steps i − 1 and i give x̂ a finite slope in λ: not for the first, nor where a stride is infinite."""
@@ -62,25 +74,22 @@ class Solver(NamedTuple):
     """A sampler for one model and grid, evaluation by evaluation.
 
     Attributes:
-        count: how many evaluations of the model there are.
         start: (noise, what the model carries at first) -> state, a pytree of constant shapes.
-        step: (state, number of the evaluation) -> state after it.
+        step: (state, number of the evaluation) -> state after it; `evaluations` says how many there are.
         result: state after the last evaluation -> clean latents.
     """
 
-    count: int
     start: Callable[[Latents, Any], Any]
     step: Callable[[Any, Index], Any]
     result: Callable[[Any], Latents]
 
 
-def time_grid(name: str, levels: Callable[[Float[Array, ""]], tuple[Level, Level]], steps: int) -> TimeGrid:
-    """The times that a sampler visits in so many steps; arguments as those of `sample`."""
+def times_of(name: str, steps: int) -> Float[np.ndarray, " steps+1"]:
+    """The times that a sampler visits in so many steps."""
     times = np.linspace(1.0, 0.0, steps + 1)
     if name == "ddpm":
         times[:-1] = (1 + np.round(np.linspace(STEPS - 1, 0, steps))) / STEPS
-    time = jnp.asarray(times, jnp.zeros(()).dtype)
-    return TimeGrid(time, *jax.vmap(levels)(time))
+    return times
 
 
 def solver(
@@ -105,7 +114,7 @@ def sample(
     name: str,
     predict: Predict,
     noise: Latents,
-    levels: Callable[[Float[Array, ""]], tuple[Level, Level]],
+    levels: Levels,
     steps: int,
     key: PRNGKeyArray,
     carried: Any = None,
@@ -125,9 +134,10 @@ def sample(
         carried: the first call's.
         learned: v of `learned_sigma`, from what `predict` returned as carried; read only by "ddpm".
     """
-    chosen = solver(name, predict, time_grid(name, levels, steps), key, learned)
-    state = chosen.start(noise, carried)
-    state, _ = jax.lax.scan(lambda state, i: (chosen.step(state, i), None), state, jnp.arange(chosen.count))
+    time = jnp.asarray(times_of(name, steps), jnp.zeros(()).dtype)
+    chosen = solver(name, predict, TimeGrid(time, levels), key, learned)
+    state, count = chosen.start(noise, carried), evaluations(name, steps)
+    state, _ = jax.lax.scan(lambda state, i: (chosen.step(state, i), None), state, jnp.arange(count))
     return chosen.result(state)
 
 
@@ -143,7 +153,7 @@ def ddim(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
         x, carried = predict(z, grid.time[i], carried)
         return grid.step(i, z, x), carried
 
-    return Solver(grid.steps, lambda noise, carried: (noise, carried), step, _first)
+    return Solver(lambda noise, carried: (noise, carried), step, _first)
 
 
 def ddpm(
@@ -161,18 +171,18 @@ def ddpm(
     def step(state, i):
         z, carried = state
         x, carried = predict(z, grid.time[i], carried)
-        kept = grid.alpha[i] * grid.sigma[i + 1] / (grid.sigma[i] * grid.alpha[i + 1])
-        eps = (z - grid.alpha[i] * x) / grid.sigma[i]
-        deviation = grid.sigma[i + 1] * jnp.sqrt(jnp.maximum(1 - kept**2, 0))
+        kept = grid.alpha(i) * grid.sigma(i + 1) / (grid.sigma(i) * grid.alpha(i + 1))
+        eps = (z - grid.alpha(i) * x) / grid.sigma(i)
+        deviation = grid.sigma(i + 1) * jnp.sqrt(jnp.maximum(1 - kept**2, 0))
         if learned is not None:
-            sigma = jnp.maximum(grid.sigma[i + 1], 1e-8)  # of the last step, which has no noise
-            least, most = log_variances(grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], sigma)
+            sigma = jnp.maximum(grid.sigma(i + 1), 1e-8)  # of the last step, which has no noise
+            least, most = log_variances(grid.alpha(i), grid.sigma(i), grid.alpha(i + 1), sigma)
             own = jnp.exp(0.5 * log_variance(learned(carried), least, most))
-            deviation = jnp.where(grid.sigma[i + 1] > 0, own, 0)
+            deviation = jnp.where(grid.sigma(i + 1) > 0, own, 0)
         fresh = deviation * _normal(key, i, z)
-        return grid.alpha[i + 1] * x + grid.sigma[i + 1] * kept * eps + fresh, carried
+        return grid.alpha(i + 1) * x + grid.sigma(i + 1) * kept * eps + fresh, carried
 
-    return Solver(grid.steps, lambda noise, carried: (noise, carried), step, _first)
+    return Solver(lambda noise, carried: (noise, carried), step, _first)
 
 
 def _first(state: tuple[Latents, Any]) -> Latents:
@@ -193,7 +203,7 @@ def dpm_solver_2m(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver
         x, carried = predict(z, grid.time[i], carried)
         return grid.step(i, z, _extrapolated(grid, i, x, before)), x, carried
 
-    return Solver(grid.steps, lambda noise, carried: (noise, jnp.zeros_like(noise), carried), step, _first)
+    return Solver(lambda noise, carried: (noise, jnp.zeros_like(noise), carried), step, _first)
 
 
 def _extrapolated(grid: TimeGrid, i: Index, x: Latents, before: Latents) -> Latents:
@@ -219,7 +229,7 @@ def unipc(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
     def start(noise, carried):
         return noise, noise, jnp.zeros_like(noise), jnp.zeros_like(noise), carried
 
-    return Solver(grid.steps, start, step, _first)
+    return Solver(start, step, _first)
 
 
 def _corrected(grid: TimeGrid, i: Index, x: Latents, before: Latents, after: Latents) -> Latents:
@@ -242,27 +252,31 @@ def heun(predict: Predict, grid: TimeGrid, key: PRNGKeyArray) -> Solver:
     For "flow" y is z and s is t. Other schedules are converted to that form, which unlike Karras et al.'s z/α and σ/α
     (2022, algorithm 1) is finite at α = 0. As there, the last step is Euler's: at s = 0 x̂ does not determine the slope.
     """
-    total = grid.alpha + grid.sigma
-    s = grid.sigma / total
+
+    def total(i):
+        return grid.alpha(i) + grid.sigma(i)
+
+    def s(i):
+        return grid.sigma(i) / total(i)
 
     # Evaluations, not steps, so that a large model is compiled once and not three times. The even ones are made at a
     # step's start, the odd ones at its end.
     def evaluation(state, j):
         y, start, slope_at_start, carried = state
         i, here = j // 2, (j + 1) // 2
-        x, carried = predict(y * total[here], grid.time[here], carried)
-        slope = (y - x) / s[here]
+        x, carried = predict(y * total(here), grid.time[here], carried)
+        slope = (y - x) / s(here)
         at_start = j % 2 == 0
         start = jnp.where(at_start, y, start)
         slope_at_start = jnp.where(at_start, slope, slope_at_start)
-        y = start + (s[i + 1] - s[i]) * (slope_at_start + slope) / 2
+        y = start + (s(i + 1) - s(i)) * (slope_at_start + slope) / 2
         return y, start, slope_at_start, carried
 
     def begin(noise, carried):
-        y = noise / total[0]
+        y = noise / total(0)
         return y, y, jnp.zeros_like(y), carried
 
-    return Solver(evaluations("heun", grid.steps), begin, evaluation, lambda state: state[0] * total[-1])
+    return Solver(begin, evaluation, lambda state: state[0] * total(-1))
 
 
 SAMPLERS: dict[str, Callable[[Predict, TimeGrid, PRNGKeyArray], Solver]] = {

@@ -135,7 +135,7 @@ def _step(model: LatentDiffusion, sampling: SamplingConfig) -> Callable[..., Any
         )
         x, carried = predict(z, time, first._replace(estimates=estimates))
         times = jnp.stack([time, next_time])
-        z = TimeGrid(times, *jax.vmap(levels)(times)).step(0, z, x)
+        z = TimeGrid(times, levels).step(0, z, x)
 
         def as_latents(tokens):
             return from_tokens(tokens, model.layout.grid, model.denoiser.config.patch_size)

@@ -240,11 +240,14 @@ class Generator:
         return self._resized(largest) if largest != bounds else (self.model, self.params)
 
     def _resized(self, bounds: Grid) -> tuple[LatentDiffusion, Any]:
+        """A model without tables of positions stays itself: it is compiled for fewer shapes."""
         model = dataclasses.replace(self.model, denoiser=Denoiser(self.model.denoiser.config, bounds))
         like = _shapes(model)["denoiser"]
         if int8.is_quantised(self.params):
             like = jax.eval_shape(int8.quantised, like)
         same = jax.tree.map(jnp.shape, self.params["denoiser"]) == jax.tree.map(jnp.shape, like)
+        if same and min(bounds[0], 2) == min(self.model.denoiser.bounds[0], 2):  # "sincos" tells pictures from clips
+            return self.model, self.params
         return model, self.params if same else {**self.params, "denoiser": resize(self.params["denoiser"], like)}
 
 

@@ -16,10 +16,10 @@ from walt_jax.config import Fraction, Positive
 from walt_jax.denoiser.layout import Grid, Layout, from_tokens, to_tokens
 from walt_jax.denoiser.model import BlockCache, Condition, Denoiser, Step
 from walt_jax.diffusion import parameterization
-from walt_jax.diffusion.guidance import GuidanceConfig, difference_of, guide
+from walt_jax.diffusion.guidance import GuidanceConfig, Strength, difference_of, guide
 from walt_jax.diffusion.learned_sigma import split_sigma
 from walt_jax.diffusion.objective import Denoise, DiffusionConfig
-from walt_jax.diffusion.sampler import Level, Predict, Solver, evaluations, solver, time_grid
+from walt_jax.diffusion.sampler import Levels, Predict, Solver, TimeGrid, evaluations, solver, times_of
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec
 from walt_jax.generation.tiles import Tiles
@@ -32,13 +32,13 @@ from walt_jax.text.vocabulary import PAD
 # Captions of clips: token ids, or embeddings where the text encoder is not trained; or class labels, with m = 1.
 TextTokens = Int[Array, "b s m"] | Embedded
 
-Levels = Callable[[Float[Array, ""]], tuple[Level, Level]]  # α and σ at a time
 OnStep = Callable[[int, int, Float[Array, "b n p"]], None]  # see `LatentDiffusion.sample_tokens`
 
 NEVER = 2.0  # a time above all others, down to which a position follows what is given: it does not
 # With guidance, batches of at most so many tokens are evaluated with and without condition at once. On two CPU cores
 # the demo's clip of 80 tokens takes 7 % less time so, and eight of them the same as one after the other.
 AT_ONCE = 128
+VISITS = 1024  # the times of a sampler are padded to a multiple, so that one program serves any number of steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,38 @@ class SamplingConfig:
     batch_size: Positive = 8
     first_block_cache: float = 0.0
     low_res_noise: Fraction = 0.0
+
+    @property
+    def program(self) -> "SamplingConfig":
+        """The config with all that `Dials` holds, and what an evaluation does not read, set to one value.
+
+        What is left decides on the compiled program; whether there is guidance does, for it doubles the work.
+        """
+        interval = self.guidance.interval and (0.0, 1.0)
+        scale = 2.0 if self.guidance.needs_unconditional else 1.0
+        guidance = dataclasses.replace(self.guidance, scale=scale, interval=interval)
+        return dataclasses.replace(self, steps=1, guidance=guidance, batch_size=1, low_res_noise=0.0)
+
+    @property
+    def dials(self) -> "Dials":
+        """The numbers that a compiled evaluation takes as arguments."""
+        times = times_of(self.sampler, self.steps)
+        times = np.pad(times, (0, -len(times) % VISITS))
+        return Dials(times, np.asarray(1 / self.steps), Strength.of(self.guidance))
+
+
+class Dials(NamedTuple):
+    """The numbers of a `SamplingConfig` that need no program of their own.
+
+    Attributes:
+        times: that the sampler visits, then zeros.
+        length: of a step, as a time; read only by mean velocities.
+        guidance: its scale and interval.
+    """
+
+    times: Float[Array, " visits"]
+    length: Float[Array, ""]
+    guidance: Strength
 
 
 @flax.struct.dataclass
@@ -252,9 +284,17 @@ class LatentDiffusion:
         return Asked(layout, *texts, keys, self.tokens(observed), self.tokens(until), low_res, time, tile)
 
     def predictor(
-        self, params: dict[str, Any], asked: Asked, config: SamplingConfig
+        self, params: dict[str, Any], asked: Asked, config: SamplingConfig, dials: Dials | None = None
     ) -> tuple[Predict, Levels, Carried]:
-        """The guided denoiser of a batch: (predict, levels, what is carried at first) for `diffusion.sampler`."""
+        """The guided denoiser of a batch: (predict, levels, what is carried at first) for `diffusion.sampler`.
+
+        Args:
+            params: structured as `init` returns them.
+            asked: the batch.
+            config: see `SamplingConfig`.
+            dials: are followed instead of the config's own.
+        """
+        dials = config.dials if dials is None else dials
         layout, kind, clean = asked.layout, self.diffusion.parameterization, asked.observed
         sizes = layout.clip_sizes()
         clips = (clean.shape[0], sizes.shape[1])
@@ -277,13 +317,13 @@ class LatentDiffusion:
         def predict(z, time, carried):
             # Self-conditioning: each model gets its own last estimate, as in training.
             times, level = jnp.full(clips, time), levels(time)
-            step = _step_of(config, times) if means else None
+            step = _step_of(dials, times) if means else None
             outputs, caches = models(z, times, carried.estimates, step, carried.caches)
             split_outputs = [split_sigma(output, z.shape[-1]) for output in outputs]
             estimates = [parameterization.clean(kind, prediction, z, *level) for prediction, _ in split_outputs]
             guided, difference = estimates[0], None
             if len(ways) > 1:
-                guided = guide(config.guidance, time, *estimates, carried.difference)
+                guided = guide(config.guidance, time, *estimates, carried.difference, dials.guidance)
                 if config.guidance.apg is not None:
                     difference = difference_of(config.guidance, *estimates, carried.difference)
                 if config.guidance.channels:
@@ -363,32 +403,35 @@ class LatentDiffusion:
 
         return apply
 
-    def _solver(self, params: dict[str, Any], asked: Asked, config: SamplingConfig) -> tuple[Solver, Any]:
+    def _solver(self, params: dict[str, Any], asked: Asked, config: SamplingConfig, dials: Dials) -> tuple[Solver, Any]:
         """(the sampler, what the model carries at first)"""
-        predict, levels, carried = self.predictor(params, asked, config)
+        predict, levels, carried = self.predictor(params, asked, config, dials)
         learned = (lambda carried: carried.learned) if self.denoiser.config.learned_sigma else None
-        grid = time_grid(config.sampler, levels, config.steps)
-        return solver(config.sampler, predict, grid, asked.keys, learned), carried
+        return solver(config.sampler, predict, TimeGrid(dials.times, levels), asked.keys, learned), carried
 
     @functools.partial(jax.jit, static_argnames=("self", "config"))
-    def _begin(self, params: dict[str, Any], noise: Float[Array, "b n p"], asked: Asked, config: SamplingConfig) -> Any:
-        chosen, carried = self._solver(params, asked, config)
+    def _begin(
+        self, params: dict[str, Any], noise: Float[Array, "b n p"], asked: Asked, config: SamplingConfig, dials: Dials
+    ) -> Any:
+        chosen, carried = self._solver(params, asked, config, dials)
         return chosen.start(constrain(noise, "batch", "tokens"), carried)
 
     @functools.partial(jax.jit, static_argnames=("self", "config"), donate_argnames=("state",))
     def _step(
-        self, params: dict[str, Any], state: Any, i: Int[Array, ""], asked: Asked, config: SamplingConfig
+        self, params: dict[str, Any], state: Any, i: Int[Array, ""], asked: Asked, config: SamplingConfig, dials: Dials
     ) -> tuple[Any, Float[Array, "b n p"]]:
         """The state after evaluation i, and its estimate of the clean latents."""
-        chosen, _ = self._solver(params, asked, config)
+        chosen, _ = self._solver(params, asked, config, dials)
         state = chosen.step(state, i)
         *_, carried = state
         return state, carried.guided
 
     @functools.partial(jax.jit, static_argnames=("self", "config"))
-    def _end(self, params: dict[str, Any], state: Any, asked: Asked, config: SamplingConfig) -> Float[Array, "b n p"]:
+    def _end(
+        self, params: dict[str, Any], state: Any, asked: Asked, config: SamplingConfig, dials: Dials
+    ) -> Float[Array, "b n p"]:
         """The sample, in which what is given to the end is exact."""
-        chosen, _ = self._solver(params, asked, config)
+        chosen, _ = self._solver(params, asked, config, dials)
         known = self.per_value((asked.until == 0).astype(asked.observed.dtype))
         return known * asked.observed + (1 - known) * chosen.result(state)
 
@@ -402,6 +445,8 @@ class LatentDiffusion:
     ) -> Float[Array, "b n p"]:
         """Clean latents, as tokens. One program for each evaluation, so that sampling can be watched and cancelled.
 
+        The same program serves any number of steps and any guidance, see `SamplingConfig.program`.
+
         Args:
             params: structured as `init` returns them.
             noise: standard normal.
@@ -409,14 +454,21 @@ class LatentDiffusion:
             config: see `SamplingConfig`.
             on_step: called after each evaluation with its number, from 1, how many there are, and its estimate of the
                 clean latents, as tokens. What it raises ends sampling.
+
+        Raises:
+            UserError: if a mean velocity's guidance is below 1.
         """
-        count = evaluations(config.sampler, config.steps)
-        state = together(self._begin, params, noise, asked, config)
+        if self.denoiser.config.mean_velocity and config.guidance.scale < 1:
+            raise UserError(
+                f"guidance is {config.guidance.scale:g}, and this model has learned scales from 1 up; give at least 1."
+            )
+        count, program, dials = evaluations(config.sampler, config.steps), config.program, config.dials
+        state = together(self._begin, params, noise, asked, program, dials)
         for number in range(count):
-            state, estimate = together(self._step, params, state, np.int32(number), asked, config)
+            state, estimate = together(self._step, params, state, np.int32(number), asked, program, dials)
             if on_step is not None:
                 on_step(number + 1, count, estimate)
-        return together(self._end, params, state, asked, config)
+        return together(self._end, params, state, asked, program, dials)
 
     def sample(
         self,
@@ -460,20 +512,10 @@ class LatentDiffusion:
         return self.tokens(self.noise(seeds, shape)), asked
 
 
-def _step_of(config: SamplingConfig, time: Float[Array, "b s"]) -> Step:
-    """The sampler's step that begins at a time, with the config's guidance.
-
-    Raises:
-        UserError: if its scale is below 1.
-    """
-    if config.guidance.scale < 1:
-        raise UserError(
-            f"guidance is {config.guidance.scale:g}, and this model has learned scales from 1 up; give at least 1."
-        )
-    end = jnp.maximum(time - 1 / config.steps, 0)
-    low, high = config.guidance.interval or (0.0, 1.0)
-    interval = jnp.broadcast_to(jnp.array([low, high])[None, None], (*time.shape, 2))
-    return Step(end, jnp.full_like(time, config.guidance.scale), interval)
+def _step_of(dials: Dials, time: Float[Array, "b s"]) -> Step:
+    """The sampler's step that begins at a time, with its guidance."""
+    interval = jnp.broadcast_to(dials.guidance.interval[None, None].astype(time.dtype), (*time.shape, 2))
+    return Step(jnp.maximum(time - dials.length, 0), jnp.full_like(time, dials.guidance.scale), interval)
 
 
 def single_clips(text_tokens: Int[Array, "b m"] | Embedded) -> TextTokens:

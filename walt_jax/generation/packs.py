@@ -11,7 +11,7 @@ from walt_jax.denoiser.layout import Grid, Layout, Needs, PackRows, from_tokens,
 from walt_jax.generation.latent_diffusion import NEVER, Asked, LatentDiffusion, SamplingConfig
 
 Shape = tuple[int, int, int, int]
-UNIT = 128  # a pack's length is a multiple, so that packs of similar requests share a program
+UNIT = 128  # a pack's length is a multiple
 
 
 def can_pack(model: LatentDiffusion, config: SamplingConfig) -> bool:
@@ -68,6 +68,29 @@ def as_latents(tokens: Float[np.ndarray, "n p"], grid: Grid, patch: Grid) -> Flo
     return np.asarray(from_tokens(tokens[None], grid, patch)[0])
 
 
+def rounded(count: int) -> int:
+    """The next of four values an octave, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …: up to a quarter more."""
+    unit = 1 << max(0, count.bit_length() - 3)
+    return -(-count // unit) * unit
+
+
+def few(rows: PackRows, length: int, slots: int) -> PackRows:
+    """Rows that hold what these do, of few shapes, so that packs of similar requests share a program.
+
+    Args:
+        rows: that hold the windows of a pack, of one length each.
+        length: tokens of the pack.
+        slots: its most clips.
+    """
+    windows = {name: tuple(tuple(map(power, row)) for row in each) for name, each in rows.windows.items()}
+    return PackRows(windows, (UNIT, length // UNIT + slots))  # each clip has one row at most that is not full
+
+
+def power(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
 def pack(
     model: LatentDiffusion,
     shapes: Sequence[Shape],
@@ -76,7 +99,7 @@ def pack(
     seeds: np.ndarray,
     given: Sequence[tuple[np.ndarray, np.ndarray] | None],
 ) -> Packed:
-    """Makes a pack of clips.
+    """Makes a pack of clips. Its shapes are rounded up: many mixes of sizes share few compiled programs.
 
     Args:
         model: see `LatentDiffusion`.
@@ -86,10 +109,11 @@ def pack(
     """
     config = model.denoiser.config
     grids = [config.grid(shape[:3]) for shape in shapes]
-    length = -(-sum(int(np.prod(grid)) for grid in grids) // UNIT) * UNIT
-    positions, sizes = place_clips([grids], length, len(grids))
+    length = rounded(-(-sum(int(np.prod(grid)) for grid in grids) // UNIT)) * UNIT
+    slots = power(len(grids))
+    positions, sizes = place_clips([grids], length, slots)
     windows, isolate = config.attention_windows, config.isolate_images
-    rows = PackRows.choose([Needs.of(positions, sizes, windows, isolate)])
+    rows = few(PackRows.choose([Needs.of(positions, sizes, windows, isolate)], most=1), length, slots)
     layout = Layout(pack=make_pack(positions, sizes, windows, rows, isolate))
     width = int(np.prod(config.patch_size))
     noise = np.zeros((1, length, width * shapes[0][3]), np.float32)
@@ -103,6 +127,7 @@ def pack(
             observed[0, start:end] = model.tokens(latents[None])[0]
             until[0, start:end] = model.tokens(times[None])[0]
         start = end
-    texts = [jax.tree.map(lambda array: array[None], one) for one in (text, free)]
+    row = np.minimum(np.arange(slots), len(grids) - 1)[None]  # slots without a clip repeat the last one's text
+    texts = [jax.tree.map(lambda array: np.asarray(array)[row], one) for one in (text, free)]
     keys = jax.vmap(jax.random.key)(seeds[:1])
     return Packed(noise, Asked(layout, *texts, keys, observed, until), grids)

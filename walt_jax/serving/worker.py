@@ -1,6 +1,5 @@
 """The thread that makes queued videos: several at once, watched, and ended when nobody wants them any more."""
 
-import collections
 import dataclasses
 import logging
 import pathlib
@@ -21,7 +20,9 @@ from walt_jax.data.watchdog import Watchdog
 from walt_jax.errors import UserError
 from walt_jax.generation import packs, provenance
 from walt_jax.generation.asking import Ask, Condition, Resolved, resolve
+from walt_jax.generation.codec import Codec
 from walt_jax.generation.generator import Generator
+from walt_jax.generation.latent_diffusion import LatentDiffusion
 from walt_jax.generation.long_video import segments
 from walt_jax.generation.request import Request
 from walt_jax.serving.fields import Limits
@@ -29,7 +30,7 @@ from walt_jax.serving.jobs import PREVIEW, SIDECAR, VIDEO, Job, Jobs
 
 PREVIEW_SECONDS = 0.5  # at least, between two previews of a job
 GATHER_SECONDS = 0.1  # requests that come together are made together
-PROGRAMS = 64  # that are kept; clients choose sizes, steps and guidance, and each combination is compiled
+PROGRAMS = 16  # that are kept: clients choose sizes, and each, or each shape of a pack, is compiled; 15 to 100 MiB each
 LOG = logging.getLogger("walt_jax.serving")
 
 
@@ -104,7 +105,6 @@ class Worker(threading.Thread):
         self.reader = Apart(limits.seconds / 10)
         self._on_mesh, self._together, self._model, self._tags = on_mesh, together, model, tags
         self._ending = False
-        self._programs: set[Any] = set()
         self.wanted: set[str] = set()  # ids of jobs that someone watches
         self.counts = {"batches": 0, "videos": 0, "failed": 0, "seconds": 0.0, "evaluations": 0}
 
@@ -116,18 +116,40 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Until `end`."""
-        with self._on_mesh():
-            while not self._ending:
-                with self.jobs.changed:
-                    if not self.jobs.waiting():
-                        self.jobs.changed.wait(timeout=1)
-                        continue
-                time.sleep(GATHER_SECONDS)
-                self.make_some()
+        leaving: threading.Thread | None = None
+        while not self._ending:
+            with self.jobs.changed:
+                if not self.jobs.waiting():
+                    self.jobs.changed.wait(timeout=1)
+                    continue
+            time.sleep(GATHER_SECONDS)
+            batch = self._batch(self.jobs.waiting())
+            making = threading.Thread(target=self._on_device, args=(batch,), daemon=True, name="batch")
+            making.start()
+            if leaving is not None:  # one at most, whatever is cancelled
+                leaving.join()
+            leaving = making if self._all_gone(batch, making) else None
 
-    def make_some(self) -> None:
-        """Makes the oldest job, and those that can be made with it."""
-        batch = self._batch(self.jobs.waiting())
+    def _all_gone(self, batch: list[Job], making: threading.Thread) -> bool:
+        """Waits for a batch; True as soon as all of it is deleted, while its thread may still compile.
+
+        XLA does not stop compiling. The next batch does not wait for that, and the thread ends before it evaluates.
+        """
+        while making.is_alive() and not self._ending:
+            if not any(self.jobs.get(job.id) for job in batch):
+                return True
+            with self.jobs.changed:
+                self.jobs.changed.wait(timeout=0.2)
+            making.join(0.01)
+        return False
+
+    def _on_device(self, batch: list[Job]) -> None:
+        with self._on_mesh():
+            self.make_some(batch)
+
+    def make_some(self, batch: list[Job] | None = None) -> None:
+        """Makes a batch; by default the oldest job, and those that can be made with it."""
+        batch = self._batch(self.jobs.waiting()) if batch is None else batch
         try:
             self._make(batch)
         except Exception as error:  # the next ones are made all the same
@@ -139,7 +161,7 @@ class Worker(threading.Thread):
     def _batch(self, waiting: list[Job]) -> list[Job]:
         """The oldest job, and those that can be made with it: of equal settings, and of any size if the model packs.
 
-        Of each size a power of two, so that few programs are compiled, and kept.
+        Of one size a power of two, so that few programs are compiled; the shapes of packs are few themselves.
         """
 
         def settings(job: Job) -> tuple[Any, ...]:
@@ -160,14 +182,10 @@ class Worker(threading.Thread):
             room = job.same in videos or len(videos) < self._together
             if alike and room and not self._is_long(job):
                 videos.setdefault(job.same, []).append(job)
-        counts = collections.Counter(size(jobs[0]) for jobs in videos.values())
-        rooms = {one: 1 << (count.bit_length() - 1) for one, count in counts.items()}
-        chosen = []
-        for jobs in videos.values():
-            if rooms[size(jobs[0])]:
-                rooms[size(jobs[0])] -= 1
-                chosen += jobs
-        return chosen
+        found = list(videos.values())
+        if len({size(jobs[0]) for jobs in found}) == 1:
+            found = found[: 1 << (len(found).bit_length() - 1)]
+        return [job for jobs in found for job in jobs]
 
     def _is_long(self, job: Job) -> bool:
         frames = job.asked["num_frames"] or self.pixels[0]
@@ -235,7 +253,8 @@ class Worker(threading.Thread):
         count = 1 << (len(ready) - 1).bit_length()
         config = dataclasses.replace(config, steps=asked["steps"], guidance=guidance, batch_size=count)
         generator = dataclasses.replace(self.generator, config=config)
-        self._forget_programs((config, tuple(sorted(one.request.size for one in ready))))
+        decoder = dataclasses.replace(generator, config=dataclasses.replace(config, batch_size=1))
+        self._forget_programs()
         start = time.monotonic()
         if generator.shape(ready[0].request.size)[0] > generator.longest:
             videos = [self._long(generator, ready[0], start)]
@@ -245,18 +264,17 @@ class Worker(threading.Thread):
             latents = generator.latents(
                 [one.request for one in ready], bar=False, watch=self._watch(generator, ready, start)
             )
-            videos = generator.decode(latents)
-        self.counts["batches"] += 1
-        self.counts["seconds"] += time.monotonic() - start
+            # One by one: a program for each size, not for each number of videos too; previews have the same.
+            videos = (video for one in latents for video in decoder.decode([one]))
         for one, video in zip(ready, videos, strict=True):
             self._finish(one, video[one.asked.shown])
+        self.counts["batches"] += 1
+        self.counts["seconds"] += time.monotonic() - start
 
-    def _forget_programs(self, key: Any) -> None:
-        """Memory does not grow with all that clients have asked for: now and then it is compiled anew."""
-        if key not in self._programs and len(self._programs) >= PROGRAMS:
+    def _forget_programs(self) -> None:
+        """Memory does not grow with all that clients have asked for: now and then programs are loaded anew."""
+        if programs() >= PROGRAMS:
             jax.clear_caches()
-            self._programs.clear()
-        self._programs.add(key)
 
     def _long(self, generator: Generator, ready: Ready, start: float) -> np.ndarray:
         found: list[np.ndarray] = []
@@ -335,6 +353,12 @@ class Worker(threading.Thread):
             self.jobs.update(job, status="failed", completed_at=time.time(), error={"code": code, "message": message})
         except OSError:  # a full disk: known until the server ends
             LOG.exception("%s has failed, which could not be written", job.id)
+
+
+def programs() -> int:
+    """How many large programs are compiled and kept: of samplers, encoders and decoders."""
+    # JAX has no public name for it.
+    return sum(each._cache_size() for each in (LatentDiffusion._step, Codec.encode, Codec.decode))
 
 
 def conditions_of(asked: dict[str, Any], folder: pathlib.Path) -> list[Condition]:
