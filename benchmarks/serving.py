@@ -19,7 +19,7 @@ CASES = {"one size": ["32x32"], "three sizes": ["32x32", "32x48", "48x32"]}
 
 
 def measured(model, together, sizes, count, seed):
-    """Seconds for so many jobs that wait; a first round compiles."""
+    """(seconds for so many jobs that wait, of which sampling, of which decoding); a first round compiles."""
     data = model.config.data
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(pathlib.Path(folder))
@@ -37,7 +37,8 @@ def measured(model, together, sizes, count, seed):
         start = time.monotonic()
         while jobs.waiting():
             worker.make_some()
-        return time.monotonic() - start
+        seconds = time.monotonic() - start
+        return seconds, worker.counts["sampling_seconds"], worker.counts["decoding_seconds"]
 
 
 def main() -> None:
@@ -53,8 +54,11 @@ def main() -> None:
                 found = measured(model, together, sizes, arguments.jobs, 1000 * turn)
                 if turn:  # the first round compiles
                     seconds.setdefault(together, []).append(found)
-        row = {f"together_{key}_seconds": min(values) for key, values in seconds.items()}
-        print(json.dumps({"case": name, "jobs": arguments.jobs, **row}), flush=True)
+        for together, found in seconds.items():
+            total, sampling, decoding = min(found)
+            row = {"case": name, "jobs": arguments.jobs, "together": together, "seconds": round(total, 2)}
+            row |= {"sampling_seconds": round(sampling, 2), "decoding_seconds": round(decoding, 2)}
+            print(json.dumps({**row, "videos_per_second": round(arguments.jobs / total, 2)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -72,14 +72,24 @@ def make_app(
                 raise BadRequest("extend goes on with a clip; give it as input_reference.", "extend")
             if not files:
                 asked["num_frames"] = asked["num_frames"] or worker.pixels[0]
-            job = new(name, {**asked, "files": files}, digest(identity, json.dumps(asked, sort_keys=True), *digests))
+            same, group = (
+                digest(identity, json.dumps(values, sort_keys=True), *digests)
+                for values in (asked, {**asked, "seed": 0})
+            )
+            job = new(name, {**asked, "files": files}, same, group)
             job.frames = asked["num_frames"] if not files else None
             check_room()  # others may have come meanwhile; from here to `add` none does
             jobs.add(job)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return JSONResponse(described(job, model))
+        return JSONResponse(shown(job))
+
+    def shown(job: Job, waiting: list[Job] | None = None) -> dict[str, Any]:
+        """A job with its place in the queue and the seconds that are left."""
+        waiting = jobs.waiting() if waiting is None else waiting
+        place = next((place for place, other in enumerate(waiting) if other is job), None)
+        return {**described(job, model), "queue_position": place, "seconds_left": worker.seconds_left(job)}
 
     def _write(source: BinaryIO, path: pathlib.Path) -> str:
         with path.open("xb") as file:
@@ -154,7 +164,8 @@ def make_app(
             if not places:
                 raise BadRequest(f"There is no video {after!r:.60}.", "after", 404)
             found = found[places[0] + 1 :]
-        page = [described(job, model) for job in found[: int(limit)]]
+        waiting = jobs.waiting()
+        page = [shown(job, waiting) for job in found[: int(limit)]]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(found) > len(page)})
 
@@ -165,7 +176,7 @@ def make_app(
         return job
 
     async def one(request: Request) -> Response:
-        return JSONResponse(described(found(request), model))
+        return JSONResponse(shown(found(request)))
 
     async def content(request: Request) -> Response:
         job = found(request)
@@ -295,6 +306,7 @@ def described(job: Job, model: str) -> dict[str, Any]:
         "num_inference_steps": asked["steps"],
         "guidance_scale": asked["guidance"],
         "given": sorted(asked["files"]),
+        "group": job.group or job.id,
     }
 
 
@@ -419,6 +431,8 @@ def exposition(jobs: Jobs, worker: Worker, requests: dict[tuple[str, int], int])
         "videos": "Videos that were made.",
         "failed": "Videos that could not be made.",
         "seconds": "Seconds that making batches took.",
+        "sampling_seconds": "Of these, seconds of sampling latents.",
+        "decoding_seconds": "Of these, seconds of decoding latents; the rest is writing files.",
         "evaluations": "Evaluations of the denoiser.",
     }
     for name, text in texts.items():

@@ -29,6 +29,7 @@ class Job:
         progress: 0..100.
         error: {"code", "message"} of a failed one.
         same: tells equal requests to the same model.
+        group: the same without the seed: requests that differ in it alone are shown next to each other.
         notes: what was changed to make what is given fit.
         frames: of the video, once they are known.
     """
@@ -43,6 +44,7 @@ class Job:
     same: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     frames: int | None = None
+    group: str = ""
 
 
 class Jobs:
@@ -148,9 +150,9 @@ class Jobs:
         return True
 
 
-def new(name: str, asked: dict[str, Any], same: str) -> Job:
+def new(name: str, asked: dict[str, Any], same: str, group: str = "") -> Job:
     """A job of now."""
-    return Job(name, asked, time.time(), same=same)
+    return Job(name, asked, time.time(), same=same, group=group)
 
 
 def digest(*parts: str) -> str:

@@ -106,7 +106,17 @@ class Worker(threading.Thread):
         self._on_mesh, self._together, self._model, self._tags = on_mesh, together, model, tags
         self._ending = False
         self.wanted: set[str] = set()  # ids of jobs that someone watches
-        self.counts = {"batches": 0, "videos": 0, "failed": 0, "seconds": 0.0, "evaluations": 0}
+        self._paces: dict[str, tuple[float, int]] = {}  # when a job's first evaluation ended, and its progress then
+        self.counts = dict.fromkeys(("batches", "videos", "failed", "evaluations"), 0) | dict.fromkeys(
+            ("seconds", "sampling_seconds", "decoding_seconds"), 0.0
+        )
+
+    def seconds_left(self, job: Job) -> float | None:
+        """Of a job that is being made, by its pace since its first evaluation; None where that is not known yet."""
+        start, progress = self._paces.get(job.id, (0.0, 100))
+        if job.status != "in_progress" or job.progress <= progress:
+            return None
+        return round((time.monotonic() - start) * (100 - job.progress) / (job.progress - progress), 1)
 
     def end(self) -> None:
         """Ends after the current evaluation; what was being made is queued when a server starts again."""
@@ -157,6 +167,9 @@ class Worker(threading.Thread):
             for job in batch:
                 if job.status == "in_progress":
                     self._failed(job, error)
+        finally:
+            for job in batch:
+                self._paces.pop(job.id, None)
 
     def _batch(self, waiting: list[Job]) -> list[Job]:
         """The oldest job, and those that can be made with it: of equal settings, and of any size if the model packs.
@@ -257,16 +270,21 @@ class Worker(threading.Thread):
         self._forget_programs()
         start = time.monotonic()
         if generator.shape(ready[0].request.size)[0] > generator.longest:
-            videos = [self._long(generator, ready[0], start)]
+            made = [self._long(generator, ready[0], start)]
         else:
             # In order of their sizes: packs of the same sizes share a program.
             ready.sort(key=lambda one: one.request.size)
-            latents = generator.latents(
+            made = generator.latents(
                 [one.request for one in ready], bar=False, watch=self._watch(generator, ready, start)
             )
-            # One by one: a program for each size, not for each number of videos too; previews have the same.
-            videos = (video for one in latents for video in decoder.decode([one]))
-        for one, video in zip(ready, videos, strict=True):
+        sampled = time.monotonic()
+        self.counts["sampling_seconds"] += sampled - start
+        for one, video in zip(ready, made, strict=True):
+            before = time.monotonic()
+            if video.dtype != np.uint8:
+                # One by one: a program for each size, not for each number of videos too; previews have the same.
+                [video] = decoder.decode([video])
+            self.counts["decoding_seconds"] += time.monotonic() - before
             self._finish(one, video[one.asked.shown])
         self.counts["batches"] += 1
         self.counts["seconds"] += time.monotonic() - start
@@ -282,7 +300,7 @@ class Worker(threading.Thread):
             found.append(segment.frames)
             made = sum(map(len, found)) / ready.request.size[0]
             for job in ready.jobs:
-                self.jobs.update(job, progress=min(99, int(100 * made)))
+                self._advance(job, min(99, int(100 * made)))
         return np.concatenate(found)
 
     def _watch(
@@ -301,7 +319,7 @@ class Worker(threading.Thread):
                 jobs = ready[index].jobs
                 if progress:
                     for job in jobs:
-                        self.jobs.update(job, progress=min(99, int(100 * number / count)))
+                        self._advance(job, min(99, int(100 * number / count)))
                 watched = [job for job in jobs if job.id in self.wanted]
                 if watched and time.monotonic() - shown[index] > PREVIEW_SECONDS:
                     [frames] = decoder.decode([estimate(place)])
@@ -311,6 +329,10 @@ class Worker(threading.Thread):
                     shown[index] = time.monotonic()
 
         return watch
+
+    def _advance(self, job: Job, progress: int) -> None:
+        self._paces.setdefault(job.id, (time.monotonic(), progress))
+        self.jobs.update(job, progress=progress)
 
     def _finish(self, ready: Ready, video: np.ndarray) -> None:
         first = next((job for job in ready.jobs if self.jobs.get(job.id) is not None), None)
