@@ -144,6 +144,9 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "sample, serve: prompts, seeds and settings are in no file's tags, and no file beside a video names them",
         flag_values=values,
     )
+    flags.DEFINE_multi_string(
+        "compare", [], "report: the workdir of another run, shown next to this one; repeatable", flag_values=values
+    )
     flags.DEFINE_string("videos", None, "evaluate: folder of videos of any origin to measure", flag_values=values)
     flags.DEFINE_string(
         "reference", None, "evaluate: folder of real videos, for --videos or --protocol", flag_values=values
@@ -505,6 +508,16 @@ def _evaluate(run: Any, clock: Any = None) -> pathlib.Path:
         return write_report(run.workdir) if first else run.workdir / "report.html"
 
 
+def report(values: flags.FlagValues) -> None:
+    """Writes report.html anew, also while a run trains; --compare=RUN shows other runs next to it."""
+    from walt_jax.evaluation.report import write_report
+
+    workdir = local(values.workdir)
+    if not any((workdir / name).exists() for name in ("config.json", "metrics.jsonl", "evaluate.json")):
+        raise UserError(f"{workdir} holds no run; train one first, with --mode=train.")
+    print(f"wrote {write_report(workdir, [local(path) for path in values.compare])}")
+
+
 def sample(values: flags.FlagValues) -> None:
     """Writes videos of prompts."""
     prompts = list(values.prompt)
@@ -802,6 +815,7 @@ RUN = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "report": report,
     "reconstruct": reconstruct,
     "data": data,
     "prepare": prepare,
@@ -814,7 +828,7 @@ RUN = {
 
 
 CHANGED_BY_LORA = ("sample", "export")
-ALONE = ("data", "prepare", "plan", "reconstruct", "benchmark", "export", "serve")  # modes of one process
+ALONE = ("data", "prepare", "plan", "reconstruct", "report", "benchmark", "export", "serve")  # modes of one process
 JOINING = ("reconstruct", "benchmark", "export", "serve")  # those that find out whether there are others
 
 
@@ -845,6 +859,8 @@ def main(argv: list[str]) -> int:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
         if values.lora and values.mode not in CHANGED_BY_LORA:
             raise UserError(f"--lora is for {' and '.join(CHANGED_BY_LORA)}; --mode={values.mode} takes none.")
+        if values.compare and values.mode != "report":
+            raise UserError(f"--compare is for --mode=report; --mode={values.mode} compares no runs.")
         if values.int8 and values.mode != "sample":
             raise UserError(f"--int8 is for --mode=sample; --mode={values.mode} keeps the weights as they are.")
         _join(values)

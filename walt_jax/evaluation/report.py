@@ -3,19 +3,31 @@
 import base64
 import html
 import json
-import math
 import operator
 import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from walt_jax.data.video import ClipError, read_clip
+from walt_jax.evaluation.report_compare import compare_section, read_runs
 from walt_jax.evaluation.report_curves import curve
+from walt_jax.evaluation.report_files import (
+    CLOCKS,
+    FINAL,
+    Stages,
+    absent,
+    duration,
+    final_mean,
+    number,
+    read_json,
+    read_stages,
+    series,
+    table,
+)
 from walt_jax.evaluation.report_goodput import goodput_section
 from walt_jax.evaluation.report_page import PAGE
 from walt_jax.workdir import write_atomically
@@ -35,16 +47,10 @@ MEDIA_TYPES = {
 GALLERY = (128, 320)
 COMPACT = (96, 160)
 
-FINAL = 0.05
-
-CLOCKS = ("elapsed_seconds", "clock_")  # what begins so has no curve: the section on time has the sums
-
 COMPARISONS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge}
 
-Stages = dict[str, dict[int, dict[str, float]]]
 
-
-def write_report(workdir: pathlib.Path) -> pathlib.Path:
+def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) -> pathlib.Path:
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
     It shows what there is of `config.json`, `metrics.jsonl`, `clock.jsonl`, `evaluate.json`, `files.json`,
@@ -54,16 +60,22 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
     Args:
         workdir: the run's folder.
+        compare: folders of other runs, for a section that compares this one with them.
 
     Returns:
         The path of the report.
+
+    Raises:
+        UserError: if one of `compare` holds no run.
     """
+    comparison = compare_section(read_runs([workdir, *compare])) if compare else ""
     media = _Media(workdir)
-    evaluate, evaluate_note = _read_json(workdir / "evaluate.json", dict)
-    stages, metrics_note = _read_stages(workdir / "metrics.jsonl")
-    config, _ = _read_json(workdir / "config.json", dict)
-    files, _ = _read_json(workdir / "files.json", dict)
+    evaluate, evaluate_note = read_json(workdir / "evaluate.json", dict)
+    stages, metrics_note = read_stages(workdir / "metrics.jsonl")
+    config, _ = read_json(workdir / "config.json", dict)
+    files, _ = read_json(workdir / "files.json", dict)
     sections = {
+        "Comparison": comparison,
         "Evaluation": evaluate_note + _evaluation(evaluate, workdir, media),
         "Super-resolution": _super_resolution(evaluate, workdir, media),
         "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
@@ -76,6 +88,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     samples = workdir / "samples" / "samples.json"
     if config.get("denoiser", "") is None and not samples.exists():
         del sections["Samples"]  # a tokenizer has none
+    if not comparison:
+        del sections["Comparison"]
     if not files:
         del sections["Data"]
     if not sections["Time"]:
@@ -123,7 +137,7 @@ class _Media:
         """A picture, at most as wide as the page, or a note that it does not exist."""
         name = path.relative_to(self._workdir).as_posix()
         if not path.is_file() or not path.stat().st_size:
-            return _absent(name)
+            return absent(name)
         image = f'<img class="sheet" src="{self._source(path)}" alt="{name}">'
         return f"<details><summary>Contact sheet</summary>{image}</details>" if folded else image
 
@@ -159,7 +173,7 @@ def _facts(evaluate: dict, stages: Stages) -> str:
         facts["Steps"] = f"{sum(max(rows) for rows in stages.values()):,}"
     seconds = [second for second in _stage_seconds(stages).values() if second]
     if seconds:
-        facts["Training time"] = _duration(sum(seconds))
+        facts["Training time"] = duration(sum(seconds))
     if not facts:
         return ""
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in facts.items()) + "</dl>"
@@ -171,7 +185,7 @@ def _evaluation(evaluate: dict, workdir: pathlib.Path, media: _Media) -> str:
     parts = []
     if metrics:
         head = ("metric", "#value", "#target", "", "protocol")
-        parts.append(_table(head, [_metric_row(metric) for metric in metrics]))
+        parts.append(table(head, [_metric_row(metric) for metric in metrics]))
     if prompts:
         groups = {
             "Held-out combinations": [prompt for prompt in prompts if prompt.get("held_out")],
@@ -201,8 +215,8 @@ def _clip_rows(rows: list[dict]) -> str:
     """A table of clips' metrics, folded."""
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "caption"]
     head = ("clip", *(f"#{html.escape(key.replace('_', ' '))}" for key in keys))
-    cells = [[html.escape(str(row.get("caption") or "–")), *(_number(row.get(key)) for key in keys)] for row in rows]
-    return f"<details><summary>Each clip</summary>{_table(head, cells)}</details>" if rows else ""
+    cells = [[html.escape(str(row.get("caption") or "–")), *(number(row.get(key)) for key in keys)] for row in rows]
+    return f"<details><summary>Each clip</summary>{table(head, cells)}</details>" if rows else ""
 
 
 def _judged(evaluate: dict) -> set[str]:
@@ -211,7 +225,7 @@ def _judged(evaluate: dict) -> set[str]:
 
 
 def _metric_row(metric: dict) -> list[str]:
-    value = html.escape(f"{_number(metric.get('value'))} {metric.get('unit') or ''}".strip())
+    value = html.escape(f"{number(metric.get('value'))} {metric.get('unit') or ''}".strip())
     target = "" if metric.get("target") is None else html.escape(_target(metric["target"]))
     marks = {True: '<span class="good">✓ met</span>', False: '<span class="bad">✗ missed</span>', None: ""}
     name, protocol = (html.escape(str(metric.get(key) or "")) for key in ("name", "protocol"))
@@ -245,7 +259,7 @@ def _score_table(groups: dict[str, list[dict]]) -> str:
         verdicts = [[(p.get("right") or {}).get(attribute, True) for p in group] for attribute in attributes]
         counts = [sum(verdict) for verdict in [*verdicts, map(_is_right, group)]]
         rows.append([name, *(f"{count} of {len(group)}" for count in counts)])
-    return _table(("", *(f"#{html.escape(attribute)}" for attribute in attributes), "#all"), rows)
+    return table(("", *(f"#{html.escape(attribute)}" for attribute in attributes), "#all"), rows)
 
 
 def _prompt_card(prompt: dict, workdir: pathlib.Path, media: _Media) -> str:
@@ -275,7 +289,7 @@ def _card(entry: dict, folder: pathlib.Path, media: _Media, sizes: tuple[int, in
 
 def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str]) -> str:
     """The clips that a folder's samples.json lists, without those in `shown`, and the contact sheet."""
-    samples, note = _read_json(folder / "samples.json", list, f"{folder.name}/samples.json")
+    samples, note = read_json(folder / "samples.json", list, f"{folder.name}/samples.json")
     samples = [s for s in samples if os.path.normpath(f"{folder.name}/{s.get('file')}") not in shown]
     cards = "".join(_card(sample, folder, media, GALLERY) for sample in samples)
     sheet = media.sheet(folder / "contact_sheet.png", folded=True)
@@ -287,10 +301,10 @@ def _data(files: dict) -> str:
     skipped = files.get("clips_skipped") or []
     rows = [[html.escape(str(row.get("file"))), html.escape(str(row.get("reason")))] for row in skipped]
     warnings = (files.get("training") or {}).get("warnings") or []
-    parts = [f"<p>{_number(files.get('clips_kept'))} clips kept, {len(skipped):,} files skipped.</p>"]
+    parts = [f"<p>{number(files.get('clips_kept'))} clips kept, {len(skipped):,} files skipped.</p>"]
     parts += [f'<p class="bad">{html.escape(str(warning))}</p>' for warning in warnings]
     if rows:
-        parts.append(f"<details><summary>Skipped files</summary>{_table(('file', 'reason'), rows)}</details>")
+        parts.append(f"<details><summary>Skipped files</summary>{table(('file', 'reason'), rows)}</details>")
     return "\n".join(parts)
 
 
@@ -302,15 +316,15 @@ def _training(stages: Stages) -> str:
     rows, curves = [], []
     for stage, steps in stages.items():
         name = html.escape(stage)
-        final = _number(_final(_series(steps, "loss")[1]))
-        rows.append([name, f"{max(steps):,}", final, _duration(seconds[stage])])
+        final = number(final_mean(series(steps, "loss")[1]))
+        rows.append([name, f"{max(steps):,}", final, duration(seconds[stage])])
         keys = [
             key for key in dict.fromkeys(key for row in steps.values() for key in row) if not key.startswith(CLOCKS)
         ]
         keys.sort(key=lambda key: key != "loss")
         modules = [key for key in keys if "/" in key]
         figures, folded = (
-            "\n".join(_figure(key, *_series(steps, key)) for key in some)
+            "\n".join(_figure(key, *series(steps, key)) for key in some)
             for some in ([key for key in keys if key not in modules], modules)
         )
         curves.append(f'<h3>{name}</h3>\n<div class="curves">{figures}</div>')
@@ -318,7 +332,7 @@ def _training(stages: Stages) -> str:
             summary = "<summary>Norms of gradients and updates, by module</summary>"
             curves.append(f'<details>{summary}<div class="curves">{folded}</div></details>')
     note = f'<p class="note">Final values are means over the last {FINAL:.0%} of what was logged.</p>'
-    return "\n".join([_table(("stage", "#steps", "#final loss", "#time"), rows), note, *curves])
+    return "\n".join([table(("stage", "#steps", "#final loss", "#time"), rows), note, *curves])
 
 
 def _figure(key: str, steps: np.ndarray, values: np.ndarray) -> str:
@@ -327,25 +341,15 @@ def _figure(key: str, steps: np.ndarray, values: np.ndarray) -> str:
         return ""
     large = key == "loss"
     kind = ' class="large"' if large else ""
-    caption = f"<b>{html.escape(key.replace('_', ' '))}</b><span>{_number(_final(values))}</span>"
+    caption = f"<b>{html.escape(key.replace('_', ' '))}</b><span>{number(final_mean(values))}</span>"
     return f"<figure{kind}><figcaption>{caption}</figcaption>{curve(key, steps, values, large)}</figure>"
-
-
-def _series(steps: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps at which `key` was logged, and its finite values."""
-    points = [(step, row[key]) for step, row in sorted(steps.items()) if math.isfinite(row.get(key, math.nan))]
-    return np.array([step for step, _ in points]), np.array([value for _, value in points])
-
-
-def _final(values: np.ndarray) -> float | None:
-    return float(values[-max(1, round(FINAL * len(values))) :].mean()) if len(values) else None
 
 
 def _stage_seconds(stages: Stages) -> dict[str, float | None]:
     """Seconds that each stage took. The clock may restart with a stage or a resume, or run on."""
     seconds, clock = {}, 0.0
     for stage, steps in stages.items():
-        _, elapsed = _series(steps, "elapsed_seconds")
+        _, elapsed = series(steps, "elapsed_seconds")
         seconds[stage] = 0.0 if len(elapsed) else None
         for now in elapsed:
             seconds[stage] += now - clock if now >= clock else now
@@ -354,75 +358,8 @@ def _stage_seconds(stages: Stages) -> dict[str, float | None]:
 
 
 def _configuration(path: pathlib.Path) -> str:
-    config, note = _read_json(path, dict)
+    config, note = read_json(path, dict)
     if note:
         return note
     knobs = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
     return f"<details><summary>Every knob of this run</summary><pre>{knobs}</pre></details>"
-
-
-def _read_json(path: pathlib.Path, kind: type, name: str = "") -> tuple[Any, str]:
-    """(content, ""), or (an empty `kind`, a note on why the file can't be used)."""
-    name = name or path.name
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return kind(), _absent(name)
-    except ValueError:  # not JSON, or not UTF-8
-        value = None
-    if not isinstance(value, kind):
-        return kind(), _absent(name, "isn't complete yet")
-    return value, ""
-
-
-def _read_stages(path: pathlib.Path) -> tuple[Stages, str]:
-    """The numbers of each logged step of each stage, and a note on what can't be read."""
-    if not path.is_file():
-        return {}, _absent(path.name)
-    stages, unreadable = {}, 0
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            stage, step = str(row["stage"]), int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            unreadable += 1
-            continue
-        numbers = {key: value for key, value in row.items() if type(value) in (int, float) and key != "step"}
-        stages.setdefault(stage, {}).setdefault(step, {}).update(numbers)
-    note = "" if stages else _absent(path.name, "holds no step yet")
-    if unreadable:
-        note += _absent(path.name, f"has {unreadable} line{'s' * (unreadable > 1)} that can't be read")
-    return stages, note
-
-
-def _absent(name: str, what: str = "isn't there yet") -> str:
-    return f'<p class="absent"><code>{html.escape(name)}</code> {what}.</p>\n'
-
-
-def _table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
-    """A table of HTML cells; the columns whose head starts with # are numbers. Columns without content are left out."""
-    head, rows = list(head), list(rows)
-    columns = [i for i, name in enumerate(head) if any(row[i] for row in rows)]
-    kinds = [' class="number"' if name.startswith("#") else f' class="{name}"' if name else "" for name in head]
-    cells = "".join(f"<th{kinds[i]}>{head[i].removeprefix('#')}</th>" for i in columns)
-    lines = ["".join(f"<td{kinds[i]}>{row[i]}</td>" for i in columns) for row in rows]
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n{body}</tbody></table></div>'
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return str(value)
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -2,9 +2,12 @@
 
 import io
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float, Int
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,25 +27,47 @@ LOGARITHMIC = ("loss", "norm")
 SMOOTHING = 0.03  # of the values, on either side
 
 
+class Line(NamedTuple):
+    """The values of a run.
+
+    Attributes:
+        steps: increasing, at least one.
+        values: finite.
+        colour: in CSS.
+    """
+
+    steps: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"]
+    colour: str = ACCENT
+
+
 def curve(key: str, steps: np.ndarray, values: np.ndarray, large: bool) -> str:
-    """Plots the values, faint, and their moving mean.
+    """The curve of one run, see `curves`."""
+    return curves(key, [Line(steps, values)], large)
+
+
+def curves(key: str, lines: Sequence[Line], large: bool) -> str:
+    """Plots the values of each line, faint, and their moving mean.
 
     Args:
         key: the metric's name, which decides on the scale.
-        steps: [n], increasing, with n ≥ 1.
-        values: [n], finite.
+        lines: at least one.
         large: as large as four others.
 
     Returns:
-        An `<svg>` element; its lines are `var(--accent)`, and its text is the page's.
+        An `<svg>` element; a line without a colour of its own is `var(--accent)`, and its text is the page's.
     """
     width, height = LARGE_PLOT if large else PLOT
     # A figure of its own, without pyplot, leaves no state behind.
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((42 / width, 20 / height, 1 - 52 / width, 1 - 28 / height))
-    axes.plot(*_thinned(steps, values), color=ACCENT, alpha=0.35, linewidth=0.8)
-    smooth_steps, smooth = _smoothed(steps, values)
-    axes.plot(smooth_steps, smooth, color=ACCENT, linewidth=1.6, marker="o" if len(values) < 3 else "")
+    means = []
+    for steps, values, colour in lines:
+        axes.plot(*_thinned(steps, values), color=colour, alpha=0.35 if len(lines) == 1 else 0.2, linewidth=0.8)
+        smooth_steps, smooth = _smoothed(steps, values)
+        axes.plot(smooth_steps, smooth, color=colour, linewidth=1.6, marker="o" if len(values) < 3 else "")
+        means.append(smooth)
+    values, smooth = np.concatenate([line.values for line in lines]), np.concatenate(means)
     if any(word in key for word in LOGARITHMIC) and values.min() > 0 and smooth.max() > 5 * smooth.min():
         _logarithmic(axes, values, labels=10 if large else 6)
     else:

@@ -70,6 +70,12 @@ td.protocol { min-width: 18rem; color: var(--quiet); font-size: .92em; }
 .clips .missing { padding: .5rem; min-height: 6rem; border: 1px dashed var(--line); color: var(--quiet);
   font-size: .78rem; overflow-wrap: anywhere; }
 
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; }
+.legend i, .run i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; border-radius: 2px;
+  vertical-align: -.05rem; }
+h4 { margin: 1.2rem 0 .4rem; font-size: .92rem; font-weight: 600; }
+td code { overflow-wrap: anywhere; }
+
 .clock i { display: inline-block; height: 1rem; }
 .clock .keys { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-bottom: .5rem; font-size: .85rem; }
 .clock .keys i { width: .8rem; height: .8rem; margin-right: .35rem; border-radius: 2px; }
