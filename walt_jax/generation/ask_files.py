@@ -13,6 +13,7 @@ from jaxtyping import Float
 from walt_jax.errors import UserError
 from walt_jax.generation.asking import Ask, Resolved, resolve
 from walt_jax.generation.cascade import upscaled
+from walt_jax.generation.content_credentials import Sign
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.request import Request, Size
 from walt_jax.generation.sample import Samples, long_frames
@@ -31,6 +32,7 @@ def sample_files(
     cascade: Sequence[Generator] = (),
     made_with: Mapping[str, Any] | None = None,
     made_by: Mapping[str, Any] | None = None,
+    sign: Sign | None = None,
 ) -> int:
     """Writes a video for each prompt and seed; notes on what was fitted go to the standard error output.
 
@@ -47,6 +49,7 @@ def sample_files(
         cascade: super-resolution models that upscale the videos, in order.
         made_with: more of the settings that `samples.json` and the tags state.
         made_by: the models, for the file beside each video; None leaves it out.
+        sign: see `Samples`.
 
     Returns:
         The number of videos.
@@ -63,7 +66,7 @@ def sample_files(
         raise UserError("A cascade upscales clips as long as the model's; leave --num_frames and --extend out.")
     suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
     settings = _settings(generator, ask, negative_prompt) | dict(made_with or {})
-    samples = Samples(out, ask.fps, suffixes, settings, tags, made_by)
+    samples = Samples(out, ask.fps, suffixes, settings, tags, made_by, sign)
     try:
         if is_long:
             _long(generator, requests, asked, samples)

@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 
 from walt_jax.data.media import contact_sheet, write_video, write_video_stream
 from walt_jax.generation import provenance
+from walt_jax.generation.content_credentials import Sign
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.long_video import segments
 from walt_jax.generation.request import Request
@@ -32,6 +33,7 @@ class Samples:
         settings: what all videos were asked for, beside prompt and seed; in `samples.json` and in the files' tags.
         tags: whether files have tags.
         made_by: the models, for the file that stands beside each video, see `provenance`; None leaves it out.
+        sign: signs each file, see `content_credentials`; None leaves them unsigned.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class Samples:
         settings: Mapping[str, Any] | None = None,
         tags: bool = True,
         made_by: Mapping[str, Any] | None = None,
+        sign: Sign | None = None,
     ):
-        self._made_by = made_by
+        self._made_by, self._sign = made_by, sign
         self.out, self._fps, self._suffixes, self._tags = out, fps, suffixes, tags
         self._settings = dict(settings or {})
         self.rows: list[dict[str, Any]] = []
@@ -108,6 +111,9 @@ class Samples:
 
     def _end(self, row: dict[str, Any], clip: UInt8[np.ndarray, "t h w 3"]) -> None:
         self.rows.append(row)
+        if self._sign is not None and is_first():
+            for suffix in self._suffixes:
+                self._sign((self.out / row["file"]).with_suffix(suffix), self._made(row))
         if self._made_by is not None and is_first():
             video = self.out / row["file"]
             provenance.write_sidecar(video.with_suffix(".json"), video, self._made(row))

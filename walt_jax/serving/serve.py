@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from walt_jax.errors import UserError
+from walt_jax.generation.content_credentials import Sign
 from walt_jax.generation.generator import Generator
 from walt_jax.serving.fields import Limits
 from walt_jax.workdir import locked
@@ -33,6 +34,7 @@ def serve(
     port: int,
     token: str | None,
     tags: bool = True,
+    sign: Sign | None = None,
 ) -> None:
     """Serves a model until a signal ends it.
 
@@ -47,6 +49,7 @@ def serve(
         host, port: where to listen.
         token: what clients have to know; None makes one where others than this machine's can reach the server.
         tags: whether videos have tags.
+        sign: see `Worker`.
 
     Raises:
         UserError: if the extra `serve` is not installed, the port is taken, the token is short, or another process
@@ -71,7 +74,7 @@ def serve(
         limits, jobs = Limits(), Jobs(workdir / "videos")
         made = token is None and host not in LOOPBACK
         token = secrets.token_urlsafe(24) if made else token
-        worker = Worker(jobs, generator, pixels, on_mesh, limits, TOGETHER, made_by, tags)
+        worker = Worker(jobs, generator, pixels, on_mesh, limits, TOGETHER, made_by, tags, sign)
         # Clients do not choose all settings of the sampler.
         identity = f"{identity} {dataclasses.replace(generator.config, batch_size=1)}"
         app = make_app(jobs, worker, workdir.resolve().name, identity, fps, limits, token)

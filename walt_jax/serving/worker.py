@@ -21,6 +21,7 @@ from walt_jax.errors import UserError
 from walt_jax.generation import packs, provenance
 from walt_jax.generation.asking import Ask, Condition, Resolved, resolve
 from walt_jax.generation.codec import Codec
+from walt_jax.generation.content_credentials import Sign
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import LatentDiffusion
 from walt_jax.generation.long_video import segments
@@ -87,6 +88,7 @@ class Worker(threading.Thread):
         together: videos that are made at once, at most.
         model: what made them, for their files: {"model": name, …}.
         tags: whether videos have tags.
+        sign: signs each file, see `content_credentials`; None leaves them unsigned.
     """
 
     def __init__(
@@ -99,11 +101,12 @@ class Worker(threading.Thread):
         together: int,
         model: dict[str, Any],
         tags: bool = True,
+        sign: Sign | None = None,
     ):
         super().__init__(daemon=True, name="worker")
         self.jobs, self.generator, self.pixels, self.limits = jobs, generator, pixels, limits
         self.reader = Apart(limits.seconds / 10)
-        self._on_mesh, self._together, self._model, self._tags = on_mesh, together, model, tags
+        self._on_mesh, self._together, self._model, self._tags, self._sign = on_mesh, together, model, tags, sign
         self._ending = False
         self.wanted: set[str] = set()  # ids of jobs that someone watches
         self._paces: dict[str, tuple[float, int]] = {}  # when a job's first evaluation ended, and its progress then
@@ -348,6 +351,8 @@ class Worker(threading.Thread):
         try:
             making = folder / "making.mp4"
             write_video(making, video, asked["fps"], provenance.tags(asked["prompt"], made) if self._tags else {})
+            if self._sign is not None:
+                self._sign(making, made)
             provenance.write_sidecar(folder / SIDECAR, making, made)
             making.replace(folder / VIDEO)
             (folder / PREVIEW).unlink(missing_ok=True)
