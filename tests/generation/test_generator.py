@@ -156,18 +156,17 @@ def test_encoding_in_chunks_is_encoding_at_once(generator):
 def test_many_mixes_of_sizes_are_few_shapes(generator):
     """Of a pack: what a program is compiled for."""
     rng, shapes, mixes = np.random.default_rng(0), set(), set()
-    for _ in range(30):
-        sizes = [
-            (int(rng.choice([1, 9])), *(int(side) for side in rng.choice([16, 24, 32], 2)))
-            for _ in range(rng.integers(2, 9))
-        ]
-        clips = [generator.shape(size) for size in sizes]
-        ids = np.ones((len(clips), 8), np.int32)
-        packed = packs.pack(generator.model, clips, ids, ids, np.arange(len(clips)), [None] * len(clips))
+    clips = [generator.shape(size) for size in ((9, 16, 16), (9, 16, 24), (5, 24, 24))]
+    for _ in range(40):
+        mix = sorted(rng.integers(0, 3, rng.integers(2, 9)).tolist())
+        ids = np.ones((len(mix), 8), np.int32)
+        packed = packs.pack(
+            generator.model, [clips[one] for one in mix], ids, ids, np.arange(len(mix)), [None] * len(mix)
+        )
         leaves, structure = jax.tree.flatten(packed.asked)
         shapes.add((structure, *(leaf.shape for leaf in leaves)))
-        mixes.add(tuple(sorted(sizes)))
-    assert len(mixes) > 25 and len(shapes) <= 16
+        mixes.add(tuple(mix))
+    assert len(mixes) > 25 and len(shapes) < 12
 
 
 def test_rounding_adds_a_quarter_at_most():

@@ -12,6 +12,8 @@ from walt_jax.generation.latent_diffusion import NEVER, Asked, LatentDiffusion, 
 
 Shape = tuple[int, int, int, int]
 UNIT = 128  # a pack's length is a multiple
+TEXT_ROW = 64  # tokens of a row for cross-attention
+SLOTS = 4  # for clips, at least
 
 
 def can_pack(model: LatentDiffusion, config: SamplingConfig) -> bool:
@@ -82,8 +84,12 @@ def few(rows: PackRows, length: int, slots: int) -> PackRows:
         length: tokens of the pack.
         slots: its most clips.
     """
-    windows = {name: tuple(tuple(map(power, row)) for row in each) for name, each in rows.windows.items()}
-    return PackRows(windows, (UNIT, length // UNIT + slots))  # each clip has one row at most that is not full
+    windows = {
+        # At least as many as the whole pack would fill, so that the number is that of most packs of this length.
+        name: tuple((rounded(size), power(max(number, length // rounded(size)))) for size, number in each)
+        for name, each in rows.windows.items()
+    }
+    return PackRows(windows, (TEXT_ROW, length // TEXT_ROW + slots))  # each clip has one row at most that is not full
 
 
 def power(count: int) -> int:
@@ -110,7 +116,7 @@ def pack(
     config = model.denoiser.config
     grids = [config.grid(shape[:3]) for shape in shapes]
     length = rounded(-(-sum(int(np.prod(grid)) for grid in grids) // UNIT)) * UNIT
-    slots = power(len(grids))
+    slots = max(SLOTS, power(len(grids)))
     positions, sizes = place_clips([grids], length, slots)
     windows, isolate = config.attention_windows, config.isolate_images
     rows = few(PackRows.choose([Needs.of(positions, sizes, windows, isolate)], most=1), length, slots)
