@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--at_once", type=int, default=12)
     parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--sides", default="2,2,3", help="of frames, in the model's units; widths are the first two")
     arguments = parser.parse_args()
+    sides = [int(side) for side in arguments.sides.split(",")]
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         process, address = started(arguments.workdir, pathlib.Path(folder) / "log")
@@ -56,11 +58,11 @@ def main() -> None:
             start, waiting, done = time.monotonic(), [], 0
             print(json.dumps({"requests": 0, "resident_mib": round(resident(process))}), flush=True)
             for number in range(1, arguments.requests + 1):
-                height, width = rng.choice([2, 2, 3]) * height_unit, rng.choice([2, 2, 3]) * width_unit
+                height, width = rng.choice(sides) * height_unit, rng.choice(sides[:2]) * width_unit
                 asked = {
                     "prompt": f"a {rng.choice(['red', 'green', 'blue'])} square", "seed": number,
                     "num_frames": 1 + time_unit * rng.choice([0, 1, 1]), "height": height, "width": width,
-                    "num_inference_steps": rng.randint(1, 12), "guidance_scale": rng.choice([1.0, 1.5, 2.0, 3.5, 7.0]),
+                    "num_inference_steps": rng.randint(1, 12), "guidance_scale": rng.uniform(1.5, 8.0),
                 }  # fmt: skip
                 if height * width > about["most_pixels"]:
                     asked["height"], asked["width"] = about["height"], about["width"]

@@ -112,6 +112,11 @@ def test_mistakes_are_sentences(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=says):
             signer(*pair)
+    own = ec.generate_private_key(ec.SECP256R1())
+    written(tmp_path / "other", own)
+    (tmp_path / "own.pem").write_bytes(certificate("one", own, "one", own, True))
+    with pytest.raises(UserError, match="could not be signed"):  # an authority's own
+        signer(other, tmp_path / "own.pem")
     for flags, says in (
         (["--mode=sample", "--prompt=a", f"--c2pa_key={key}"], "name both"),
         (["--mode=train", f"--c2pa_key={key}"], "signs nothing"),

@@ -7,8 +7,11 @@ has no timestamp of an authority: it is valid as long as the certificate is.
 import importlib.util
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from PIL import Image
 
 import walt_jax
 from walt_jax.errors import UserError
@@ -29,7 +32,7 @@ def signer(key: pathlib.Path, certificate: pathlib.Path) -> Sign:
         certificate: in PEM, the key's, then those that vouch for it up to but without the root.
 
     Raises:
-        UserError: if the extra `c2pa` is not installed, or the files can't be used.
+        UserError: if the extra `c2pa` is not installed, or the files can't be used: a picture is signed to see that.
     """
     missing = [name for name in ("c2pa", "cryptography") if importlib.util.find_spec(name) is None]
     if missing:
@@ -50,13 +53,18 @@ def signer(key: pathlib.Path, certificate: pathlib.Path) -> Sign:
                 builder.sign_file(path, signed, own)
             signed.replace(path)
         except c2pa.C2paError as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"{path} could not be signed with --c2pa_certificate={certificate} ({error}); C2PA asks for a "
-                "certificate for signing that another one has issued, see docs/generation.md."
+                f"{path.name} could not be signed with --c2pa_certificate={certificate} ({reason}); C2PA asks for a "
+                "valid certificate for signing that another one has issued, see docs/generation.md."
             ) from error
         finally:
             signed.unlink(missing_ok=True)
 
+    with tempfile.TemporaryDirectory() as folder:  # before hours of sampling
+        trial = pathlib.Path(folder) / "trial.png"
+        Image.new("RGB", (8, 8)).save(trial)
+        sign(trial, {})
     return sign
 
 
