@@ -36,7 +36,7 @@ COLLECTIVES = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permut
 def layout(shards):
     positions, sizes = place_clips(GRIDS, TOKENS, CLIPS)
     parts = zip(np.split(positions, shards), np.split(sizes, shards), strict=True)
-    rows = PackRows.choose([Needs.of(*part, WINDOWS, True) for part in parts])
+    rows = PackRows.choose([Needs.of(*part, WINDOWS, True) for part in parts], text=WINDOWS)
     return Layout(pack=make_pack(positions, sizes, WINDOWS, rows, True, shards))
 
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEADS, HEAD_DIM, WORDS = 2, 8, 4
 DIM = HEADS * HEAD_DIM
 # Rows of two lengths, and of one; for one data shard, and for one of each pack.
-TWO_LENGTHS, OF_EACH_PACK = (((8, 12), (96, 4)), 1), (((8, 4), (96, 1)), PACKS)
+TWO_LENGTHS, OF_EACH_PACK = (((8, 80, 1), (96, 12, CLIPS)), 1), (((8, 28, 2), (96, 3, 2)), PACKS)
 CUTS = st.sampled_from([TWO_LENGTHS, OF_EACH_PACK])
 MIXED = [[(3, 2, 4), (1, 5, 6), (2, 3, 3)], [(1, 1, 2), (2, 5, 3)], []]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -171,34 +171,34 @@ def masked_route(q, k, v, table, numbers, places):
 
 
 @jax.jit
-def grouped_route(q, k, v, layout, *weights):
-    """((output, logarithms of sums), gradients of their product with the weights)."""
+def grouped_route(q, k, v, layout, weights):
+    """(output, gradients of its product with the weights)."""
+    groups = layout.pack.groups[ANY.name]
 
-    def loss(*arguments):
-        both = attention.grouped(*arguments, LARGEST)
-        return sum((y * w).sum() for y, w in zip(both, weights, strict=True)), both
+    def loss(q, k, v, table):
+        slots = [attention.to_slots(y.reshape(*y.shape[:2], DIM), groups) for y in (q, k, v)]
+        slots = [y.reshape(*y.shape[:2], HEADS, HEAD_DIM) for y in slots]
+        coordinates = attention.to_slots(layout.coordinates(), groups)
+        y = attention.from_slots(attention.grouped(*slots, groups, coordinates, table, LARGEST), groups, TOKENS)
+        return (y * weights).sum(), y
 
-    groups, coordinates = layout.pack.groups[ANY.name], layout.coordinates()
-    gradients, both = jax.grad(
-        lambda q, k, v, table: loss(q, k, v, groups, coordinates, table), argnums=(0, 1, 2, 3), has_aux=True
-    )(q, k, v, TABLE)
-    return both, gradients
+    gradients, y = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, TABLE)
+    return y, gradients
 
 
-TABLE = normal(7, 5 * 9 * 11, HEADS)
-WEIGHTS = normal(5, PACKS, TOKENS, HEADS, HEAD_DIM), normal(6, PACKS, TOKENS, HEADS)
+TABLE, WEIGHTS = normal(7, 5 * 9 * 11, HEADS), normal(5, PACKS, TOKENS, HEADS, HEAD_DIM)
 
 
 @settings(max_examples=10, deadline=None)
 @given(BATCHES, WINDOWS, CUTS, st.integers(0, 99))
-def test_the_grouped_route_equals_the_masked_one_with_its_sums(packs, window, cut, seed):
+def test_the_grouped_route_equals_the_masked_one(packs, window, cut, seed):
     layout, numbers = packed(packs, window, cut=cut), numbers_of(packs, window)
     inside = numbers >= 0
     q, k, v = projections(seed)
-    (out, logsum), _ = grouped_route(q, k, v, layout, *WEIGHTS)
-    masked_out, masked_logsum = masked_route(q, k, v, TABLE, numbers, layout.coordinates())
-    np.testing.assert_allclose(out, masked_out, **CLOSE)  # what only fills up sees itself by both
-    np.testing.assert_allclose(logsum[inside], masked_logsum[inside], **CLOSE)
+    out, _ = grouped_route(q, k, v, layout, WEIGHTS)
+    masked_out, _ = masked_route(q, k, v, TABLE, numbers, layout.coordinates())
+    np.testing.assert_allclose(out[inside], masked_out[inside], **CLOSE)
+    np.testing.assert_array_equal(out[~inside], 0)
 
 
 @pytest.mark.parametrize("cut", [TWO_LENGTHS, OF_EACH_PACK])
@@ -207,13 +207,12 @@ def test_what_only_fills_a_pack_up_reaches_nothing(cut):
     layout = packed(MIXED, Window(None, 2, 4), cut=cut)
     inside = places_of(MIXED, TOKENS)[..., 0] >= 0
     q, k, v = projections()
-    weights = inside[..., None, None] * WEIGHTS[0], inside[..., None] * WEIGHTS[1]
-    clean, clean_gradients = grouped_route(q, k, v, layout, *weights)
+    weights = inside[..., None, None] * WEIGHTS
+    clean, clean_gradients = grouped_route(q, k, v, layout, weights)
     for value in (np.nan, 1e30):
         dirty = [np.where(inside[..., None, None], x, value) for x in (q, k, v)]
-        others, gradients = grouped_route(*dirty, layout, *weights)
-        for one, other in zip(clean, others, strict=True):
-            np.testing.assert_array_equal(one[inside], other[inside])
+        other, gradients = grouped_route(*dirty, layout, weights)
+        np.testing.assert_array_equal(clean, other)
         for one, other in zip(clean_gradients, gradients, strict=True):
             np.testing.assert_array_equal(one, other)
 
@@ -222,13 +221,13 @@ def test_how_rows_are_cut_changes_nothing():
     packs, window = [[(3, 5, 6)]] * PACKS, Window(1, 1, 3)
     q, k, v = projections()
     first, *others = (
-        grouped_route(q, k, v, packed(packs, window, cut=cut), *WEIGHTS)
+        grouped_route(q, k, v, packed(packs, window, cut=cut), WEIGHTS)
         for cut in (
             TWO_LENGTHS,
-            (((3, 20), (20, 8), (96, 1)), 1),
-            (((3, 90),), 1),
-            (((3, 30),), PACKS),
-            (((40, 7),), 1),
+            (((3, 20, 0), (20, 8, 0), (96, 1, 0)), 1),
+            (((3, 90, 1),), 1),
+            (((3, 30, 1),), PACKS),
+            (((40, 7, 3),), 1),
         )
     )
     for other in others:
@@ -367,7 +366,7 @@ def test_with_numbers_of_16_bits_sums_keep_32():
 
 def test_with_numbers_of_16_bits_packs_and_equal_clips_give_the_same():
     grid, tokens = (2, 3, 4), 24
-    rows = PackRows({ANY.name: ((tokens, 2),)}, (tokens, 2))
+    rows = PackRows({ANY.name: ((tokens, 2, 1),)}, (tokens, 2))
     pack = Layout(pack=make_pack(*place_clips([[grid], [grid]], tokens, 1), [ANY], rows))
     x, text, mask = normal(0, 2, tokens, DIM), *texts(1, (2, 1))
     layer = WindowAttention(HEADS, (ANY,), (LARGEST,), "bias", True, "none", jnp.bfloat16)

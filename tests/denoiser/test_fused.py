@@ -142,7 +142,7 @@ def test_a_layer_elsewhere_computes_what_it_does_here(where, relative, kind, mon
     grid, tokens, clips = (2, 4, 6), 60, 2 if kind == "pack" else 1
     layout = Layout(grid=grid)
     if kind == "pack":
-        rows = PackRows({window.name: ((18, 8),)}, (30, 4))
+        rows = PackRows({window.name: ((18, 8, 2),)}, (30, 4))
         layout = Layout(pack=make_pack(*place_clips(PACK, tokens, clips), [window], rows))
     x, text = normal(0, 2, tokens if kind == "pack" else 48, 16), normal(1, 2, clips, 5, 16)
     mask = np.arange(5)[None, None] < np.array([[0, 5], [3, 1]])[:, :clips, None]

@@ -74,7 +74,7 @@ def test_tokens_have_equal_numbers_where_a_loop_finds_them_in_one_window(grids, 
     for segment, grid in enumerate(grids):
         for place in np.ndindex(*grid):
             cell = [0 if size is None else axis // size for axis, size in zip(place, window, strict=True)]
-            keys.append(None if isolated and segment in isolated else (segment, *cell))
+            keys.append((segment, *(place if isolated and segment in isolated else cell)))
     keys += [None] * padding
     order = sorted({key for key in keys if key is not None})  # by segments first
     np.testing.assert_array_equal(numbers, [-1 if key is None else order.index(key) for key in keys])

@@ -83,7 +83,7 @@ def packs_batch():
     packs = [[GRID], [(1, 4, 4), (2, 4, 4)], [GRID], [(2, 4, 2), (1, 2, 2)]] * 2
     places = place_clips(packs, 64, 2)
     windows = PACKED.attention_windows
-    rows = PackRows({window.name: ((16, 4),) for window in windows}, (16, 4))
+    rows = PackRows({window.name: ((16, 4, 2),) for window in windows}, (16, 4))
     pack = make_pack(*places, windows, rows, PACKED.isolate_images, shards=8)
     text = np.random.default_rng(2).integers(0, 24, (8, 2, 1)).astype(np.int32)
     return {"tokens": normal(3, 8, 64, 4), "text": text, "pack": pack}

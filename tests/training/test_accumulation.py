@@ -89,7 +89,7 @@ def test_packs_whose_shards_are_dealt_to_micro_batches():
     video, image, tokens = (3, 2, 2), (1, 2, 2), 16
     places = place_clips([[video], [image, image], [image], [video, image], [image], [video]], tokens, 2)
     windows = config.attention_windows
-    rows = PackRows({window.name: ((4, 6),) for window in windows}, (4, 6))
+    rows = PackRows({window.name: ((4, 6, 1),) for window in windows}, (4, 6))
     rng = np.random.default_rng(1)
     batch = {
         "tokens": rng.normal(size=(BATCH, tokens, 2)).astype(np.float32),

@@ -52,7 +52,7 @@ def pack_of(packs, tokens, clips, config, row=4):
     places = place_clips(packs, tokens, clips)
     windows = config.attention_windows
     count = len(packs) * (tokens // row + clips)
-    rows = PackRows({window.name: ((row, count),) for window in windows}, (row, count))
+    rows = PackRows({window.name: ((row, count, 1),) for window in windows}, (row, count))
     return make_pack(*places, windows, rows, config.isolate_images)
 
 

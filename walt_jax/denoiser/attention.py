@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from walt_jax.denoiser.context import (
     check_heads,
@@ -280,63 +280,109 @@ def _numbered_through(index: Int[Array, "shards *k"], size: int) -> Int[Array, "
     return jnp.where(index < size, index + first, shards * size).reshape(-1)
 
 
+def to_slots(x: Shaped[Array, "b n k"], groups: Groups) -> Shaped[Array, "shards slots k"]:
+    """Tokens of packs in the slots of their windows' rows, see `grouping`; zeros where a slot is empty."""
+
+    def of_shards(x, groups):
+        shards, slots = groups.slots.shape
+        there = _numbered_through(groups.slots, groups.place.shape[1])
+        return _moved(x, there, _numbered_through(groups.place, slots)).reshape(shards, slots, -1)
+
+    return on_each_device(of_shards, (x, groups), (("batch",), ("batch",)))
+
+
+def from_slots(x: Float[Array, "shards slots heads d"], groups: Groups, tokens: int) -> Float[Array, "b n heads d"]:
+    """Back from the slots of rows to packs of so many tokens; zeros for padding."""
+
+    def of_shards(x, groups):
+        there = _numbered_through(groups.slots, groups.place.shape[1])
+        back = _numbered_through(groups.place, groups.slots.shape[1])
+        return _moved(x, back, there).reshape(-1, tokens, *x.shape[2:])
+
+    return on_each_device(of_shards, (x, groups), (("batch", None, "heads"), ("batch",)))
+
+
 def grouped(
-    query: Float[Array, "b n heads d"],
-    key: Float[Array, "b n heads d"],
-    value: Float[Array, "b n heads d"],
+    query: Float[Array, "shards slots heads d"],
+    key: Float[Array, "shards slots heads d"],
+    value: Float[Array, "shards slots heads d"],
     groups: Groups,
-    coordinates: Int[Array, "b n 3"],
+    coordinates: Int[Array, "shards slots 3"],
     table: Float[Array, "offsets heads"] | None,
     bounds: Grid,
-) -> Attended:
-    """The route for packs: windows in rows, see `grouping`.
+    text_query: Float[Array, "shards slots heads d"] | None = None,
+    text_key: Float[Array, "b s m heads d"] | None = None,
+    text_value: Float[Array, "b s m heads d"] | None = None,
+    text_mask: Bool[Array, "b s m"] | None = None,
+) -> Float[Array, "shards slots heads d"]:
+    """The route for packs: attention in rows of slots, see `grouping`, to windows and to the texts of a row's clips.
 
-    Tokens in no window see only themselves; their sums are 0, because there is no text to join them with.
+    Args:
+        query, key: with rotary embedding, if there is one.
+        text_query: without it; None, as the following, if there is no text, nor other keys that all of a clip see.
     """
     check_heads(query.shape[2])
-    heads = ("batch", None, "heads")
+    heads, of_texts = ("batch", None, "heads"), ("batch", None, None, "heads")
     return on_each_device(
         functools.partial(_grouped_shards, bounds=bounds),
-        (query, key, value, groups, coordinates, table),
-        (heads, heads, heads, ("batch",), ("batch",), (None, "heads")),
+        (query, key, value, groups, coordinates, table, text_query, text_key, text_value, text_mask),
+        (heads, heads, heads, ("batch",), ("batch",), (None, "heads"), heads, of_texts, of_texts, ("batch",)),
     )
 
 
-def _grouped_shards(query, key, value, groups, coordinates, table, bounds: Grid) -> Attended:
+def _grouped_shards(
+    query, key, value, groups, coordinates, table, text_query, text_key, text_value, text_mask, bounds: Grid
+) -> Array:
     """`grouped` for some of the data shards and heads."""
-    (batch, tokens, heads, _), (shards, slots) = query.shape, groups.slots.shape
-    there = _numbered_through(groups.slots, batch * tokens // shards)
-    back = _numbered_through(groups.place, slots)
-    ends = np.cumsum([length * number for length, number in groups.rows])[:-1].tolist()
+    lengths, numbers, clips = zip(*groups.rows, strict=True)
 
-    def in_rows(x):
-        """[rows, length, …] for each length."""
-        parts = jnp.split(x.reshape(shards, slots, *x.shape[1:]), ends, axis=1)
-        return [
-            part.reshape(shards * number, length, *x.shape[1:])
-            for part, (length, number) in zip(parts, groups.rows, strict=True)
-        ]
+    def in_rows(x, lengths=lengths):
+        """Of each kind of row `[rows, length, …]`."""
+        ends = np.cumsum(np.multiply(lengths, numbers))[:-1].tolist()
+        split = zip(jnp.split(x, ends, axis=1), lengths, strict=True)
+        return [part.reshape(-1, length, *x.shape[2:]) for part, length in split]
 
-    # Moved one after the other: to move them together and split them again costs more than to read indices three times.
-    q, k, v = (in_rows(_moved(x, there, back)) for x in (query, key, value))
-    windows = in_rows(groups.row_window.reshape(-1))
-    places = [None] * len(windows)
-    if table is not None:
-        places = in_rows(jnp.take(coordinates.reshape(-1, 3), there, axis=0, mode="fill", fill_value=0))
+    windows = in_rows(groups.slot_window)
+    places = [None] * len(lengths) if table is None else in_rows(coordinates)
     found = [
         attend_within(*of_length, (window, window), table, place, bounds)
-        for *of_length, window, place in zip(q, k, v, windows, places, strict=True)
+        for *of_length, window, place in zip(*map(in_rows, (query, key, value)), windows, places, strict=True)
     ]
-    out, logsum = (
-        jnp.concatenate([part.reshape(shards, -1, *part.shape[2:]) for part in parts], axis=1).reshape(
-            shards * slots, -1
-        )
-        for parts in zip(*found, strict=True)
-    )
-    out = rearranged(out, back, there).reshape(query.shape)
-    logsum = rearranged(logsum, back, there).reshape(batch, tokens, heads)
-    apart = (back == shards * slots).reshape(batch, tokens, 1)
-    return jnp.where(apart[..., None], value, out), logsum
+    if text_query is None:
+        outs = [out for out, _ in found]
+    else:
+        if not all(clips):
+            raise ValueError(f"rows of {groups.rows} have no room for text: name their window in `PackRows.choose`")
+        shards, of_shard = len(groups.slots), text_mask.shape[0] * text_mask.shape[1] // len(groups.slots)
+        first = of_shard * jnp.arange(shards, dtype=jnp.int32)[:, None]
+        of_rows = _numbered_through(groups.row_clips, of_shard).reshape(shards, -1)
+        of_slots = jnp.where(groups.slot_clip < 0, -1, groups.slot_clip + first)
+        outs = [
+            joined(own, _attend_to_rows_texts(q, text_key, text_value, text_mask, slot_clips, row_clips))
+            for own, q, slot_clips, row_clips in zip(
+                found, in_rows(text_query), in_rows(of_slots), in_rows(of_rows, clips), strict=True
+            )
+        ]
+    shards = len(groups.slots)
+    return jnp.concatenate([out.reshape(shards, -1, *out.shape[2:]) for out in outs], axis=1)
+
+
+def _attend_to_rows_texts(
+    query: Float[Array, "rows n heads d"],
+    key: Float[Array, "b s m heads d"],
+    value: Float[Array, "b s m heads d"],
+    mask: Bool[Array, "b s m"],
+    slot_clips: Int[Array, "rows n"],
+    row_clips: Int[Array, "rows k"],
+) -> Attended:
+    """Each token of a row over its clip's text, which is among those of the row's clips."""
+
+    def of_rows(x):
+        return jnp.take(x.reshape(-1, *x.shape[2:]), row_clips, axis=0, mode="fill", fill_value=0)
+
+    segments = jnp.where(of_rows(mask), row_clips[..., None], -1)
+    keys = (rearrange(of_rows(x), "rows k m heads d -> rows (k m) heads d") for x in (key, value))
+    return attend_within(query, *keys, (slot_clips, rearrange(segments, "rows k m -> rows (k m)")))
 
 
 def attend_to_text(
@@ -483,58 +529,85 @@ class WindowAttention(nn.Module):
             y = Linear(dim, ("heads", "embed"), use_bias, self.out_init, self.dtype, name="out")(y)
             return from_windows(y, layout.order, layout.grid) if exchange else y
 
-        to_key, to_value, key_norm = project("key"), project("value"), norm("key_norm")
-        query = heads(norm("query_norm")(of_tokens(project("query")(x))))
-        rows = None if layout.pack is None else layout.pack.text
+        to_query, to_key, to_value = map(project, ("query", "key", "value"))
+        query_norm, key_norm = norm("query_norm"), norm("key_norm")
+
+        def projected(x):
+            query, key = query_norm(of_tokens(to_query(x))), key_norm(of_tokens(to_key(x)))
+            return tuple(heads(y) for y in (query, key, of_tokens(to_value(x))))
+
+        others = None
         if text is not None:
             others = heads(key_norm(to_key(text))), heads(to_value(text)), text_mask
         if not self.windows:
             # A clip without any text adds nothing, rather than the mean of its padding.
             any_text = layout.spread(text_mask.any(-1)[..., None].astype(self.dtype))[..., None]
+            rows = None if layout.pack is None else layout.pack.text
+            query = heads(query_norm(of_tokens(to_query(x))))
             return out(any_text * attend_to_text(query, *others, rows)[0])
-        key, value = (heads(y) for y in (key_norm(of_tokens(to_key(x))), of_tokens(to_value(x))))
-        extra_parts = None
         if extra is not None:
             own = x.shape[1] - extra.mask.shape[1] * extra.mask.shape[2]
-            extra_parts = tuple(y[:, own:] for y in (query, key, value))
-            query, key, value = (y[:, :own] for y in (query, key, value))
+            extra_parts, x = projected(x[:, own:]), x[:, :own]
             each = (rearrange(y, "b (s m) ... -> b s m ...", s=extra.mask.shape[1]) for y in extra_parts[1:])
             others = *each, extra.mask
-        turned = query, key
-        if self.relative == "rotary":
-            turned = tuple(rotate(y, layout.coordinates()) for y in turned)
-        attended = self._in_windows(*turned, value, layout, isolate_images)
-        if text is None and extra is None:
-            return out(attended[0])
-        y = joined(attended, attend_to_text(query, *others, rows))
+        if layout.pack is None:
+            y, key, value = self._in_windows(*projected(x), others, layout, isolate_images)
+        else:
+            y, key, value = self._in_packs(x, projected, others, layout, extra is not None)
         if extra is not None:
             y = jnp.concatenate([y, attend_to_clips(*extra_parts, key, value, extra.mask, layout)], axis=1)
         return out(y)
 
-    def _in_windows(self, query: Array, key: Array, value: Array, layout: Layout, isolate_images: bool) -> Attended:
-        """Attention over each token's window, heads divided among the windows."""
+    def _turned(self, query: Array, key: Array, coordinates: Array) -> tuple[Array, Array]:
+        """With rotary embedding, if there is one."""
+        return tuple(rotate(y, coordinates) if self.relative == "rotary" else y for y in (query, key))
+
+    def _table(self, number: int) -> Float[Array, "offsets heads"] | None:
+        """The relative bias of a window's heads."""
+        if self.relative != "bias":
+            return None
         count = len(self.windows)
-        parts = zip(*(jnp.split(y, count, axis=2) if count > 1 else [y] for y in (query, key, value)), strict=True)
-        found = []
-        for number, (window, bounds, part) in enumerate(zip(self.windows, self.bounds, parts, strict=True)):
-            table = None
-            if self.relative == "bias":
-                table_init = nn.with_logical_partitioning(nn.initializers.zeros, (*["relative"] * 3, "heads"))
-                offsets = [2 * size - 1 for size in bounds]  # an axis each, which `resize` interpolates along
-                name = f"relative_bias_{number}" if number else "relative_bias"
-                table = self.param(name, table_init, (*offsets, self.heads // count)).reshape(-1, self.heads // count)
-            if layout.pack is not None:
-                groups, coordinates = layout.pack.groups[window.name], layout.coordinates()
-                own, logsum = grouped(*part, groups, coordinates, table, bounds)
-                if isolate_images and window.time != 1:  # there may be extra tokens to join them with
-                    apart = (groups.place == groups.slots.shape[1]).reshape(*logsum.shape[:2], 1)
-                    logsum = jnp.where(apart, isolated(*part, table)[1], logsum)
-                found.append((own, logsum))
-            elif isolate_images and window.time != 1 and layout.grid[0] == 1:
+        table_init = nn.with_logical_partitioning(nn.initializers.zeros, (*["relative"] * 3, "heads"))
+        offsets = [2 * size - 1 for size in self.bounds[number]]  # an axis each, which `resize` interpolates along
+        name = f"relative_bias_{number}" if number else "relative_bias"
+        return self.param(name, table_init, (*offsets, self.heads // count)).reshape(-1, self.heads // count)
+
+    def _heads_of(self, number: int, y: Array) -> Array:
+        """A window's part of the heads, which are the axis before the last."""
+        count = len(self.windows)
+        return y if count == 1 else jnp.split(y, count, axis=-2)[number]
+
+    def _in_windows(
+        self, query: Array, key: Array, value: Array, others: tuple | None, layout: Layout, isolate_images: bool
+    ) -> tuple[Array, Array, Array]:
+        """Attention over each token's window and others' keys, heads divided among the windows; keys and values."""
+        turned, found = self._turned(query, key, layout.coordinates()), []
+        for number, (window, bounds) in enumerate(zip(self.windows, self.bounds, strict=True)):
+            part, table = [self._heads_of(number, y) for y in (*turned, value)], self._table(number)
+            if isolate_images and window.time != 1 and layout.grid[0] == 1:
                 found.append(isolated(*part, table))
             else:
                 found.append(reshaped(*part, window, layout, table, bounds))
-        if count == 1:
-            return found[0]
-        out, logsum = zip(*found, strict=True)
-        return jnp.concatenate(out, axis=2), jnp.concatenate(logsum, axis=2)
+        attended = tuple(jnp.concatenate(each, axis=2) for each in zip(*found, strict=True))
+        y = attended[0] if others is None else joined(attended, attend_to_text(query, *others, None))
+        return y, key, value
+
+    def _in_packs(
+        self, x: Array, projected: Any, others: tuple | None, layout: Layout, keys_too: bool
+    ) -> tuple[Array, Array | None, Array | None]:
+        """As `_in_windows`. Tokens move once, before they are projected, and the output back."""
+        found = []
+        for number, (window, bounds) in enumerate(zip(self.windows, self.bounds, strict=True)):
+            groups = layout.pack.groups[window.name]
+            slots = constrain(to_slots(x, groups), "batch", "tokens", "embed")
+            coordinates = to_slots(layout.coordinates(), groups)
+            query, key, value = (self._heads_of(number, y) for y in projected(slots))
+            text = ()
+            if others is not None:
+                text = query, *(self._heads_of(number, y) for y in others[:2]), others[2]
+            turned = self._turned(query, key, coordinates)
+            y = grouped(*turned, value, groups, coordinates, self._table(number), bounds, *text)
+            back = (y, key, value) if keys_too else (y,)
+            found.append([from_slots(y, groups, x.shape[1]) for y in back])
+        y, *keys = (jnp.concatenate(each, axis=2) for each in zip(*found, strict=True))
+        return y, *(keys or (None, None))

@@ -125,6 +125,11 @@ class DenoiserConfig:
         return tuple(dict.fromkeys(Window(*window) for window in self.windows))
 
     @property
+    def text_windows(self) -> tuple[Window, ...]:
+        """Those in which tokens attend to their clip's text, or extra tokens, as well."""
+        return self.attention_windows if self.condition_by == "tokens" else ()
+
+    @property
     def reads_text(self) -> bool:
         return self.cross_attention
 

@@ -12,104 +12,142 @@ import flax.struct
 import numpy as np
 from jaxtyping import Array, Int
 
-Rows = tuple[tuple[int, int], ...]  # (length, number), ascending
+Rows = tuple[tuple[int, int, int], ...]  # (length, number, clips), ascending; see `Groups`
 
-# To move a slot's query, key and value there and its output back takes as long as so many scores: a rough figure.
-SLOT = 64
-MULTIPLES = (1, 2, 4)  # windows that a row is made for
+# To move a slot's token there and its output back, and to project it, takes as long as so many scores: a rough figure.
+SLOT = 200
+TEXT = 16  # tokens of a clip's text: a rough figure, too
+MULTIPLES = (1, 2, 3, 4)  # windows that a row is made for
+CLIPS = (1, 2, 3, 4)  # clips whose text a row attends to
 
 
 @flax.struct.dataclass
 class Groups:
-    """Where each token of a batch of packs goes, tokens numbered through the packs of their data shard.
+    """Where each token of a batch of packs goes, tokens numbered through the packs of their data shard, and clips too.
 
     Attributes:
         slots: the token in each slot, and the number of a shard's tokens where a slot is empty. Slots are those of the
             rows of the first length, row by row, then those of the next.
-        row_window: which window of its shard a slot's token is in, -1 where it is empty.
-        place: each token's slot, and the number of a shard's slots for tokens in no window.
-        rows: (length, number) of a shard's rows, ascending.
+        slot_window: which window of its shard a slot's token is in, -1 where it is empty.
+        slot_clip: the clip of a slot's token, -1 where it is empty.
+        row_clips: the clips of each row's windows, as many a row as `rows` says, and the number of a shard's clips
+            where a row has fewer.
+        place: each token's slot, and the number of a shard's slots for padding.
+        rows: (length, number, clips) of a shard's rows, ascending. A row has windows of at most so many clips; 0 is
+            any number, for attention without text.
     """
 
     slots: Int[Array, "shards slots"]
-    row_window: Int[Array, "shards slots"]
+    slot_window: Int[Array, "shards slots"]
+    slot_clip: Int[Array, "shards slots"]
+    row_clips: Int[Array, "shards k"]
     place: Int[Array, "shards n"]
     rows: Rows = flax.struct.field(pytree_node=False)
 
 
-def placed(windows: Int[np.ndarray, " k"], rows: Rows) -> Int[np.ndarray, " k"] | None:
+def placed(windows: Int[np.ndarray, "k 2"], rows: Rows) -> Int[np.ndarray, " k"] | None:
     """The first slot of each window, the longest first into the row with the least room that suffices.
 
+    Windows of a clip that are equally long stay together; they count as one of the clips that a row may have.
+
     Args:
-        windows: their lengths.
+        windows: length and clip of each.
         rows: see `Groups`.
 
     Returns:
         None if they don't fit.
     """
-    free: dict[int, list[int]] = {}  # by the room that is left in a row, where it begins
+    lengths, clips = windows.T if rows[0][2] else (windows[:, 0], np.zeros(len(windows), np.int64))
+    # By the room that is left in a row and how many more clips it may have, where that room begins.
+    free: dict[tuple[int, int], list[int]] = {}
     start = 0
-    for length, number in rows:
-        free[length] = list(range(start, start + length * number, length))
+    for length, number, most in rows:
+        free[length, most or len(windows) + 1] = list(range(start, start + length * number, length))
         start += length * number
-    first = np.empty(len(windows), np.int64)
-    for length in np.unique(windows)[::-1].tolist():
-        members = np.flatnonzero(windows == length)
-        while len(members):
-            room = min((room for room, starts in free.items() if room >= length and starts), default=None)
-            if room is None:
+    order = np.lexsort((clips, -lengths))
+    begins = np.flatnonzero(np.diff(lengths[order], prepend=-1) | np.diff(clips[order], prepend=-1))
+    together = lengths[order[begins]].tolist(), np.diff(begins, append=len(order)).tolist()
+    first: list[int] = []
+    for length, count in zip(*together, strict=True):
+        while count:
+            key = min((key for key, starts in free.items() if starts and key[0] >= length), default=None)
+            if key is None:
                 return None
+            room, most = key
             each = room // length
-            used = min(len(free[room]), math.ceil(len(members) / each))
-            starts, free[room] = free[room][:used], free[room][used:]
-            count = min(len(members), used * each)
-            slots = (np.array(starts)[:, None] + length * np.arange(each)[None]).ravel()
-            first[members[:count]] = slots[:count]
-            members = members[count:]
-            last = count - (used - 1) * each  # windows in the last of these rows
-            for row, held in zip(starts, [each] * (used - 1) + [last], strict=True):
-                if room > held * length:
-                    free.setdefault(room - held * length, []).append(row + held * length)
-    return first
+            used = min(len(free[key]), -(-count // each))
+            starts, free[key] = free[key][:used], free[key][used:]
+            for row in starts:
+                held = min(each, count)
+                first += range(row, row + held * length, length)
+                count -= held
+                if room > held * length and most > 1:
+                    free.setdefault((room - held * length, most - 1), []).append(row + held * length)
+    found = np.empty(len(windows), np.int64)
+    found[order] = first
+    return found
 
 
-def choose_rows(shards: Sequence[Int[np.ndarray, " k"]], most: int = 2) -> Rows:
+def choose_rows(shards: Sequence[Int[np.ndarray, "k 2"]], most: int = 2, text: bool = False) -> Rows:
     """The cheapest rows, of at most `most` lengths, that hold the windows of any of these data shards.
 
     Args:
-        shards: of each shard, the lengths of its windows.
+        shards: of each shard, length and clip of its windows.
         most: an attention is compiled for each length.
+        text: whether rows attend to their clips' text.
     """
-    windows = np.concatenate(shards)
+    windows = np.concatenate(shards)[:, 0]
     if not len(windows):
-        return ((1, 1),)
-    options = {
+        return ((1, 1, int(text)),)
+    different = np.unique(windows).tolist()
+    options = {(multiple * length,) for multiple in MULTIPLES for length in different}
+    options |= {
         tuple(multiple * length for length in choose_lengths(windows, count))
-        for count in range(1, most + 1)
+        for count in range(2, most + 1)
         for multiple in MULTIPLES
     }
-    return min((_enough(lengths, shards) for lengths in sorted(options)), key=cost)
+    bounds = sorted(
+        (max(_least(lengths, clips, each[:, 0]) for each in shards), lengths, clips)
+        for lengths in options
+        if lengths[-1] >= different[-1]
+        for clips in (CLIPS if text else (0,))
+    )
+    best: Rows | None = None
+    for bound, lengths, clips in bounds:
+        if best is not None and bound >= cost(best):
+            break
+        rows = _enough(lengths, clips, shards)
+        best = rows if best is None else min(best, rows, key=cost)
+    return best
+
+
+def _least(lengths: tuple[int, ...], clips: int, windows: Int[np.ndarray, " k"]) -> float:
+    """What rows of these lengths cost at least: as much as if nothing but windows were in them."""
+    shortest = np.array(lengths)[np.searchsorted(lengths, windows)]
+    return float((windows * (shortest + clips * TEXT * (1 + SLOT / 2 / lengths[-1]) + SLOT)).sum())
 
 
 def cost(rows: Rows) -> int:
-    """Of attention over all rows and of moving their slots, in scores."""
-    return sum(number * length * (length + SLOT) for length, number in rows)
+    """Of attention over all rows and of moving their slots and texts, in scores."""
+    return sum(
+        number * (length * (length + clips * TEXT + SLOT) + clips * TEXT * SLOT // 2) for length, number, clips in rows
+    )
 
 
-def _enough(lengths: tuple[int, ...], shards: Sequence[Int[np.ndarray, " k"]]) -> Rows:
+def _enough(lengths: tuple[int, ...], clips: int, shards: Sequence[Int[np.ndarray, "k 2"]]) -> Rows:
     """As many rows of these lengths as hold the windows of any shard, as few long ones as possible."""
     rows: Rows = ()
     for length, shorter in zip(reversed(lengths), [*reversed(lengths[:-1]), 0], strict=True):
         # The longer windows, which no shorter row holds. What is left in longer rows is used first.
-        those = [windows[windows > shorter] for windows in shards]
-        room = sum(length * number for length, number in rows)
-        number = max(0, math.ceil((max(int(windows.sum()) for windows in those) - room) / length))
+        those = [windows[windows[:, 0] > shorter] for windows in shards]
+        room = sum(length * number for length, number, _ in rows)
+        number = max(0, math.ceil((max(int(windows[:, 0].sum()) for windows in those) - room) / length))
         for windows in those:
-            while placed(windows, ((length, number), *rows)) is None:
+            while placed(windows, ((length, number, clips), *rows)) is None:
                 number += 1
-        rows = ((length, number), *rows) if number else rows
+        rows = ((length, number, clips), *rows) if number else rows
     while any(placed(windows, rows) is None for windows in shards):  # more rows may be filled in a worse way
-        rows = (*rows[:-1], (rows[-1][0], rows[-1][1] + 1))
+        rows = (*rows[:-1], (rows[-1][0], rows[-1][1] + 1, clips))
     return rows
 
 
@@ -138,32 +176,52 @@ def choose_lengths(windows: Sequence[int], most: int) -> tuple[int, ...]:
     return best[-1][1]
 
 
-def group(numbers: Int[np.ndarray, "b n"], rows: Rows, shards: int = 1) -> Groups:
+def group(
+    numbers: Int[np.ndarray, "b n"], segments: Int[np.ndarray, "b n"], clips: int, rows: Rows, shards: int = 1
+) -> Groups:
     """Assigns the windows of a batch of packs to rows.
 
     Args:
-        numbers: of each token its window in its pack, as `windows.window_numbers` gives them, -1 for none.
+        numbers: of each token its window in its pack, as `windows.window_numbers` gives them, -1 for padding.
+        segments: of each token its clip in its pack.
+        clips: most of a pack.
         rows: of each shard.
         shards: data shards, which have equal parts of the packs.
 
     Raises:
         ValueError: if the windows of a shard don't fit.
     """
-    total, size = numbers.size // shards, sum(length * number for length, number in rows)
+    total, size = numbers.size // shards, sum(length * number for length, number, _ in rows)
     table = np.full((shards, size), total, np.int32)
-    row_window = np.full((shards, size), -1, np.int32)
-    for shard, packs in enumerate(np.split(numbers, shards)):
+    slot_window, slot_clip = np.full((2, shards, size), -1, np.int32)
+    for shard, (packs, parts) in enumerate(zip(*(np.split(x, shards) for x in (numbers, segments)), strict=True)):
         offsets = np.cumsum([0, *(packs.max(axis=1) + 1)[:-1]])
         flat = np.where(packs >= 0, packs + offsets[:, None], -1).ravel()
+        clip = (parts + clips * np.arange(len(parts))[:, None]).ravel()
         order, counts = _by_number(flat)
-        windows = counts[counts > 0]
-        first = placed(windows, rows)
+        lengths = counts[counts > 0]
+        starts = np.cumsum(lengths) - lengths
+        first = placed(np.stack([lengths, clip[order][starts]], axis=-1), rows)
         if first is None:
-            raise ValueError(f"{len(windows)} windows of up to {windows.max()} tokens don't fit rows of {rows}")
-        rank = np.arange(len(order)) - np.repeat(np.cumsum(windows) - windows, windows)
-        slots = np.repeat(first, windows) + rank
-        table[shard, slots], row_window[shard, slots] = order, flat[order]
-    return Groups(table, row_window, _places(table, total), rows)
+            raise ValueError(f"{len(lengths)} windows of up to {lengths.max()} tokens don't fit rows of {rows}")
+        slots = np.repeat(first - starts, lengths) + np.arange(len(order))
+        table[shard, slots], slot_window[shard, slots], slot_clip[shard, slots] = order, flat[order], clip[order]
+    row_clips = _row_clips(slot_clip, clips * len(numbers) // shards, rows)
+    return Groups(table, slot_window, slot_clip, row_clips, _places(table, total), rows)
+
+
+def _row_clips(slot_clip: Int[np.ndarray, "shards slots"], none: int, rows: Rows) -> Int[np.ndarray, "shards k"]:
+    """See `Groups`; `none` is where a row has fewer."""
+    found = []
+    ends = np.cumsum([length * number for length, number, _ in rows])[:-1]
+    for part, (length, number, most) in zip(np.split(slot_clip, ends, axis=1), rows, strict=True):
+        # Each clip once, the others as `none`, in ascending order.
+        held = np.sort(np.where(part < 0, none, part).reshape(len(part), number, length))
+        held[..., 1:] = np.where(held[..., 1:] == held[..., :-1], none, held[..., 1:])
+        held = np.sort(held)[..., :most]
+        missing = np.full((len(part), number, most - held.shape[-1]), none)
+        found.append(np.concatenate([held, missing], axis=-1).reshape(len(part), -1))
+    return np.concatenate(found, axis=1).astype(np.int32)
 
 
 def _by_number(numbers: Int[np.ndarray, " n"], least: int = 0) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " m"]]:
@@ -186,7 +244,7 @@ def _places(slots: Int[np.ndarray, "shards *slots"], tokens: int) -> Int[np.ndar
 
 def scores_computed(groups: Groups) -> int:
     """Pairs of query and key for which rows compute a score, padding and masked pairs included."""
-    return len(groups.slots) * sum(number * length**2 for length, number in groups.rows)
+    return len(groups.slots) * sum(number * length**2 for length, number, _ in groups.rows)
 
 
 @flax.struct.dataclass
@@ -214,13 +272,13 @@ def choose_text_rows(shards: Sequence[Int[np.ndarray, " k"]]) -> tuple[int, int]
     if not len(clips):
         return 1, 1
     options = {-(-int(tokens) // parts) for tokens in clips for parts in range(1, 9)}
-    options = {length for length in options if length >= SLOT // 4} or options
+    options = {length for length in options if length >= TEXT} or options
 
     def rows(length: int) -> tuple[int, int]:
         return length, max(text_rows_needed(tokens, length) for tokens in shards)
 
-    # Each row has keys and values of a text of its own, about as many as `SLOT // 2`.
-    return min(map(rows, sorted(options)), key=lambda row: row[1] * (row[0] + SLOT // 2))
+    # Each row has keys and values of a text of its own, about as many as `2 * TEXT`.
+    return min(map(rows, sorted(options)), key=lambda row: row[1] * (row[0] + 2 * TEXT))
 
 
 def text_rows_needed(clips: Int[np.ndarray, " k"], length: int) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from walt_jax.denoiser.kernels.head_norm import EPSILON
 from walt_jax.denoiser.kernels.sharded import sharded_norm
-from walt_jax.layers import platform
+from walt_jax.layers import flat, platform
 from walt_jax.parallel.rules import divided_along
 
 
@@ -32,7 +32,7 @@ class HeadNorm(nn.Module):
         whole = all(self.heads % size == 0 for size in divided_along("heads").values())
         if platform() == "tpu" and whole:
             return sharded_norm(x.astype(self.dtype), scale)
-        y = x.reshape(*x.shape[:-1], self.heads, -1).astype(jnp.float32)
+        y = flat(x.reshape(*x.shape[:-1], self.heads, -1).astype(jnp.float32), kept=2)
         mean = y.mean(-1, keepdims=True)
         variance = jnp.maximum(0, jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean))
         y = (y - mean) * (jax.lax.rsqrt(variance + EPSILON) * jnp.expand_dims(scale, tuple(range(y.ndim - 1))))

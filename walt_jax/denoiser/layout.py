@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -60,10 +61,7 @@ class Layout:
 
     def spread(self, values: Float[Array, "b s k"]) -> Float[Array, "b n k"]:
         """Each token's value of its clip; one for all tokens, `[b, 1, k]`, where there is one clip."""
-        if self.pack is None:
-            return values
-        # A product with zeros and ones, so that its gradient is a product too; that of a gather would be a scatter.
-        return jnp.einsum("bns,bsk->bnk", self.belongs(values.shape[1]).astype(values.dtype), values)
+        return values if self.pack is None else _spread(values, self.pack.positions[..., 0])
 
     def clip_numbers(self) -> Int[Array, "b n"]:
         """Each token's clip, -1 for padding; `[1, 1]` for equal clips."""
@@ -96,6 +94,29 @@ class Layout:
     def valid(self) -> Bool[Array, "b n"]:
         """Which tokens are no padding; `[1, 1]` for equal clips."""
         return jnp.ones((1, 1), bool) if self.pack is None else self.pack.positions[..., 0] >= 0
+
+
+@jax.custom_vjp
+def _spread(values: Float[Array, "b s k"], clips: Int[Array, "b n"]) -> Float[Array, "b n k"]:
+    """The row of `values` of each token's clip, zeros for clip -1.
+
+    The gradient is a product with zeros and ones; XLA's own would be a scatter.
+    """
+    there = jnp.where(clips < 0, values.shape[1], clips)
+    return jax.vmap(lambda rows, index: jnp.take(rows, index, axis=0, mode="fill", fill_value=0))(values, there)
+
+
+def _spread_forward(values, clips):
+    return _spread(values, clips), (values, clips)
+
+
+def _spread_backward(residuals, gradient):
+    values, clips = residuals
+    belongs = (clips[..., None] == jnp.arange(values.shape[1])[None, None]).astype(gradient.dtype)
+    return jnp.einsum("bns,bnk->bsk", belongs, gradient), None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,29 +181,39 @@ class Needs(NamedTuple):
     """What needs rows: of a clip, or of the clips of a data shard.
 
     Attributes:
-        windows: lengths of its windows, by the name of the model's window.
+        windows: length and clip of its windows, by the name of the model's window.
         clips: tokens of each clip.
     """
 
-    windows: dict[str, Int[np.ndarray, " k"]]
+    windows: dict[str, Int[np.ndarray, "k 2"]]
     clips: Int[np.ndarray, " s"]
 
     @classmethod
     def of(cls, positions: np.ndarray, sizes: np.ndarray, windows: Sequence[Window], isolate_images: bool) -> Self:
         """What packs need; arguments as those of `make_pack`."""
-        lengths = {}
+        segments, found = positions[..., 0], {}
+        through = np.where(segments < 0, -1, segments + sizes.shape[1] * np.arange(len(segments))[:, None])
+        present, tokens = np.unique(through[segments >= 0], return_counts=True)
         for window in windows:
             numbers = _numbers(positions, sizes, window, isolate_images)
-            lengths[window.name] = np.concatenate([np.bincount(pack[pack >= 0]) for pack in numbers])
-        clips = np.concatenate([np.bincount(pack[pack >= 0]) for pack in positions[..., 0]])
-        return cls(lengths, clips[clips > 0])
+            packs = []
+            for pack, clips in zip(numbers, through, strict=True):
+                _, first, lengths = np.unique(pack[pack >= 0], return_index=True, return_counts=True)
+                packs.append(np.stack([lengths, np.searchsorted(present, clips[pack >= 0][first])], axis=-1))
+            found[window.name] = np.concatenate(packs)
+        return cls(found, tokens)
 
     @classmethod
     def sum(cls, parts: Iterable[Self]) -> Self:
         """What clips need together."""
         parts = list(parts)
-        names = parts[0].windows
-        windows = {name: np.concatenate([part.windows[name] for part in parts]) for name in names}
+        offsets = np.cumsum([0, *[len(part.clips) for part in parts]])[:-1]
+        windows = {
+            name: np.concatenate(
+                [part.windows[name] + np.array([0, offset]) for part, offset in zip(parts, offsets, strict=True)]
+            )
+            for name in parts[0].windows
+        }
         return cls(windows, np.concatenate([part.clips for part in parts]))
 
 
@@ -198,9 +229,16 @@ class PackRows(NamedTuple):
     text: tuple[int, int]
 
     @classmethod
-    def choose(cls, shards: Sequence[Needs], most: int = 2) -> Self:
-        """Rows for data shards like these, of at most `most` lengths a window."""
-        windows = {name: choose_rows([shard.windows[name] for shard in shards], most) for name in shards[0].windows}
+    def choose(cls, shards: Sequence[Needs], most: int = 2, text: Sequence[Window] = ()) -> Self:
+        """Rows for data shards like these, of at most `most` lengths a window.
+
+        Rows of the windows in `text` attend to their clips' text, too.
+        """
+        names = {window.name for window in text}
+        windows = {
+            name: choose_rows([shard.windows[name] for shard in shards], most, name in names)
+            for name in shards[0].windows
+        }
         return cls(windows, choose_text_rows([shard.clips for shard in shards]))
 
     def hold(self, needs: Needs) -> bool:
@@ -208,7 +246,7 @@ class PackRows(NamedTuple):
         length, number = self.text
         if text_rows_needed(needs.clips, length) > number:
             return False
-        return all(placed(lengths, self.windows[name]) is not None for name, lengths in needs.windows.items())
+        return all(placed(windows, self.windows[name]) is not None for name, windows in needs.windows.items())
 
 
 def make_pack(
@@ -231,11 +269,14 @@ def make_pack(
     Raises:
         ValueError: if a shard's windows or clips don't fit their rows.
     """
+    segments, clips = positions[..., 0], sizes.shape[1]
     groups = {
-        window.name: group(_numbers(positions, sizes, window, isolate_images), rows.windows[window.name], shards)
+        window.name: group(
+            _numbers(positions, sizes, window, isolate_images), segments, clips, rows.windows[window.name], shards
+        )
         for window in windows
     }
-    text = text_rows(positions[..., 0], sizes.shape[1], rows.text, shards)
+    text = text_rows(segments, clips, rows.text, shards)
     return Pack(positions, sizes, groups, text, np.zeros(shards, np.int32))
 
 

@@ -24,7 +24,7 @@ from walt_jax.denoiser.stdit_block import STDiTBlock, STDiTConfig
 from walt_jax.denoiser.uvit_block import UViTBlock, UViTConfig
 from walt_jax.denoiser.vdt_block import VDTBlock, VDTConfig
 from walt_jax.denoiser.walt_block import WaltBlock, WaltConfig
-from walt_jax.layers import Linear
+from walt_jax.layers import Linear, flat
 from walt_jax.parallel.rules import constrain
 
 # A new block is one file, a line in each of these, and a config.
@@ -265,7 +265,8 @@ class Denoiser(nn.Module):
             return context.replace(**self._tokens([c] if label is None else [c, label], text, mask))
         if text is not None and not cfg.single:
             weights = mask[..., None] / jnp.maximum(mask.sum(-1), 1)[..., None, None]
-            c = c + parts.linear(cfg, "text_pooled", cfg.dim, "embed", "mlp")((text * weights).sum(-2))
+            pooled = flat(text * weights, kept=2).sum(-2).reshape(*text.shape[:-2], cfg.dim)
+            c = c + parts.linear(cfg, "text_pooled", cfg.dim, "embed", "mlp")(pooled)
         if label is not None:
             c = c + label
         if cfg.upscale > 1:

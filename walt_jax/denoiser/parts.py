@@ -12,7 +12,7 @@ from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout
 from walt_jax.denoiser.sinusoids import TIME_WAVES, sinusoids, timestep_embedding
 from walt_jax.denoiser.windows import Window
-from walt_jax.layers import Linear
+from walt_jax.layers import Linear, flat
 from walt_jax.parallel.rules import gathered
 
 ZEROS = nn.initializers.zeros
@@ -27,10 +27,10 @@ def linear(config: DenoiserConfig, name: str, features: int, *axes: str, **chang
 
 def layer_norm(x: Float[Array, "b n d"], dtype: Any, epsilon: float = 1e-6) -> Float[Array, "b n d"]:
     """LayerNorm without parameters: scale and shift come from the condition."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    return ((x - mean) / jnp.sqrt(variance + epsilon)).astype(dtype)
+    rows = flat(x.astype(jnp.float32))
+    mean = rows.mean(-1, keepdims=True)
+    variance = jnp.square(rows - mean).mean(-1, keepdims=True)
+    return ((rows - mean) / jnp.sqrt(variance + epsilon)).astype(dtype).reshape(x.shape)
 
 
 def modulate(x: Float[Array, "b n d"], scale: Array, shift: Array) -> Float[Array, "b n d"]:

@@ -32,7 +32,11 @@ class WaltConfig(DenoiserConfig):
 
     @property
     def attention_windows(self) -> tuple[Window, ...]:
-        return tuple(dict.fromkeys((*super().attention_windows, *[FRAME] * self.cross_attention)))
+        return tuple(dict.fromkeys((*super().attention_windows, *self.text_windows)))
+
+    @property
+    def text_windows(self) -> tuple[Window, ...]:
+        return (FRAME,) if self.cross_attention else ()
 
 
 class WaltBlock(Block):

@@ -102,20 +102,23 @@ def window_numbers(
         isolated: segments whose tokens see only themselves, as images in W.A.L.T's spatiotemporal blocks.
 
     Returns:
-        Numbers from 0 in the order of segments; -1 for tokens in no window: padding and isolated ones.
+        Numbers from 0 in the order of segments; -1 for padding.
     """
     segment, *place = positions.T
-    inside = segment >= 0
-    if isolated is not None and len(isolated):
-        inside &= ~np.isin(segment, isolated)
-    numbers = np.full(len(positions), -1, np.int32)
-    inside = np.flatnonzero(inside)
-    if len(inside):
-        cells = [axis[inside] // size for axis, size in zip(place, window, strict=True) if size is not None]
-        key = segment[inside].astype(np.int64)  # one number for all four
-        for cell in cells:
-            key = key * (int(cell.max()) + 1) + cell
-        numbers[inside] = ranks(key)
+    numbers, inside = np.full(len(positions), -1, np.int32), np.flatnonzero(segment >= 0)
+    if not len(inside):
+        return numbers
+    key = segment[inside].astype(np.int64)  # one number for segment and place in the window's grid
+    apart = np.isin(key, isolated) if isolated is not None and len(isolated) else None
+    for axis, size in zip(place, window, strict=True):
+        if size is None and apart is None:
+            continue
+        axis = axis[inside]
+        cell = np.zeros_like(axis) if size is None else axis // size
+        if apart is not None:
+            cell = np.where(apart, axis, cell)
+        key = key * (int(cell.max()) + 1) + cell
+    numbers[inside] = ranks(key)
     return numbers
 
 

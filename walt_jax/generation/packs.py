@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from walt_jax.denoiser.layout import Grid, Layout, Needs, PackRows, from_tokens, make_pack, place_clips
+from walt_jax.denoiser.windows import Window
 from walt_jax.generation.latent_diffusion import NEVER, Asked, LatentDiffusion, SamplingConfig
 
 Shape = tuple[int, int, int, int]
@@ -76,20 +77,29 @@ def rounded(count: int) -> int:
     return -(-count // unit) * unit
 
 
-def few(rows: PackRows, length: int, slots: int) -> PackRows:
-    """Rows that hold what these do, of few shapes, so that packs of similar requests share a program.
+def few(needs: Needs, text: Sequence[Window], length: int, slots: int) -> PackRows:
+    """Rows for a pack, of few shapes, so that packs of similar requests share a program.
 
     Args:
-        rows: that hold the windows of a pack, of one length each.
+        needs: of the pack.
+        text: the windows whose rows attend to their clips' text.
         length: tokens of the pack.
         slots: its most clips.
     """
     windows = {
         # At least as many as the whole pack would fill, so that the number is that of most packs of this length.
-        name: tuple((rounded(size), power(max(number, length // rounded(size)))) for size, number in each)
-        for name, each in rows.windows.items()
+        name: tuple(
+            (rounded(size), power(max(number, length // rounded(size))), power(clips) if clips else 0)
+            for size, number, clips in each
+        )
+        for name, each in PackRows.choose([needs], most=1, text=text).windows.items()
     }
-    return PackRows(windows, (TEXT_ROW, length // TEXT_ROW + slots))  # each clip has one row at most that is not full
+    text_rows = TEXT_ROW, length // TEXT_ROW + slots  # each clip has one row at most that is not full
+    while not PackRows(windows, text_rows).hold(needs):  # larger rows may be filled in a worse way
+        windows = {
+            name: tuple((size, 2 * number, clips) for size, number, clips in each) for name, each in windows.items()
+        }
+    return PackRows(windows, text_rows)
 
 
 def power(count: int) -> int:
@@ -119,7 +129,7 @@ def pack(
     slots = max(SLOTS, power(len(grids)))
     positions, sizes = place_clips([grids], length, slots)
     windows, isolate = config.attention_windows, config.isolate_images
-    rows = few(PackRows.choose([Needs.of(positions, sizes, windows, isolate)], most=1), length, slots)
+    rows = few(Needs.of(positions, sizes, windows, isolate), config.text_windows, length, slots)
     layout = Layout(pack=make_pack(positions, sizes, windows, rows, isolate))
     width = int(np.prod(config.patch_size))
     noise = np.zeros((1, length, width * shapes[0][3]), np.float32)

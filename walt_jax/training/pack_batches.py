@@ -290,7 +290,8 @@ def trial_shards(grids: Sequence[Grid], weights: Sequence[float], packing: Packi
 def pack_rows(shards: Sequence[Sequence[_Item]], grids: Sequence[Grid], packing: Packing) -> PackRows:
     """Rows of a data shard for clips of these sizes: enough for each of these shards, and for any clip."""
     needs = [Needs.sum(clip.needs for clip in clips) for clips in shards]
-    return PackRows.choose([*needs, *(_whole_needs(packing.config, grid) for grid in grids)])
+    alone = (_whole_needs(packing.config, grid) for grid in grids)
+    return PackRows.choose([*needs, *alone], text=packing.config.text_windows)
 
 
 def _needs(config: DenoiserConfig, grid: Grid, kept: Int[np.ndarray, " k"]) -> Needs:
