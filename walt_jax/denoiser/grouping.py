@@ -144,7 +144,7 @@ def _enough(lengths: tuple[int, ...], clips: int, shards: Sequence[Int[np.ndarra
         number = max(0, math.ceil((max(int(windows[:, 0].sum()) for windows in those) - room) / length))
         for windows in those:
             while placed(windows, ((length, number, clips), *rows)) is None:
-                number += 1
+                number += 1 + number // 64  # one by one would take long where there are many
         rows = ((length, number, clips), *rows) if number else rows
     while any(placed(windows, rows) is None for windows in shards):  # more rows may be filled in a worse way
         rows = (*rows[:-1], (rows[-1][0], rows[-1][1] + 1, clips))
