@@ -3,9 +3,9 @@
     python -m walt_jax.main --config=configs/walt_demo_few_steps.py:4 --workdir=runs/demo_4_steps
     python -m walt_jax.main --config=configs/walt_demo_few_steps.py:1 --workdir=runs/demo_1_step
 
-The first starts from the trained demo in `runs/demo`, whose teacher takes 16 guided steps, makes one of 8 steps, then one
-of 4; the second starts from it and makes one of 2 steps, then one of 1. Learning rates are low: at the demo's own the
-student forgets more than it learns. Measured: `docs/sampling.md`.
+The first starts from the trained demo in `runs/demo`, whose teacher takes 16 guided steps, makes one of 8 steps, then
+one of 4; the second starts from it and makes one of 2 steps, then one of 1. Learning rates are low: at the demo's own
+the student forgets more than it learns. Measured: `docs/sampling.md`.
 """
 
 from ml_collections import ConfigDict
