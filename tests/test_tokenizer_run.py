@@ -31,6 +31,7 @@ MAGVIT2 = [
     "--config.losses.discriminator.base_channels=4",
     "--config.losses.discriminator.channel_multipliers=(1,)",
     "--config.evaluation.clips=8",
+    "--config.evaluation.distances=()",  # of clips of 9 frames or more
 ]
 for stage, steps in {"images": 6, "video": 12}.items():
     knobs = {"steps": steps, "batch_size": 2, "log_every": 1, "checkpoint_every": 4}

@@ -93,6 +93,8 @@ def _settings(generator: Generator, ask: Ask, negative_prompt: str) -> dict:
         found["mask"] = pathlib.Path(ask.mask).name
     if ask.extend:
         found["extend"] = ask.extend
+    if ask.motion:
+        found["motion"] = ask.motion
     return found
 
 

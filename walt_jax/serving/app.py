@@ -303,6 +303,7 @@ def described(job: Job, model: str) -> dict[str, Any]:
         "notes": job.notes,
         "num_frames": frames,
         **{name: asked[name] for name in ("negative_prompt", "seed", "fps", "extend", "strength")},
+        "motion": asked.get("motion", 0.0),
         "num_inference_steps": asked["steps"],
         "guidance_scale": asked["guidance"],
         "given": sorted(asked["files"]),

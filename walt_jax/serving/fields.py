@@ -62,14 +62,14 @@ def read(
     """The values of a request, without its uploads.
 
     OpenAI's are prompt, model, size ("WxH") and seconds; others name width, height, num_frames, fps, seed,
-    negative_prompt, num_inference_steps and guidance_scale; ours are extend and strength.
+    negative_prompt, num_inference_steps and guidance_scale; ours are extend, strength and motion.
 
     Raises:
         BadRequest: if one is unknown, wrong, or above a limit.
     """
     known = {
         *("prompt", "model", "size", "seconds", "width", "height", "num_frames", "fps", "seed", "negative_prompt"),
-        *("num_inference_steps", "guidance_scale", "extend", "strength"),
+        *("num_inference_steps", "guidance_scale", "extend", "strength", "motion"),
     }
     for name in fields:
         if name not in known:
@@ -115,6 +115,7 @@ def read(
     found["steps"] = _whole(fields, "num_inference_steps", generator.config.steps, 1, limits.steps)
     found["guidance"] = _number(fields, "guidance_scale", generator.config.guidance.scale, 0.0, 100.0)
     found["strength"] = _number(fields, "strength", 1.0, 0.0, 1.0)
+    found["motion"] = _number(fields, "motion", 0.0, 0.0, 1.0)
     found["extend"] = fields.get("extend") or None
     if found["extend"] not in (None, *EXTEND):
         raise BadRequest(f"extend is {found['extend']!r}; it may be {', '.join(EXTEND)}.", "extend")

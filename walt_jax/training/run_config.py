@@ -149,7 +149,8 @@ class RunConfig:
         for name in names if frames < SHORTEST else ():
             if PROTOCOLS[name].network == "i3d":
                 raise ValueError(
-                    f"evaluation.distances names {name}, whose network needs {SHORTEST} frames, and clips have {frames}"
+                    f"evaluation.distances names {name}, whose network needs {SHORTEST} frames, and clips have "
+                    f"{frames}: leave it out"
                 )
 
     @property
