@@ -50,7 +50,12 @@ class Batches(ReadAhead):
 
     def _join(self, plan: BatchPlan, clips: list[Clip | None]) -> Clip | None:
         """None if no clip of the batch is usable: then all processes have only None."""
-        return None if clips[0] is None else jax.tree.map(lambda *arrays: np.stack(arrays), *clips)
+        usable = [clip for clip in clips if clip is not None]
+        if not usable:
+            return None
+        # A file that vanishes while the batch is read was there for some rows only.
+        rows = [usable[0] if clip is None else clip for clip in clips]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
 
 class Plans(grain.IterDataset):
