@@ -28,7 +28,7 @@ from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
-from walt_jax.parallel.mesh import MeshConfig, data_shards, local_shards, make_mesh, on
+from walt_jax.parallel.mesh import data_shards, local_shards, on_own_devices
 from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
@@ -196,7 +196,7 @@ class RunData:
             identity["low_res"] = digest(small.tokenizer)
         low_res = None if small is None else self._own_low_res().encode
         with (
-            _on_own_devices(),
+            on_own_devices() if jax.process_count() > 1 else contextlib.nullcontext(),
             tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress,
         ):
 
@@ -306,13 +306,6 @@ def _warn(changes: list[str], since: str, added: str) -> None:
 def _here(tokenizer: TrainedTokenizer) -> TrainedTokenizer:
     """As each process has it for itself, where there are several: they encode different clips at different times."""
     return tokenizer if jax.process_count() == 1 else jax.device_get(tokenizer)
-
-
-def _on_own_devices() -> contextlib.AbstractContextManager[None]:
-    """Within, programs run on this process's devices."""
-    if jax.process_count() == 1:
-        return contextlib.nullcontext()
-    return on(make_mesh(MeshConfig(), jax.local_devices()))
 
 
 def digest(tokenizer: TrainedTokenizer) -> str:
