@@ -520,9 +520,10 @@ def _evaluate(run: Any, clock: Any = None) -> pathlib.Path:
 def report(values: flags.FlagValues) -> None:
     """Writes report.html anew, also while a run trains; --compare=RUN shows other runs next to it."""
     from walt_jax.evaluation.report import write_report
+    from walt_jax.evaluation.report_files import holds_run
 
     workdir = local(values.workdir)
-    if not any((workdir / name).exists() for name in ("config.json", "metrics.jsonl", "evaluate.json")):
+    if not holds_run(workdir):
         raise UserError(f"{workdir} holds no run; train one first, with --mode=train.")
     print(f"wrote {write_report(workdir, [local(path) for path in values.compare])}")
 

@@ -167,19 +167,17 @@ def _features(
     }
     names = {name: key for name, key in names.items() if name not in folder.skipped}
 
-    def keys(key: str) -> list[str]:
-        return [f"{key}:{frame}" for frame in range(frames)] if protocol.of_images else [key]
-
     # Equal files are computed once.
-    missing = {key: name for name, key in names.items() if any(each not in cache.rows for each in keys(key))}
+    missing = {
+        key: name for name, key in names.items() if any(each not in cache.rows for each in protocol.keys(key, frames))
+    }
 
     def clips() -> Iterator[tuple[str, np.ndarray]]:
         read = read_ahead(lambda name: folder.read(name, frames, watchdog), missing.values())
         for (_, clip), key in zip(read, missing, strict=True):
             if clip is None:
                 continue
-            parts = clip[:, None] if protocol.of_images else clip[None]
-            yield from zip(keys(key), parts, strict=True)
+            yield from zip(protocol.keys(key, frames), protocol.parts(clip), strict=True)
 
     what = f"{protocol.name} {folder.flag.removeprefix('--')}"
     if missing:
@@ -187,9 +185,9 @@ def _features(
         _watched(compute_features(detector, protocol.prepare, clips(), cache), what, 0, total)
     folder.check_any(frames)
     return {
-        name: np.stack([cache.rows[each] for each in keys(key)])
+        name: np.stack([cache.rows[each] for each in protocol.keys(key, frames)])
         for name, key in names.items()
-        if all(each in cache.rows for each in keys(key))
+        if all(each in cache.rows for each in protocol.keys(key, frames))
     }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 Clip = UInt8[np.ndarray, "t h w 3"]
+Clips = UInt8[np.ndarray, "n t h w 3"]
 Prepared = Float[np.ndarray, "t h w 3"]
 
 
@@ -39,6 +40,14 @@ class FeatureProtocol:
     def of_images(self) -> bool:
         """Whether each frame is measured alone."""
         return self.network in ("inception", "clip", "random_images")
+
+    def parts(self, clip: Clip) -> Clips:
+        """What a clip has features of: itself or, of images, each of its frames as a clip."""
+        return clip[:, None] if self.of_images else clip[None]
+
+    def keys(self, key: str, frames: int) -> list[str]:
+        """A name for each of a clip's `parts`."""
+        return [f"{key}:{frame}" for frame in range(frames)] if self.of_images else [key]
 
     @property
     def kernel_name(self) -> str:

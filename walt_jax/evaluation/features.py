@@ -186,8 +186,7 @@ def own_features(
         detector, protocol, clips, frames: as those of `features_of`.
     """
     cache = FeatureCache(None)
-    clips = [clip[:frames] for clip in clips]
-    parts = [frame for clip in clips for frame in clip[:, None]] if protocol.of_images else clips
+    parts = [part for clip in clips for part in protocol.parts(clip[:frames])]
     keyed = ((str(number), part) for number, part in enumerate(parts))
     keys = list(compute_features(detector, protocol.prepare, keyed, cache))
     return np.stack([cache.rows[key] for key in keys]).reshape(len(clips), len(parts) // len(clips), -1)

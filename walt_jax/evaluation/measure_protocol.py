@@ -77,6 +77,11 @@ class Measurement:
     def folds(self) -> int:
         return 1 if self.config.protocol_samples else self.paper.folds
 
+    @property
+    def made(self) -> str:
+        """What is measured, in a word."""
+        return "reconstructions" if self.paper.kind == "reconstruction" else "samples"
+
     def check(self) -> None:
         """
         Raises:
@@ -175,9 +180,8 @@ def measure_protocol(run: Measurement) -> list[dict[str, Any]]:
         cut += f"; real clips of {run.data.source}, {paper.split} split"
         if paper.measured:
             cut += f", all shrunk to {paper.measured[0]} × {paper.measured[1]} pixels"
-        unit = {"reconstruction": "reconstructions"}.get(paper.kind, "samples")
         folds = [
-            compare(detector, protocol, part, reference, cut, unit, **stated) for part in np.split(rows, run.folds)
+            compare(detector, protocol, part, reference, cut, run.made, **stated) for part in np.split(rows, run.folds)
         ]
         found += [_over(list(each), paper, differences) for each in zip(*folds, strict=True)]
     return found
@@ -195,7 +199,7 @@ class _Keys:
     def of(self, number: int, detector: Detector, protocol: FeatureProtocol) -> list[str]:
         """Of a sample: one, or of images one for each frame."""
         key = digest_of(*self._run, detector.sha256, protocol.name, str(number))
-        return [f"{key}:{frame}" for frame in range(self._frames)] if protocol.of_images else [key]
+        return protocol.keys(key, self._frames)
 
 
 def _fill(
@@ -214,9 +218,8 @@ def _fill(
         if any(each not in cache.rows for d, p, cache in measured for each in key.of(number, d, p))
     ]
     size = AT_ONCE * (8 if run.generator is None else run.generator.config.batch_size)
-    what = "reconstructions" if run.paper.kind == "reconstruction" else "samples"
     with tqdm.tqdm(
-        desc=f"{what} for {run.paper.name}",
+        desc=f"{run.made} for {run.paper.name}",
         total=len(numbers),
         initial=len(numbers) - len(missing),
         unit="clip",

@@ -18,6 +18,7 @@ from walt_jax.evaluation.report_files import (
     Stages,
     duration,
     final_mean,
+    holds_run,
     number,
     read_json,
     read_stages,
@@ -63,7 +64,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[RunFiles]:
     """
     resolved = [path.resolve() for path in workdirs]
     for path, place in zip(workdirs, resolved, strict=True):
-        if not any((path / name).exists() for name in ("config.json", "metrics.jsonl", "evaluate.json")):
+        if not holds_run(path):
             raise UserError(f"--compare={path} holds no run; name a workdir that --mode=train has written.")
         if resolved.count(place) > 1:
             raise UserError(f"{path} is named twice; --compare=RUN takes other runs than --workdir's, each once.")

@@ -16,6 +16,11 @@ CLOCKS = ("elapsed_seconds", "clock_")  # what begins so has no curve: the secti
 Stages = dict[str, dict[int, dict[str, float]]]
 
 
+def holds_run(workdir: pathlib.Path) -> bool:
+    """Whether a workdir has anything to report."""
+    return any((workdir / name).exists() for name in ("config.json", "metrics.jsonl", "evaluate.json"))
+
+
 def series(steps: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which `key` was logged, and its finite values."""
     points = [(step, row[key]) for step, row in sorted(steps.items()) if math.isfinite(row.get(key, math.nan))]
