@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from walt_jax.denoiser.layout import from_tokens
 from walt_jax.diffusion.objective import Binned, diffusion_loss, draw, level_names
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.latent_diffusion import LatentDiffusion, single_clips
@@ -89,7 +88,7 @@ def _errors(model: LatentDiffusion, size: int) -> Callable[..., Binned]:
             layout.spread,
             draw(key, tokens.shape, (size, 1), config),
             config,
-            lambda values: from_tokens(values, layout.grid, model.denoiser.config.patch_size),
+            lambda values: model.latents(values, layout),
         )[1]
 
     return errors

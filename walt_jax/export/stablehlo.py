@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax import export
 
-from walt_jax.denoiser.layout import from_tokens
 from walt_jax.diffusion.sampler import TimeGrid
 from walt_jax.errors import UserError
 from walt_jax.export.contents import Contents, Manifest
@@ -137,10 +136,8 @@ def _step(model: LatentDiffusion, sampling: SamplingConfig) -> Callable[..., Any
         times = jnp.stack([time, next_time])
         z = TimeGrid(times, levels).step(0, z, x)
 
-        def as_latents(tokens):
-            return from_tokens(tokens, model.layout.grid, model.denoiser.config.patch_size)
-
-        return as_latents(z), jnp.stack([as_latents(estimate) for estimate in carried.estimates])
+        estimates = [model.latents(estimate, model.layout) for estimate in carried.estimates]
+        return model.latents(z, model.layout), jnp.stack(estimates)
 
     return step
 

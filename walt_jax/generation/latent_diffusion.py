@@ -182,6 +182,10 @@ class LatentDiffusion:
         """Latents as tokens: patches of latent positions, flattened."""
         return to_tokens(latents, self.denoiser.config.patch_size)
 
+    def latents(self, tokens: Float[Array, "b n p"], layout: Layout) -> Float[Array, "b t h w c"]:
+        """The inverse of `tokens`, of equal clips."""
+        return from_tokens(tokens, layout.grid, self.denoiser.config.patch_size)
+
     def text_tokens(self, *shape: int) -> Int[Array, "*b m"] | Embedded:
         """Dummy captions of this shape, whose last axis counts text tokens."""
         ids = jnp.ones(shape, jnp.int32)
@@ -504,7 +508,7 @@ class LatentDiffusion:
         augmentation = config.low_res_noise if low_res is not None else 0.0
         noise, asked = self._prepared(text, free, seeds, shape, observed, until, low_res, augmentation, tile)
         tokens = self.sample_tokens(params, noise, asked, config, on_step)
-        return from_tokens(tokens, asked.layout.grid, self.denoiser.config.patch_size)
+        return self.latents(tokens, asked.layout)
 
     @functools.partial(jax.jit, static_argnames=("self", "shape", "augmentation", "tile"))
     def _prepared(self, text, free, seeds, shape, observed, until, low_res, augmentation, tile):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from walt_jax.config import Fraction, Positive, Range
-from walt_jax.denoiser.layout import Layout, from_tokens
+from walt_jax.denoiser.layout import Layout
 from walt_jax.denoiser.resize import resize
 from walt_jax.diffusion.adaptive import complexity
 from walt_jax.diffusion.motion_error import NO_MOTION, MotionConfig
@@ -217,9 +217,6 @@ class DenoiserTask:
         """The diffusion loss; and errors by noise level."""
         model, layout = self.model, inputs.layout
 
-        def clips(values):
-            return from_tokens(values, layout.grid, model.denoiser.config.patch_size)
-
         return diffusion_loss(
             model.denoise(params, model.condition(params, inputs.text, **inputs.conditions), layout),
             inputs.tokens,
@@ -229,7 +226,7 @@ class DenoiserTask:
             layout.spread,
             draws.loss,
             model.diffusion,
-            clips,
+            lambda values: model.latents(values, layout),
             self.motion,
         )
 
