@@ -18,7 +18,7 @@ from walt_jax.config import Fraction, Positive
 from walt_jax.data.dropping import DropConfig
 from walt_jax.data.shapes import ShapeConfig
 from walt_jax.diffusion.alpha_flow import AlphaFlowConfig
-from walt_jax.diffusion.motion_error import MotionConfig
+from walt_jax.diffusion.motion_error import NO_MOTION, MotionConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.lora import LoraConfig
@@ -135,6 +135,8 @@ class StageConfig:
             raise ValueError("cached_clips, latents and windows are for denoiser stages")
         if self.task == "tokenizer" and (self.lora or self.distillation or self.alpha_flow):
             raise ValueError("lora, distillation and alpha_flow are for denoiser stages")
+        if self.task == "tokenizer" and self.motion != NO_MOTION:
+            raise ValueError("motion is for denoiser stages")
         if sum(map(bool, (self.lora, self.distillation, self.alpha_flow))) > 1:
             raise ValueError("lora, distillation and alpha_flow do not go with each other")
         if self.task == "tokenizer" and self.pack:
@@ -280,10 +282,12 @@ def run_stage(
                 last = step == stage.steps
                 signal = 0 if last else agreed_stop(stop.signal, name, step)
                 saves = bool(last or signal or step % stage.checkpoint_every == 0)
-                values: dict[str, float] = {}
-                if validation and not signal and validates(stage, step, saves):
-                    log.report(*pending)
+                measures = validation is not None and not signal and validates(stage, step, saves)
+                if saves or measures:
+                    log.report(*pending)  # first: a state that is not finite must not be kept
                     pending = None
+                values: dict[str, float] = {}
+                if measures:
                     with contextlib.nullcontext() if together else stop.skipped(), clock.span("evaluation"):
                         validate = validate or validation()
                         values, protocols = validate(state.served(task))
@@ -294,9 +298,6 @@ def run_stage(
                             f"{', '.join(values)}."
                         )
                 if saves:
-                    if pending:
-                        log.report(*pending)  # first: a state that is not finite must not be kept
-                    pending = None
                     with clock.span("evaluation"):
                         outcome = finish(state.served(task)) if last else {}
                     if last:
