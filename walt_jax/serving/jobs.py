@@ -46,6 +46,9 @@ class Job:
     frames: int | None = None
     group: str = ""
 
+    def __post_init__(self):
+        self.asked.setdefault("motion", 0.0)  # of older videos
+
 
 class Jobs:
     """All jobs, in memory and in a folder; thread-safe.

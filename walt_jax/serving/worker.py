@@ -244,7 +244,7 @@ class Worker(threading.Thread):
         conditions = conditions_of(asked, folder)
         mask = str(folder / asked["files"]["mask"]) if "mask" in asked["files"] else None
         size = asked["num_frames"], asked["height"], asked["width"]
-        ask = Ask(asked["fps"], conditions, mask, asked["extend"], *size, asked.get("motion", 0.0))
+        ask = Ask(asked["fps"], conditions, mask, asked["extend"], *size, asked["motion"])
         try:
             resolved = resolve(self.generator, ask, self.pixels, self.reader)
             if resolved.size[0] > self.limits.frames * self.pixels[0]:
@@ -342,7 +342,7 @@ class Worker(threading.Thread):
             return
         folder, asked = self.jobs.path(first), first.asked
         names = ("prompt", "negative_prompt", "seed", "steps", "guidance", "fps", "extend", "strength", "motion")
-        settings = {name: asked[name] for name in names if asked.get(name) not in (None, "")}
+        settings = {name: asked[name] for name in names if asked[name] not in (None, "")}
         settings |= dict(zip(("num_frames", "height", "width"), video.shape, strict=False))
         if asked["files"]:
             settings["given"] = sorted(asked["files"])
