@@ -234,6 +234,16 @@ def test_batches_are_the_same_for_any_number_of_processes_and_restarts(source, p
                 assert same([next(process)], [{name: array[mine] for name, array in batch.items()}])
 
 
+def test_a_clip_that_vanishes_while_its_batch_is_read_leaves_its_row_to_another():
+    some = batches(Numbered(4), 3, seed=0)
+    clip = {"video": np.full((1, 1, 2, 1), 7, np.uint8)}
+    for row in range(3):
+        found = [None] * 3
+        found[row] = clip
+        assert (some.join(None, found)["video"] == 7).all() and len(some.join(None, found)["video"]) == 3
+    assert some.join(None, [None] * 3) is None
+
+
 def test_broken_clips_are_replaced_by_others_of_their_batch_and_batches_of_them_are_passed_over():
     several = taken(batches(Numbered(10, broken=(0, 3, 9)), 5, 1, encode), 6)
     plain = taken(batches(Numbered(10), 5, 1, encode), 6)

@@ -34,9 +34,11 @@ class Batches(ReadAhead):
     """
 
     def __init__(self, clips: Numbered, batch_sizes: Sequence[int], part: Part = WHOLE):
-        self._clips = clips
-        rows = lambda plan: part.rows(len(plan.numbers))  # noqa: E731
-        super().__init__(Plans(clips, batch_sizes), rows, self._read, self._join)
+        self._clips, self._part = clips, part
+        super().__init__(Plans(clips, batch_sizes), self._rows, self._read, self._join)
+
+    def _rows(self, plan: BatchPlan) -> Sequence[int]:
+        return self._part.rows(len(plan.numbers))
 
     def _read(self, plan: BatchPlan, rows: Sequence[int]) -> list[Clip | None]:
         return [self._one(plan, row) for row in rows]
