@@ -182,11 +182,9 @@ def expanded(
     ]
     bias = jnp.einsum("abch,tsa,yub,xvc->htyxsuv", table, *axes, precision=jax.lax.Precision.HIGHEST)
     if order is not None and order != sizes:
-        counts = dict(
-            zip(("t", "y", "x"), (size // part for size, part in zip(sizes, order, strict=True)), strict=True)
-        )
-        counts |= dict(zip(("s", "u", "v"), counts.values(), strict=True))
-        bias = rearrange(bias, "h (t a) (y b) (x c) (s d) (u e) (v f) -> h t y x a b c s u v d e f", **counts)
+        a, b, c = order
+        pattern = "h (t a) (y b) (x c) (s d) (u e) (v f) -> h t y x a b c s u v d e f"
+        bias = rearrange(bias, pattern, a=a, b=b, c=c, d=a, e=b, f=c)
     return bias.reshape(len(bias), math.prod(sizes), math.prod(sizes))
 
 

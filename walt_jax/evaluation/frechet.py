@@ -63,7 +63,7 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 def _root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
     """The symmetric square root of a positive semidefinite matrix.
 
-    Eigenvalues that cannot be told from 0 are 0: the root of an error of 1e-15 would be one of 3e-8.
+    Eigenvalues within rounding of 0 are 0: the root of an error of 1e-15 would be one of 3e-8.
     """
     values, vectors = np.linalg.eigh(covariance)
     error = len(values) * np.finfo(values.dtype).eps * np.abs(values).max()

@@ -37,17 +37,14 @@ def block_flow(one: Frame, other: Frame) -> Flow:
     """
     height, width = one.shape[:2]
     halvings = max(0, math.ceil(math.log2(min(height, width) / MATCHED_AT)))
-    flow, reach = None, 1
-    for halving in reversed(range(halvings + 1)):
-        size = round(height / 2**halving), round(width / 2**halving)
-        start, end = (_resized(frame, size) for frame in (one, other))
-        if flow is None:
-            flow, reach = np.zeros((2, *size), int), round(FARTHEST * min(size))
-        else:
+    sizes = [(round(height / 2**halving), round(width / 2**halving)) for halving in reversed(range(halvings + 1))]
+    flow, reach = np.zeros((2, *sizes[0]), np.int32), round(FARTHEST * min(sizes[0]))
+    for size in sizes:
+        if size != sizes[0]:
             large = [np.asarray(Image.fromarray(part).resize(size[::-1], Image.Resampling.NEAREST)) for part in flow]
             flow, reach = 2 * np.stack(large), 1
-        flow = _nearest(start, end, flow.astype(int), reach).astype(np.float32)
-    return flow
+        flow = _nearest(_resized(one, size), _resized(other, size), flow, reach)
+    return flow.astype(np.float32)
 
 
 def _nearest(
@@ -60,7 +57,7 @@ def _nearest(
     best, found = np.full((height, width), np.inf), flow
     steps = [(y, x) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1)]
     for step in sorted(steps, key=lambda step: math.hypot(*step)):
-        tried = flow + np.array(step)[:, None, None]
+        tried = flow + np.array(step, np.int32)[:, None, None]
         y, x = grid + tried
         error = np.square(start - end[y.clip(0, height - 1), x.clip(0, width - 1)]).mean(-1)
         error = sum(uniform_filter(error, square, mode="nearest") for square in squares) + FAR * np.hypot(*tried)
