@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from oracles import assert_near, with_all_pairs
 
 from walt_jax.denoiser.kernels import tpu
+from walt_jax.denoiser.kernels.head_norm import normalised
 from walt_jax.denoiser.kernels.sharded import sharded
 
 HEADS, FEATURES = 16, 64
@@ -102,6 +103,51 @@ def test_no_matrix_of_all_pairs_is_in_memory(topology, size):
 @pytest.mark.parametrize("features", [72, 88, 112])
 def test_head_dimensions_of_larger_models_compile(features):
     assert temporaries("v5e:2x2", *arguments(4, 256, 256, True, False, False, features=features)) < 2**25
+
+
+def kernels(function, topology, *shapes):
+    """How many kernels a program for TPUs has, and the bytes that it needs besides arguments and results."""
+    sharding = SingleDeviceSharding(described(topology)[0])
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
+    program = jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+    return program.as_text().count("tpu_custom_call"), program.memory_analysis().temp_size_in_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_windows_in_several_frames_are_not_copied_to_be_in_one_piece(topology):
+    """Of W.A.L.T-L's 5 × 8 × 8: of each frame a part in one piece, the windows of 16 clips four a clip."""
+    rows, frames, windows, tokens = 16, 5, 4, 64
+    shape = jax.ShapeDtypeStruct((rows, frames, windows, tokens, HEADS * FEATURES), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((HEADS, frames * tokens, frames * tokens), jnp.bfloat16)
+    assert tpu.holds_windows(frames, tokens)
+
+    def weighed(query, key, value, bias):
+        query, key, value = (x.reshape(*x.shape[:-1], HEADS, FEATURES) for x in (query, key, value))
+        out, logsum = tpu.fused_windows(query, key, value, bias)
+        return jnp.square(out.astype(jnp.float32)).sum() + logsum.sum()
+
+    count, needed = kernels(jax.grad(weighed, (0, 1, 2, 3)), topology, shape, shape, shape, bias)
+    assert count >= 2, "forward and backward"
+    assert needed < 2 * rows * windows * HEADS * (frames * tokens) ** 2, "bytes of all pairs, in bfloat16"
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("features", [64, 72, 128])
+def test_normalisation_of_heads_compiles(topology, features):
+    """With as much memory as its result and two gradients take: none for heads whose features fill 64 of 128 lanes."""
+    x = jax.ShapeDtypeStruct((4096, HEADS * features), jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct((features,), jnp.float32)
+
+    def weighed(x, scale):
+        return jnp.square(normalised(x, scale).astype(jnp.float32)).sum()
+
+    count, needed = kernels(jax.grad(weighed, (0, 1)), topology, x, scale)
+    assert count >= 2, "forward and backward"
+    assert needed < 4 * 2 * 4096 * HEADS * features
 
 
 @needs_libtpu

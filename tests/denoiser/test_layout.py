@@ -106,7 +106,7 @@ def test_rows_suit_the_packs_that_they_are_chosen_for(packs, window, isolate_ima
     positions, sizes = places = place_clips(packs, TOKENS, CLIPS)
     parts = zip(np.split(positions, shards), np.split(sizes, shards), strict=True)
     needs = [Needs.of(*part, [window], isolate_images) for part in parts]
-    rows = PackRows.choose(needs, most, [window] * text)
+    rows = PackRows.choose(needs, most, [window] * text, text_alone=text)
     assert all(map(rows.hold, needs)) and len(rows.windows[window.name]) <= most
     clips = [[Needs.of(*place_clips([[grid]], TOKENS, 1), [window], isolate_images) for grid in p] for p in packs]
     for number, shard in enumerate(needs):
@@ -117,6 +117,7 @@ def test_rows_suit_the_packs_that_they_are_chosen_for(packs, window, isolate_ima
             assert next(alike) == next(alike)
             np.testing.assert_array_equal(added.clips, shard.clips)
     pack = make_pack(*places, [window], rows, isolate_images, shards)
+    assert (pack.text is not None) == text
     sees, groups = seen(packs, window, TOKENS, isolate_images), pack.groups[window.name]
     for row, token in np.ndindex(PACKS, TOKENS):
         shard, first = row // (PACKS // shards), row % (PACKS // shards) * TOKENS
@@ -133,7 +134,14 @@ def test_rows_without_room_hold_no_more():
     needs = Needs.of(*place_clips([[(2, 2, 2), (1, 2, 2)]], 12, 2), [Window(1, None, None)], False)
     name = "1×all×all"
     assert needs.windows[name].tolist() == [[4, 0], [4, 0], [4, 1]] and needs.clips.tolist() == [8, 4]
-    for windows, text, holds in ((3, (4, 3), True), (2, (4, 3), False), (3, (4, 2), False), (3, (8, 2), True)):
+    for windows, text, holds in (
+        (3, (4, 3), True),
+        (2, (4, 3), False),
+        (3, (4, 2), False),
+        (3, (8, 2), True),
+        (3, None, True),
+        (2, None, False),
+    ):
         assert PackRows({name: ((4, windows, 1),)}, text).hold(needs) == holds
 
 

@@ -42,7 +42,8 @@ LOW = normal(8, 2, 2, 1, 2, CHANNELS)  # of the two videos
 def layout(config, most=2):
     places = place_clips(PACKS, TOKENS, 3)
     windows = config.attention_windows
-    rows = PackRows.choose([Needs.of(*places, windows, config.isolate_images)], most, config.text_windows)
+    needs = Needs.of(*places, windows, config.isolate_images)
+    rows = PackRows.choose([needs], most, config.text_windows, config.text_alone)
     return Layout(pack=make_pack(*places, windows, rows, config.isolate_images))
 
 

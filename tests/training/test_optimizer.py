@@ -17,7 +17,8 @@ from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.walt_block import WaltConfig
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
-from walt_jax.training.optimizer import OptimizerConfig, make_optimizer, muon_dimensions
+from walt_jax.training.muon import scale_by_muon
+from walt_jax.training.optimizer import OptimizerConfig, make_optimizer, muon_kinds
 
 
 def normal(seed, *shape):
@@ -47,14 +48,12 @@ def tokenizer():
 
 def names(tree):
     """Paths like "cycles/block0/mlp_in/kernel" to leaves; a leaf is what stands for one parameter."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: x is None or isinstance(x, nn.Partitioned | optax.contrib.MuonDimensionNumbers)
-    )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def of_muon(boxed):
-    return {name for name, dimensions in names(muon_dimensions(boxed)).items() if dimensions is not None}
+    return {name for name, kind in names(muon_kinds(boxed)).items() if kind != "adam"}
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -92,12 +91,12 @@ def test_muon_takes_the_tokenizers_convolutions_between_wide_layers():
     assert len(taken) == 15
 
 
-def test_a_matrix_is_from_all_that_is_summed_over_to_the_channels_out():
-    dimensions = names(muon_dimensions({"a": denoiser(2, scan=True), "b": tokenizer(), "c": denoiser(2, scan=False)}))
-    assert dimensions["a/cycles/block0/mlp_in/kernel"] == ((1,), (2,))  # axis 0 is the scan's
-    assert dimensions["a/adaln/kernel"] == dimensions["c/cycle1/block0/mlp_in/kernel"] == ((0,), (1,))
-    convolution = next(value for name, value in dimensions.items() if re.search("encoder/scale0_block0/conv_in", name))
-    assert convolution == ((0, 1, 2, 3), (4,))
+def test_a_scans_kernels_are_a_matrix_each():
+    kinds = names(muon_kinds({"a": denoiser(2, scan=True), "b": tokenizer(), "c": denoiser(2, scan=False)}))
+    assert kinds["a/cycles/block0/mlp_in/kernel"] == "stack"
+    assert kinds["a/adaln/kernel"] == kinds["c/cycle1/block0/mlp_in/kernel"] == "matrix"
+    convolution = next(value for name, value in kinds.items() if re.search("encoder/scale0_block0/conv_in", name))
+    assert convolution == "matrix"
 
 
 def learning_rate(config, peak, steps, step):
@@ -196,6 +195,24 @@ def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adam():
             decay = muon * 0.2 * before[name]
             np.testing.assert_allclose(updates[name] + decay, -muon * direction, rtol=1e-2, atol=1e-4)
         before = after
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 60), (90, 17), (2, 3, 16, 20)])
+def test_muon_does_what_optaxs_does(sizes, stacked):
+    """Which iterates with the matrix itself; some singular values are next to 0."""
+    shape = (3, *sizes) if stacked else sizes
+    gradients = [{"x": jnp.asarray(normal(seed, *shape))} for seed in range(4)]
+    gradients[2] = {"x": gradients[2]["x"].at[..., :8].multiply(1e-4)}
+    axes = optax.contrib.MuonDimensionNumbers(tuple(range(int(stacked), len(shape) - 1)), (len(shape) - 1,))
+    theirs = optax.chain(optax.contrib.muon(1.0, muon_weight_dimension_numbers={"x": axes}), optax.scale(-1.0))
+    ours = scale_by_muon(stacked)
+    params = jax.tree.map(jnp.zeros_like, gradients[0])
+    state, their_state = ours.init(params), theirs.init(params)
+    for gradient in gradients:
+        update, state = ours.update(gradient, state)
+        expected, their_state = theirs.update(gradient, their_state, params)
+        np.testing.assert_allclose(update["x"], expected["x"], rtol=1e-4, atol=2e-5)
 
 
 def boxed_stack(*arrays):

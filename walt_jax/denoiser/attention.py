@@ -541,6 +541,8 @@ class WindowAttention(nn.Module):
             # A clip without any text adds nothing, rather than the mean of its padding.
             any_text = layout.spread(text_mask.any(-1)[..., None].astype(self.dtype))[..., None]
             rows = None if layout.pack is None else layout.pack.text
+            if layout.pack is not None and rows is None:
+                raise ValueError("the pack has no rows for text: choose them with `text_alone`")
             query = heads(query_norm(of_tokens(to_query(x))))
             return out(any_text * attend_to_text(query, *others, rows)[0])
         if extra is not None:

@@ -130,6 +130,11 @@ class DenoiserConfig:
         return self.attention_windows if self.condition_by == "tokens" else ()
 
     @property
+    def text_alone(self) -> bool:
+        """Whether tokens attend to their clip's text, or to other keys of it, apart from any window."""
+        return self.condition_by == "cross" or (self.cross_attention and self.condition_by == "norm")
+
+    @property
     def reads_text(self) -> bool:
         return self.cross_attention
 

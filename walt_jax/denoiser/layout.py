@@ -35,14 +35,14 @@ class Pack:
         positions: (segment, t, y, x) of each token in its clip; segment -1 for padding.
         sizes: tokens of each clip along (t, y, x), zeros where a pack has fewer clips.
         groups: for attention, by the window's name.
-        text: for cross-attention.
+        text: for attention to text apart from windows; None where a model has none.
         deferred: clips of each data shard that its rows had no room for; they wait for the next packs.
     """
 
     positions: Int[Array, "b n 4"]
     sizes: Int[Array, "b s 3"]
     groups: dict[str, Groups]
-    text: TextRows
+    text: TextRows | None
     deferred: Int[Array, " shards"]
 
 
@@ -222,30 +222,34 @@ class PackRows(NamedTuple):
 
     Attributes:
         windows: by the name of the model's window, see `grouping.Groups`.
-        text: (length, number) of rows for cross-attention.
+        text: (length, number) of rows for attention to text apart from windows; None where a model has none.
     """
 
     windows: dict[str, Rows]
-    text: tuple[int, int]
+    text: tuple[int, int] | None
 
     @classmethod
-    def choose(cls, shards: Sequence[Needs], most: int = 2, text: Sequence[Window] = ()) -> Self:
+    def choose(
+        cls, shards: Sequence[Needs], most: int = 2, text: Sequence[Window] = (), text_alone: bool = False
+    ) -> Self:
         """Rows for data shards like these, of at most `most` lengths a window.
 
-        Rows of the windows in `text` attend to their clips' text, too.
+        Rows of the windows in `text` attend to their clips' text, too; with `text_alone` there are rows for text apart
+        from windows. See `DenoiserConfig`.
         """
         names = {window.name for window in text}
         windows = {
             name: choose_rows([shard.windows[name] for shard in shards], most, name in names)
             for name in shards[0].windows
         }
-        return cls(windows, choose_text_rows([shard.clips for shard in shards]))
+        return cls(windows, choose_text_rows([shard.clips for shard in shards]) if text_alone else None)
 
     def hold(self, needs: Needs) -> bool:
         """Whether there are enough rows."""
-        length, number = self.text
-        if text_rows_needed(needs.clips, length) > number:
-            return False
+        if self.text is not None:
+            length, number = self.text
+            if text_rows_needed(needs.clips, length) > number:
+                return False
         return all(placed(windows, self.windows[name]) is not None for name, windows in needs.windows.items())
 
 
@@ -276,7 +280,7 @@ def make_pack(
         )
         for window in windows
     }
-    text = text_rows(segments, clips, rows.text, shards)
+    text = None if rows.text is None else text_rows(segments, clips, rows.text, shards)
     return Pack(positions, sizes, groups, text, np.zeros(shards, np.int32))
 
 

@@ -38,6 +38,10 @@ class WaltConfig(DenoiserConfig):
     def text_windows(self) -> tuple[Window, ...]:
         return (FRAME,) if self.cross_attention else ()
 
+    @property
+    def text_alone(self) -> bool:
+        return False
+
 
 class WaltBlock(Block):
     """Attention in a spatial or spatiotemporal window, spatial cross-attention, MLP."""

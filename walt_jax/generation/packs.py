@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.denoiser.layout import Grid, Layout, Needs, PackRows, from_tokens, make_pack, place_clips
-from walt_jax.denoiser.windows import Window
 from walt_jax.generation.latent_diffusion import NEVER, Asked, LatentDiffusion, SamplingConfig
 
 Shape = tuple[int, int, int, int]
 UNIT = 128  # a pack's length is a multiple
-TEXT_ROW = 64  # tokens of a row for cross-attention
+TEXT_ROW = 64  # tokens of a row for attention to text apart from windows
 SLOTS = 4  # for clips, at least
 
 
@@ -77,12 +77,12 @@ def rounded(count: int) -> int:
     return -(-count // unit) * unit
 
 
-def few(needs: Needs, text: Sequence[Window], length: int, slots: int) -> PackRows:
+def few(needs: Needs, config: DenoiserConfig, length: int, slots: int) -> PackRows:
     """Rows for a pack, of few shapes, so that packs of similar requests share a program.
 
     Args:
         needs: of the pack.
-        text: the windows whose rows attend to their clips' text.
+        config: the model's.
         length: tokens of the pack.
         slots: its most clips.
     """
@@ -92,9 +92,10 @@ def few(needs: Needs, text: Sequence[Window], length: int, slots: int) -> PackRo
             (rounded(size), power(max(number, length // rounded(size))), power(clips) if clips else 0)
             for size, number, clips in each
         )
-        for name, each in PackRows.choose([needs], most=1, text=text).windows.items()
+        for name, each in PackRows.choose([needs], most=1, text=config.text_windows).windows.items()
     }
-    text_rows = TEXT_ROW, length // TEXT_ROW + slots  # each clip has one row at most that is not full
+    # Each clip has one row at most that is not full.
+    text_rows = (TEXT_ROW, length // TEXT_ROW + slots) if config.text_alone else None
     while not PackRows(windows, text_rows).hold(needs):  # larger rows may be filled in a worse way
         windows = {
             name: tuple((size, 2 * number, clips) for size, number, clips in each) for name, each in windows.items()
@@ -129,7 +130,7 @@ def pack(
     slots = max(SLOTS, power(len(grids)))
     positions, sizes = place_clips([grids], length, slots)
     windows, isolate = config.attention_windows, config.isolate_images
-    rows = few(Needs.of(positions, sizes, windows, isolate), config.text_windows, length, slots)
+    rows = few(Needs.of(positions, sizes, windows, isolate), config, length, slots)
     layout = Layout(pack=make_pack(positions, sizes, windows, rows, isolate))
     width = int(np.prod(config.patch_size))
     noise = np.zeros((1, length, width * shapes[0][3]), np.float32)

@@ -239,10 +239,10 @@ def _in_rows(
     batches: list[tuple[np.ndarray, np.ndarray]], config: DenoiserConfig, windows: Sequence[Window] | None = None
 ) -> tuple[Pack, float]:
     """The first batch of packs in rows that suit all of them, and how many scores are computed for one needed."""
-    text = () if windows else config.text_windows
+    text, text_alone = ((), False) if windows else (config.text_windows, config.text_alone)
     windows, isolate = windows or config.attention_windows, config.isolate_images
     needs = [Needs.of(*places, windows, isolate) for places in batches]
-    pack = make_pack(*batches[0], windows, PackRows.choose(needs, text=text), isolate)
+    pack = make_pack(*batches[0], windows, PackRows.choose(needs, text=text, text_alone=text_alone), isolate)
     computed = sum(map(scores_computed, pack.groups.values()))
     return pack, computed / sum(int(np.square(each[:, 0]).sum()) for each in needs[0].windows.values())
 

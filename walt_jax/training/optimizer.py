@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from walt_jax.config import Fraction
 from walt_jax.training.moments import in_bfloat16, on_host
+from walt_jax.training.muon import scale_by_muon
 
 # Kernels whose axes have one of these names are embeddings or read-outs; Muon leaves them to Adam (Jordan et al. 2024).
 NOT_HIDDEN = {"vocab", "latent", "position", "relative", "rank"}
@@ -50,8 +50,8 @@ class OptimizerConfig:
     offload: bool = False
 
 
-def muon_dimensions(boxed: Any) -> Any:
-    """For each parameter the axes of its matrix, or None where Adam updates it.
+def muon_kinds(boxed: Any) -> Any:
+    """For each parameter "matrix" or "stack", of matrices, or "adam" where Adam updates it.
 
     A convolution's kernel is the matrix from its taps and channels in to its channels out; a scan's stacked kernels are
     a matrix each.
@@ -60,14 +60,14 @@ def muon_dimensions(boxed: Any) -> Any:
         boxed: parameters with their logical axis names, `nn.Partitioned`.
     """
 
-    def dimensions(parameter: nn.Partitioned) -> MuonDimensionNumbers | None:
+    def kind(parameter: nn.Partitioned) -> str:
         names, shape = parameter.names, parameter.value.shape
         first = 1 if names[0] == "layers" else 0
         if len(shape) - first < 2 or NOT_HIDDEN.intersection(names) or min(shape[-2:]) < SMALLEST_SIDE:
-            return None
-        return MuonDimensionNumbers(tuple(range(first, len(shape) - 1)), (len(shape) - 1,))
+            return "adam"
+        return "stack" if first else "matrix"
 
-    return jax.tree.map(dimensions, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree.map(kind, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def clip_each_layer(threshold: float, boxed: Any) -> optax.GradientTransformation:
@@ -117,15 +117,18 @@ def _named(config: OptimizerConfig, steps: int, boxed: Any) -> optax.GradientTra
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, 1), peak * config.final_fraction)
 
     if config.name == "muon":
-        return muon(
-            schedule(config.muon_learning_rate),
-            weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=schedule(config.learning_rate),
-            muon_weight_dimension_numbers=muon_dimensions(boxed),
+        rest = (
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule(config.muon_learning_rate)),
         )
+        # Adam beside Muon looks ahead, as Nesterov's momentum does (Dozat 2016).
+        adam = optax.nadamw(schedule(config.learning_rate), config.b1, config.b2, weight_decay=config.weight_decay)
+        kinds = {
+            "matrix": optax.chain(scale_by_muon(), *rest),
+            "stack": optax.chain(scale_by_muon(stacked=True), *rest),
+            "adam": adam,
+        }
+        return optax.partition(kinds, muon_kinds(boxed))
     if config.name == "adafactor":
         return adafactor(schedule(config.learning_rate), config.weight_decay, boxed)
     clip = optax.clip_by_global_norm(config.clip_norm)

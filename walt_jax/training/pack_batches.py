@@ -291,7 +291,8 @@ def pack_rows(shards: Sequence[Sequence[_Item]], grids: Sequence[Grid], packing:
     """Rows of a data shard for clips of these sizes: enough for each of these shards, and for any clip."""
     needs = [Needs.sum(clip.needs for clip in clips) for clips in shards]
     alone = (_whole_needs(packing.config, grid) for grid in grids)
-    return PackRows.choose([*needs, *alone], text=packing.config.text_windows)
+    config = packing.config
+    return PackRows.choose([*needs, *alone], text=config.text_windows, text_alone=config.text_alone)
 
 
 def _needs(config: DenoiserConfig, grid: Grid, kept: Int[np.ndarray, " k"]) -> Needs:
