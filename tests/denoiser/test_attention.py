@@ -31,6 +31,7 @@ from walt_jax.denoiser import attention
 from walt_jax.denoiser.attention import WindowAttention, rotate
 from walt_jax.denoiser.layout import Layout, PackRows, make_pack, place_clips
 from walt_jax.denoiser.windows import Window, window_numbers
+from walt_jax.layers import ANY_PLATFORM, compiling_for
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -269,6 +270,21 @@ def test_rotary_features_of_time_height_and_width():
     for axis, count in enumerate((16, 24, 24)):
         moved = rotate(x, np.eye(3, dtype=int)[axis][None, None]) != x
         assert np.count_nonzero(moved) == count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_pairs_turn_as_complex_numbers(dtype):
+    """By the way that CPUs have, and by that of other platforms."""
+    x, places = normal(0, 2, 5, HEADS, 16), np.random.default_rng(1).integers(0, 8, (2, 5, 3))
+    frequencies = [10_000.0 ** -(np.arange(count) / count) for count in (2, 3, 3)]
+    angles = np.concatenate([places[..., axis, None] * each for axis, each in enumerate(frequencies)], axis=-1)
+    turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * angles)[:, :, None]
+    expected, tolerance = np.concatenate([turned.real, turned.imag], axis=-1), 1e-5 if dtype == "float32" else 0.05
+    for platform in ("cpu", ANY_PLATFORM):
+        with compiling_for(platform):
+            found = jax.jit(rotate)(jnp.asarray(x, dtype), places)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.astype(np.float32), expected, atol=tolerance)
 
 
 @settings(max_examples=10, deadline=None)
