@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from walt_jax.tokenizer.convolution import CausalConv, Downsample, Upsample, causal_convolution
+from walt_jax.tokenizer.convolution import CausalConv, Downsample, Upsample, by_taps, causal_convolution, direct
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 6), st.integers(1, 6))
 KERNELS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -58,6 +58,27 @@ def test_equals_xlas_3d_convolution(size, kernel_size, strides, batch, channels_
     for results in ours:
         for mine, other in zip(results, theirs, strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-5, atol=2e-5)
+
+
+@settings(max_examples=5, deadline=None)
+@given(SIZES, KERNELS, STRIDES, st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_gradients_by_taps_are_those_of_the_convolution(size, kernel_size, strides, batch, channels_in, out, seed):
+    """The second ones, too, which R1 needs."""
+    size = (size[0] + kernel_size[0] - 1, *size[1:])  # time is not padded here
+    x, kernel = normal(seed, batch, *size, channels_in), normal(seed + 1, *kernel_size, channels_in, out)
+
+    def gradients(convolution):
+        def loss(x, kernel):
+            return jnp.sin(convolution(x, kernel, strides)).sum()
+
+        def of_gradients(x, kernel):
+            return sum(jnp.square(each).sum() for each in jax.grad(loss, (0, 1))(x, kernel))
+
+        return jax.grad(loss, (0, 1))(x, kernel), jax.grad(of_gradients, (0, 1))(x, kernel)
+
+    ours, theirs = jax.jit(lambda: tuple(map(gradients, (by_taps, direct))))()
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
 
 
 def test_a_tap_by_hand():
