@@ -211,6 +211,16 @@ def test_where_nothing_fits_micro_batches_are_tried(monkeypatch):
     assert rows[0]["hbm_bytes_per_device"] != rows[1]["hbm_bytes_per_device"]
 
 
+def test_a_tokenizers_remat_is_tried_too(monkeypatch):
+    monkeypatch.setattr(plan_search, "meshes", lambda topology: [])
+    nothing = dict.fromkeys(("denoiser", "diffusion", "sampling", "text"))
+    config = dataclasses.replace(TINY, **nothing, stages={"tokenizer": TINY.stages["tokenizer"]})
+    rows = ranked(config, GPUS)
+    assert sorted(row["remat"] for row in rows) == ["block", "convolutions", "none"]
+    needed = {row["remat"]: row["hbm_bytes_per_device"] for row in rows}
+    assert needed["block"] < needed["none"]
+
+
 def test_meshes_use_all_devices():
     for name in ("v5e:4x4", "2x v5e:16x16", "h200:8x4"):
         found = list(meshes(topology(name)))

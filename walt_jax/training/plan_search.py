@@ -5,7 +5,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from walt_jax.denoiser.config import DenoiserConfig
 from walt_jax.errors import UserError
 from walt_jax.parallel.mesh import MeshConfig, data_shards, described, make_mesh
 from walt_jax.parallel.topology import Topology
@@ -16,7 +15,7 @@ from walt_jax.training.run_config import RunConfig
 SLOW = 0.5  # a train step below this MFU has others tried
 SHOWN = 8  # rows of a ranking
 KEPT = ("hbm_bytes_per_device", "fits", "estimated_step_seconds", "estimated_mfu", "bound_by")
-ACCUMULATE = (1, 2, 4, 8)  # micro-batches, more where fewer do not fit
+ACCUMULATE = (1, 2, 4, 8, 16, 32)  # micro-batches, more where fewer do not fit
 
 
 def meshes(topology: Topology) -> Iterator[MeshConfig]:
@@ -36,7 +35,7 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
     Args:
         config: its own mesh and policy are among those tried.
         topology: the devices.
-        remats: policies; all of `denoiser.remat` by default.
+        remats: policies; by default all of the denoiser's, or of the tokenizer's where there is no denoiser.
 
     Returns:
         For each {"mesh", "remat", "accumulate", "hbm_bytes_per_device", "fits", "estimated_step_seconds",
@@ -45,10 +44,9 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
     devices, model = devices_of(topology), None
     rows: dict[Any, dict[str, Any]] = {}  # by mesh, policy and micro-batches
     traces: dict[Any, Trace] = {}  # by data shards, policy and micro-batches
-    if config.denoiser is None:
-        remats = (None,)
-    elif remats is None:
-        remats = typing.get_args(typing.get_type_hints(DenoiserConfig)["remat"])
+    name = _model(config)
+    if remats is None:
+        remats = typing.get_args(typing.get_type_hints(type(getattr(config, name)))["remat"])
     stage = (config.denoiser_stages or config.trained_stages)[-1]
     for mesh_config in dict.fromkeys((config.mesh, *meshes(topology))):
         try:
@@ -58,7 +56,7 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
             continue
         model = model or model_flops(made)  # the same for all
         for remat in remats:
-            tried = config if remat is None else _with_remat(config, remat)
+            tried = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), remat=remat)})
             for accumulate in ACCUMULATE:
                 try:
                     own = _accumulating(tried, stage, accumulate)
@@ -76,8 +74,9 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
     return sorted(rows.values(), key=lambda row: (not row["fits"], row["estimated_step_seconds"]))
 
 
-def _with_remat(config: RunConfig, remat: str) -> RunConfig:
-    return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, remat=remat))
+def _model(config: RunConfig) -> str:
+    """The field of the model that the last stage trains."""
+    return "tokenizer" if config.denoiser is None else "denoiser"
 
 
 def _accumulating(config: RunConfig, name: str, count: int) -> RunConfig:
@@ -95,7 +94,7 @@ def ranking_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["others by analysis, the best first:"]
     for row in rows[:SHOWN]:
         lines.append(
-            f"  {described(row['mesh']):28} remat {row['remat'] or '-':6} accumulate {row['accumulate']} "
+            f"  {described(row['mesh']):28} remat {row['remat']:12} accumulate {row['accumulate']} "
             f"{row['hbm_bytes_per_device'] / 2**30:7.2f} GiB {'fits' if row['fits'] else 'does not fit':12} "
             f"{duration(row['estimated_step_seconds']):>7} {row['estimated_mfu']:6.1%} MFU, bound by {row['bound_by']}"
         )
@@ -108,11 +107,11 @@ def best_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
     Raises:
         UserError: if none fits.
     """
-    rows = ranked(config, topology, (config.denoiser and config.denoiser.remat,))
+    rows = ranked(config, topology, (getattr(config, _model(config)).remat,))
     if not rows or not rows[0]["fits"]:
         needed = f" (the smallest takes {min(r['hbm_bytes_per_device'] for r in rows) / 2**30:.1f} GiB)" if rows else ""
         raise UserError(
             f"--auto_mesh finds no mesh of {topology.name} that the train step fits on{needed}; use more devices, "
-            'a smaller batch_size or --config.denoiser.remat="block".'
+            f'a smaller batch_size or --config.{_model(config)}.remat="block".'
         )
     return MeshConfig(**rows[0]["mesh"])
