@@ -202,13 +202,20 @@ def test_packs_are_planned_as_they_are():
         train_step(with_denoiser(TINY, stage | {"accumulate": 2}), "denoiser", mesh)
 
 
-def test_where_nothing_fits_micro_batches_are_tried(monkeypatch):
-    small = dataclasses.replace(GPUS, hardware=dataclasses.replace(GPUS.hardware, hbm_limit_bytes=1000))
+def test_where_a_step_does_not_fit_micro_batches_are_tried(monkeypatch):
     monkeypatch.setattr(plan_search, "meshes", lambda topology: [])
-    rows = ranked(TINY, small, ("none",))
-    assert sorted(row["accumulate"] for row in rows) == [1, 2]  # of four clips on two devices
-    assert not any(row["fits"] for row in rows)
+    (whole,) = ranked(TINY, GPUS, ("none",))
+    assert whole["accumulate"] == 1 and whole["fits"]
+
+    def with_limit(limit):
+        small = dataclasses.replace(GPUS, hardware=dataclasses.replace(GPUS.hardware, hbm_limit_bytes=limit))
+        return ranked(TINY, small, ("none",))
+
+    rows = with_limit(whole["hbm_bytes_per_device"] - 1)
+    assert sorted(row["accumulate"] for row in rows) == [1, 2]
     assert rows[0]["hbm_bytes_per_device"] != rows[1]["hbm_bytes_per_device"]
+    # Of four clips on two devices: no four micro-batches.
+    assert [row["accumulate"] for row in with_limit(whole["hbm_bytes_per_device"] // 3)] == [1]
 
 
 def test_a_tokenizers_remat_is_tried_too(monkeypatch):

@@ -1,6 +1,7 @@
 """Meshes, remat policies and accumulation tried by analysis, the best first."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from walt_jax.training.run_config import RunConfig
 SLOW = 0.5  # a train step below this MFU has others tried
 SHOWN = 8  # rows of a ranking
 KEPT = ("hbm_bytes_per_device", "fits", "estimated_step_seconds", "estimated_mfu", "bound_by")
-ACCUMULATE = (1, 2, 4, 8, 16, 32)  # micro-batches, more where fewer do not fit
+MOST = 32  # micro-batches
 
 
 def meshes(topology: Topology) -> Iterator[MeshConfig]:
@@ -57,7 +58,8 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
         model = model or model_flops(made)  # the same for all
         for remat in remats:
             tried = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), remat=remat)})
-            for accumulate in ACCUMULATE:
+            accumulate = 1
+            while accumulate <= MOST:
                 try:
                     own = _accumulating(tried, stage, accumulate)
                     program = changed(made, own, mesh)
@@ -71,6 +73,9 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
                     rows[key] = row | {name: entry[name] for name in KEPT}
                 if rows[key]["fits"]:
                     break
+                # At least twice as many; with half of them no more than half of the memory is freed.
+                times = rows[key]["hbm_bytes_per_device"] / topology.hardware.hbm_limit_bytes
+                accumulate *= 2 ** max(1, math.ceil(math.log2(times)))
     return sorted(rows.values(), key=lambda row: (not row["fits"], row["estimated_step_seconds"]))
 
 
