@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
                 {
                     "tokenizer": {
                         "task": "tokenizer",
-                        "steps": 1000,
+                        "steps": 920,
                         "batch_size": 4,
                         "ema_decay": 0.98,
                         "log_every": 10,
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 1600,
+                        "steps": 1440,
                         "batch_size": 16,
                         "ema_decay": 0.99,
                         "log_every": 10,
