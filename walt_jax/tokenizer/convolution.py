@@ -52,7 +52,7 @@ def by_taps(
     """`direct`, with a kernel's gradient that is a product for each tap, over all of a clip's positions.
 
     XLA makes a convolution of that gradient that only sums over clips on a TPU's matrix units: with a clip on a device
-    it takes 50 times as long.
+    it takes 50 times as long. So it is for the second gradients that R1 needs, without strides.
     """
     return direct(x, kernel, strides)
 
@@ -63,7 +63,12 @@ def _by_taps_forward(x, kernel, strides):
 
 def _by_taps_backward(strides, residuals, slope):
     x, kernel = residuals
-    (x_slope,) = jax.linear_transpose(lambda x: direct(x, kernel, strides), x)(slope)
+    if strides == (1, 1, 1) and kernel.shape[1] % 2 and kernel.shape[2] % 2:
+        frames = kernel.shape[0] - 1
+        later = jnp.pad(slope, ((0, 0), (frames, frames), (0, 0), (0, 0), (0, 0)))
+        x_slope = by_taps(later, kernel[::-1, ::-1, ::-1].swapaxes(3, 4), strides)
+    else:
+        (x_slope,) = jax.linear_transpose(lambda x: direct(x, kernel, strides), x)(slope)
     padded = jnp.pad(x, ((0, 0), (0, 0), *_space_padding(x, kernel, strides), (0, 0)))
     sizes = [stride * (length - 1) + 1 for stride, length in zip(strides, slope.shape[1:4], strict=True)]
 
