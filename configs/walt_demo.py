@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
                     },
                     "denoiser": {
                         "task": "denoiser",
-                        "steps": 1440,
+                        "steps": 1600,
                         "batch_size": 16,
                         "ema_decay": 0.99,
                         "log_every": 10,
