@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from walt_jax.parallel.processes import is_first
+from walt_jax.staging import staging
 
 CLOCK = "clock.jsonl"
 
@@ -129,7 +130,8 @@ class Clock:
         self._seconds: dict[str, float] = {}
         self._file = None
         if workdir is not None and is_first():
-            self._file = (workdir / CLOCK).open("ab")
+            self._staging = staging(workdir)
+            self._file = self._staging.file(CLOCK).open("ab")
             if self._file.tell():
                 self._file.write(b"\n")  # ends a line that was cut off; an empty one is no row
         self._write({"what": "start"})
@@ -178,3 +180,4 @@ class Clock:
             self.row("done" if error is None else "stopped")
             if self._file is not None:
                 self._file.close()
+                self._staging.upload()

@@ -16,12 +16,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from walt_jax import remote
 from walt_jax.config_file import with_config_path
 from walt_jax.errors import UserError
 from walt_jax.malloc import collect_seldom, keep_freed_memory
 from walt_jax.parallel import processes
 from walt_jax.training.stopping import Stopped, stop_at_once
-from walt_jax.workdir import local
 
 MAX_SEED = 2**31 - 1
 LONGEST_PROMPT = 10_000  # characters; text encoders read some dozens of tokens
@@ -286,7 +286,9 @@ def open_run(values: flags.FlagValues) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: if a knob is wrong.
     """
-    workdir = local(values.workdir)
+    from walt_jax.workdir import folder_of
+
+    workdir = folder_of(values.workdir)
     knobs = knobs_of(values, workdir)
     if values.config is None:  # the devices here may be others than those that trained the run
         knobs.pop("mesh", None)
@@ -482,9 +484,9 @@ def _evaluate_files(values: flags.FlagValues) -> None:
     """Measures the files of a folder, against those of another."""
     from walt_jax.evaluation.detector_weights import weights_of
     from walt_jax.evaluation.evaluate_files import evaluate_files, sentences
-    from walt_jax.workdir import CONFIG, locked
+    from walt_jax.workdir import CONFIG, local, locked
 
-    out = pathlib.Path(values.out or local(values.workdir))
+    out = local(values.out or values.workdir, "evaluate")
     if (out / CONFIG).exists():
         raise UserError(f"{out} holds a run, whose evaluate.json stays; name another folder with --out=FOLDER.")
     _compile_once()
@@ -521,11 +523,12 @@ def report(values: flags.FlagValues) -> None:
     """Writes report.html anew, also while a run trains; --compare=RUN shows other runs next to it."""
     from walt_jax.evaluation.report import write_report
     from walt_jax.evaluation.report_files import holds_run
+    from walt_jax.workdir import folder_of
 
-    workdir = local(values.workdir)
+    workdir = folder_of(values.workdir)
     if not holds_run(workdir):
         raise UserError(f"{workdir} holds no run; train one first, with --mode=train.")
-    print(f"wrote {write_report(workdir, [local(path) for path in values.compare])}")
+    print(f"wrote {write_report(workdir, [folder_of(path, '--compare') for path in values.compare])}")
 
 
 def sample(values: flags.FlagValues) -> None:
@@ -547,15 +550,18 @@ def sample(values: flags.FlagValues) -> None:
             raise UserError(f"The prompt {prompt!r} has unprintable characters; write it as UTF-8 text in one line.")
     if not prompts:
         raise UserError('There is nothing to sample; give --prompt="..." or --prompts=FILE with a prompt a line.')
+    from walt_jax.workdir import folder_of
+
     sign = _signer(values)
     run = open_trained_run(values)
-    out = pathlib.Path(values.out) if values.out else run.workdir / "generated"
+    out = folder_of(values.out, "--out") if values.out else run.workdir / "generated"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} can't be made ({error.strerror}); name a folder.") from error
 
     from walt_jax.generation.ask_files import sample_files
+    from walt_jax.staging import Staging
 
     generator = _as_asked(values, run.generator())
     if generator.low_res is not None:
@@ -564,14 +570,14 @@ def sample(values: flags.FlagValues) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     seeds = [values.seed + index for _ in prompts for index in range(values.num_samples)]
     prompts = [prompt for prompt in prompts for _ in range(values.num_samples)]
-    with run.on_mesh():
+    with run.on_mesh(), Staging(out) as folder:
         count = sample_files(
             generator,
             _ask(values, run.config.data.fps),
             (run.config.data.frames, run.config.data.height, run.config.data.width),
             list(zip(prompts, seeds, strict=True)),
             values.negative_prompt or "",
-            out,
+            folder,
             gif=values.gif,
             tags=not values.no_metadata,
             cascade=[_upscaler(path) for path in values.cascade],
@@ -731,13 +737,13 @@ def plan(values: flags.FlagValues) -> None:
     With a topology it also says whether the config fits there and how fast it can be.
     """
     from walt_jax.parallel.topology import topology
-    from walt_jax.workdir import write_atomically
+    from walt_jax.workdir import local, write_atomically
 
     named = values.topology and topology(values.topology)
     if named is None and values.price_per_chip_hour is not None:
         raise UserError("--price_per_chip_hour is of the chips of a --topology; name one, such as --topology=v5e:4x4.")
 
-    workdir = local(values.workdir)
+    workdir = local(values.workdir, "plan")
     knobs = knobs_of(values, workdir)
 
     from walt_jax.config import build
@@ -818,6 +824,9 @@ def export(values: flags.FlagValues) -> None:
 
 def serve(values: flags.FlagValues) -> None:
     """Answers requests for videos over HTTP, and shows a page to ask for them."""
+    from walt_jax.workdir import local
+
+    local(values.workdir, "serve")  # keeps videos in it
     sign = _signer(values)
     run = open_trained_run(values)
 
@@ -906,7 +915,12 @@ def main(argv: list[str]) -> int:
             raise
         reason = " ".join(str(error).split())[:200]
         return _failed(f"out of memory ({reason}); make batch_size or the models' sizes smaller.")
-    except OSError as error:  # a full disk, missing permissions
+    except Exception as error:
+        if (sentence := remote.sentence_of(error)) is not None:
+            return _failed(f"{values.workdir}: {sentence}")
+        if not isinstance(error, OSError):
+            raise
+        # a full disk, missing permissions
         return _failed(f"{error.filename or values.workdir}: {error.strerror}; check path and free space.")
     except Stopped as stopped:
         print(f"\nstopped; {stopped.saved}: the same command resumes from there.", file=sys.stderr)

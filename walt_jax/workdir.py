@@ -6,11 +6,15 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from etils import epath
 
 from walt_jax.errors import UserError
-from walt_jax.parallel.processes import is_first
+from walt_jax.parallel.processes import is_first, leave
+from walt_jax.remote import check_bucket, is_remote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,15 +49,34 @@ FREE_KNOBS = (
 )
 
 
-def local(workdir: str) -> pathlib.Path:
-    """The folder that `--workdir` names.
+def folder_of(name: str, flag: str = "--workdir") -> pathlib.Path:
+    """The folder of a run that a flag or knob names: local, or gs://BUCKET/FOLDER.
+
+    The latter is a path of `etils.epath`, which has the methods of `pathlib` that are used with workdirs.
+
+    Raises:
+        UserError: if it is elsewhere, or can't be reached.
+    """
+    if not is_remote(name):
+        return pathlib.Path(name)
+    if not name.startswith("gs://"):
+        raise UserError(f"{flag}={name} is remote, and runs are kept in local folders and on gs://; name one of these.")
+    check_bucket(name, f"{flag}={name}")
+    return epath.Path(name.rstrip("/"))
+
+
+def local(name: str, mode: str) -> pathlib.Path:
+    """The folder that `--workdir` names, in a mode that needs it on this machine.
 
     Raises:
         UserError: if it is remote.
     """
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir} is remote, and runs are kept in local folders; name one on this machine.")
-    return pathlib.Path(workdir)
+    if is_remote(name):
+        raise UserError(
+            f"--mode={mode} works in a local folder, and --workdir={name} is remote; copy the run to this machine with "
+            f"gcloud storage cp -r {name} FOLDER."
+        )
+    return pathlib.Path(name)
 
 
 def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
@@ -62,6 +85,9 @@ def write_atomically(path: pathlib.Path, content: bytes | str) -> None:
     Of several processes the first one writes.
     """
     if not is_first():
+        return
+    if is_remote(path):  # an object is there with all of its content, or as it was
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -80,8 +106,10 @@ def write_picture(path: pathlib.Path, picture: "Image.Image") -> None:
 def locked(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
     """Refuses a second writer. The lock goes with its process, however that ends; of several the first one has it.
 
+    That of a remote folder is removed by its process, or taken over once that has been killed, see `lease`.
+
     Args:
-        workdir: the folder, local; it is made where it isn't there.
+        workdir: the folder; it is made where it isn't there.
         flag: what names the folder on the command line.
 
     Raises:
@@ -89,6 +117,12 @@ def locked(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
     """
     if not is_first():
         yield
+        return
+    if is_remote(workdir):
+        from walt_jax.lease import leased, open_store
+
+        with leased(open_store(str(workdir)), str(workdir), flag, _end):
+            yield
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -103,6 +137,41 @@ def locked(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
                 f"Another process is writing to {workdir}; wait for it or stop it, or choose another {flag}."
             ) from error
         yield
+
+
+def _end(sentence: str) -> NoReturn:
+    """Ends this process at once; its main thread may be anywhere."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    leave(1, sentence)
+    os._exit(1)
+
+
+def copy_folder(
+    source: pathlib.Path, to: pathlib.Path, left_out: Callable[[Sequence[str]], Sequence[str]] = lambda names: ()
+) -> None:
+    """Copies a folder's files, either of them local or remote.
+
+    Args:
+        source: the folder.
+        to: where its files go.
+        left_out: which of a folder's names are not copied.
+    """
+    if not is_remote(to):
+        to.mkdir(parents=True, exist_ok=True)
+    paths = sorted(source.iterdir())
+    unneeded = set(left_out([path.name for path in paths]))
+    for path in paths:
+        if path.name in unneeded:
+            continue
+        if path.is_dir():
+            copy_folder(path, to / path.name, left_out)
+        else:
+            (to / path.name).write_bytes(path.read_bytes())
+
+
+def remove_folder(path: pathlib.Path) -> None:
+    """Removes a folder with all that is in it, if it is there."""
+    epath.Path(path).rmtree(missing_ok=True)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -129,7 +198,7 @@ def check_empty(workdir: pathlib.Path) -> None:
     Raises:
         UserError: if it holds files that are no run.
     """
-    strangers = sorted(path.name for path in workdir.iterdir() if path.name not in OURS)
+    strangers = sorted(path.name for path in workdir.iterdir() if path.name not in OURS) if workdir.exists() else []
     if strangers:
         raise UserError(
             f"--workdir={workdir} holds {strangers[0]} but no {CONFIG}, so it is not a run; choose an empty folder."

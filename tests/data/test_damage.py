@@ -11,7 +11,7 @@ import pytest
 from walt_jax import main
 from walt_jax.data import latents as latents_lib
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
-from walt_jax.data.listing import check_reachable, read_table, walk
+from walt_jax.data.listing import read_table, walk
 from walt_jax.data.media import write_video
 from walt_jax.data.pipeline import Data, DataConfig
 from walt_jax.data.records import Records

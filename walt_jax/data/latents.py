@@ -13,7 +13,6 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from walt_jax.data.beam import publish
-from walt_jax.data.listing import check_reachable
 from walt_jax.data.shards import (
     WORK,
     check_new,
@@ -26,7 +25,9 @@ from walt_jax.data.shards import (
     write_metadata,
 )
 from walt_jax.errors import UserError
+from walt_jax.local_copy import local_copy
 from walt_jax.parallel.processes import exchanged, one_after_the_first, place
+from walt_jax.remote import check_reachable, is_remote
 
 DATASET, SPLIT = "latents", "train"
 REPORT, SIZES, EMPTY = "encode.json", "sizes.npy", "empty.npy"
@@ -166,7 +167,7 @@ class LatentClips:
     """The clips of a data set written by `write_latents`.
 
     Args:
-        path: its folder.
+        path: its folder; a remote one is copied to this machine first, see `local_copy`.
         cache_bytes: maximum size of the cache.
         tokenizer: digest of the expected tokenizer; None accepts any.
         text: digest of the expected text encoder; None if embeddings are not read.
@@ -195,15 +196,17 @@ class LatentClips:
         path = epath.Path(path)
         if not (path / REPORT).exists():
             raise UserError(f"{path} holds no complete data set of latents; make it with --mode=encode.")
-        report, builder = _read_report(path / REPORT), open_data_set(path, REMEDY)
-        self.sizes = _load(path / SIZES)
+        report = _read_report(path / REPORT)
+        here = local_copy(path, json.dumps(report)) if is_remote(path) else path
+        builder = open_data_set(here, REMEDY)
+        self.sizes = _load(here / SIZES)
         self.empty = None
         try:
             self._records = _records(builder)
             if self.sizes.shape != (len(self._records), 3):
                 raise ValueError(f"{SIZES} has the shape {self.sizes.shape} for {len(self._records)} clips")
             if "embeddings" in builder.info.features:
-                self.empty = _load(path / EMPTY).astype(builder.info.features["embeddings"].np_dtype)
+                self.empty = _load(here / EMPTY).astype(builder.info.features["embeddings"].np_dtype)
         except Exception as error:  # damaged files raise many kinds in TFDS
             if isinstance(error, UserError):
                 raise

@@ -10,44 +10,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from walt_jax.errors import UserError
+from walt_jax.remote import utf8
 
 TABLES = ("metadata.csv", "metadata.jsonl")  # the first that exists in a folder is read
-
-# Remote schemes, and the package that each needs.
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
-
-
-def check_reachable(path: epath.PathLike) -> None:
-    """Checks that a path can be written in JSON, and that a remote one can be read.
-
-    Raises:
-        UserError: if its name is not UTF-8, its scheme is not supported, a package is missing, or the remote end
-            refuses.
-    """
-    if (printable := utf8(str(path))) != str(path):
-        raise UserError(f"The name {printable} is not UTF-8: rename the folder.")
-    scheme, remote, _ = str(path).partition("://")
-    if not remote:
-        return
-    if scheme not in PACKAGES:
-        raise UserError(
-            f"{path} can't be read, {scheme}:// is not supported: copy the files to a local folder, or name one of "
-            f"{', '.join(f'{name}://' for name in PACKAGES)}."
-        )
-    try:
-        epath.Path(path).exists()
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the package {PACKAGES[scheme]}: install it with pip install {PACKAGES[scheme]}."
-        ) from error
-    except Exception as error:  # whatever a remote file system may raise
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path} can't be reached ({reason}): check its address, network and credentials.") from error
-
-
-def utf8(name: str) -> str:
-    """A file's name, with the bytes that are not UTF-8 as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class Listing(NamedTuple):

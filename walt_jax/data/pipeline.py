@@ -12,12 +12,12 @@ from walt_jax.data.clips import StoredClips
 from walt_jax.data.drawn import DrawnClips
 from walt_jax.data.folder import Folder, is_data_set
 from walt_jax.data.limits import DecodeLimits
-from walt_jax.data.listing import check_reachable
 from walt_jax.data.order import Order
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.store import Store
 from walt_jax.data.stream import Kind
 from walt_jax.errors import UserError
+from walt_jax.remote import check_reachable
 
 
 class Source(Protocol):

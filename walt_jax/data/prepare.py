@@ -22,11 +22,11 @@ from etils import epath
 from walt_jax.data.beam import publish, run_each
 from walt_jax.data.captioner import open_captioner
 from walt_jax.data.cutting import RECORDS, SCENES, cut_one
-from walt_jax.data.listing import check_reachable
 from walt_jax.data.prepare_config import FREE_KNOBS, PrepareConfig
 from walt_jax.data.raw import RawVideo, list_raw
 from walt_jax.data.shards import WORK, check_new, only_writer, serialize, template, write_metadata
 from walt_jax.errors import UserError
+from walt_jax.remote import check_reachable
 from walt_jax.workdir import CONFIG, flatten, read_config
 
 DATASET = "scenes"

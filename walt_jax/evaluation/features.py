@@ -92,7 +92,7 @@ class FeatureCache:
         for path in sorted(folder.glob("*.npz")) if folder is not None and folder.is_dir() else ():
             self._next = max(self._next, int(path.stem) + 1 if path.stem.isdigit() else 0)
             try:
-                with np.load(path) as file:
+                with path.open("rb") as opened, np.load(opened) as file:
                     self.rows.update(zip(file["keys"].tolist(), file["features"], strict=True))
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 continue

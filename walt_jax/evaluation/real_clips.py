@@ -126,7 +126,7 @@ class Sums:
         """What `save` has written; None where there is nothing, or it is damaged."""
         sums = cls(dimension)
         try:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 for name, value in vars(sums).items():
                     found = file[name]
                     if np.ndim(value) and found.shape[-1] != dimension:

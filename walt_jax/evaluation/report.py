@@ -30,6 +30,7 @@ from walt_jax.evaluation.report_files import (
 )
 from walt_jax.evaluation.report_goodput import goodput_section
 from walt_jax.evaluation.report_page import PAGE
+from walt_jax.remote import resolved
 from walt_jax.workdir import write_atomically
 
 # Larger pages are slow to open and hard to mail; media beyond this are linked instead of embedded.
@@ -97,7 +98,7 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
     if not evaluate.get("super_resolution"):
         del sections["Super-resolution"]
     page = PAGE.substitute(
-        title=html.escape(workdir.resolve().name),
+        title=html.escape(resolved(workdir).name),
         links="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
         facts=_facts(evaluate, stages),
         sections="\n".join(f'<h2 id="{name.lower()}">{name}</h2>\n{body}' for name, body in sections.items()),
@@ -136,7 +137,7 @@ class _Media:
     def sheet(self, path: pathlib.Path, folded: bool = False) -> str:
         """A picture, at most as wide as the page, or a note that it does not exist."""
         name = path.relative_to(self._workdir).as_posix()
-        if not path.is_file() or not path.stat().st_size:
+        if not path.is_file() or not path.read_bytes():
             return absent(name)
         image = f'<img class="sheet" src="{self._source(path)}" alt="{name}">'
         return f"<details><summary>Contact sheet</summary>{image}</details>" if folded else image
@@ -148,14 +149,14 @@ class _Media:
         return "This page is complete in itself: it can be moved or mailed."
 
     def _source(self, path: pathlib.Path) -> str:
-        size = path.stat().st_size
-        if self._embedded_bytes + size > EMBEDDED_BYTES:
+        content = path.read_bytes()
+        if self._embedded_bytes + len(content) > EMBEDDED_BYTES:
             self._linked += 1
             relative = pathlib.Path(os.path.relpath(path, self._workdir)).as_posix()
             return html.escape(urllib.parse.quote(relative))
-        self._embedded_bytes += size
+        self._embedded_bytes += len(content)
         kind = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _facts(evaluate: dict, stages: Stages) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from walt_jax import remote
 from walt_jax.clock import CLOCK, PARTS, account, read_clock
 from walt_jax.errors import UserError
 from walt_jax.evaluation.report_curves import Line, curves
@@ -62,7 +63,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[RunFiles]:
     Raises:
         UserError: if a folder holds no run, or is there twice, or there are too many.
     """
-    resolved = [path.resolve() for path in workdirs]
+    resolved = [remote.resolved(path) for path in workdirs]
     for path, place in zip(workdirs, resolved, strict=True):
         if not holds_run(path):
             raise UserError(f"--compare={path} holds no run; name a workdir that --mode=train has written.")

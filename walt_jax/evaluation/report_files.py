@@ -51,7 +51,7 @@ def read_stages(path: pathlib.Path) -> tuple[Stages, str]:
     if not path.is_file():
         return {}, absent(path.name)
     stages, unreadable = {}, 0
-    for line in path.read_text("utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().decode("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
             stage, step = str(row["stage"]), int(row["step"])

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from walt_jax.remote import resolved
 from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig
@@ -30,7 +31,7 @@ def card(run: Run, kind: str, count: int) -> str:
     lines = [
         *_front_matter(config),
         "",
-        f"# {workdir.resolve().name}",
+        f"# {resolved(workdir).name}",
         "",
         _what(config, count),
         "",

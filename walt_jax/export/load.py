@@ -18,11 +18,12 @@ from walt_jax.generation import lora_files
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.parallel.mesh import make_mesh
+from walt_jax.remote import is_remote
 from walt_jax.training.run import Run
 from walt_jax.training.run_config import RunConfig, make_model
 from walt_jax.training.run_data import RunData
 from walt_jax.training.run_text import RunText
-from walt_jax.workdir import CONFIG, local
+from walt_jax.workdir import CONFIG, folder_of, read_config
 
 READ = {"safetensors": safetensors_files.read, "stablehlo": safetensors_files.read, "orbax": orbax_files.read}
 
@@ -34,14 +35,16 @@ def load(path: str | pathlib.Path, lora: str | Sequence[str] = (), int8: bool = 
         UserError: if the folder holds neither, or what it holds is damaged or does not fit together.
     """
     loras = [lora] if isinstance(lora, str) else list(lora)
-    folder = local(str(path))
+    folder = folder_of(str(path), "path")
     if not (folder / CONFIG).exists():
         raise UserError(
             f"{folder} is neither a run nor an export, for it has no {CONFIG}; name a --workdir of training, or a "
             "folder that --mode=export --format=safetensors or orbax has written."
         )
-    knobs = read_json(inside(folder, CONFIG))
+    knobs = read_config(folder) if is_remote(folder) else read_json(inside(folder, CONFIG))
     if "model_type" in knobs or "stages" not in knobs:
+        if is_remote(folder):
+            raise UserError(f"{folder} is an export, which is read from a local folder; copy it to this machine.")
         return _exported(folder, knobs, loras, int8)
     knobs.pop("mesh", None)  # the devices here may be others than those that trained the run
     run = Run(build(RunConfig, knobs, f"{folder / CONFIG}: config"), folder, loras)

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,10 +24,12 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from walt_jax.errors import UserError, reason_of
 from walt_jax.parallel.processes import exchanged, of_lost_process, one_after_the_first, place
+from walt_jax.remote import is_remote, resolved
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
 
+COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint, where folders can't be renamed
 NOT_WRITABLE = re.compile("permission|read-only", re.IGNORECASE)  # in errors of Orbax and TensorStore
 
 
@@ -64,17 +66,25 @@ class Checkpoints:
     """A stage's checkpoints in `directory`.
 
     Saving is asynchronous. Orbax writes to a temporary folder and renames it once it is complete, so that a process
-    killed while saving leaves the checkpoint before.
+    killed while saving leaves the checkpoint before. An object store can't rename; there a last file says that a
+    checkpoint is complete.
 
     Args:
         directory: one folder a step, named by its number.
         writer: whether checkpoints are saved here. Only the writer makes the folder and removes what a killed process
             left unfinished; a reader changes nothing, and so can't disturb a run that is saving meanwhile.
         keep: which checkpoints are not removed once others are saved.
+        before_commit: called when a checkpoint's arrays are written, before it counts as complete.
     """
 
-    def __init__(self, directory: pathlib.Path, writer: bool, keep: Keep = Keep()):
-        self.directory = directory
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        writer: bool,
+        keep: Keep = Keep(),
+        before_commit: Callable[[], None] = lambda: None,
+    ):
+        self.directory, self._before_commit = directory, before_commit
         self._damaged: list[int] = []  # steps newer than the one restored, which could not be read
         self._saving = 0  # the step that is being written
         self._manager = None
@@ -90,7 +100,7 @@ class Checkpoints:
                     read_only=not writer,
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
                 )
-                self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+                self._manager = ocp.CheckpointManager(resolved(directory), options=options)
             finally:
                 logging.set_verbosity(verbosity)
         if writer:
@@ -124,7 +134,8 @@ class Checkpoints:
         items |= {"data": ocp.args.JsonSave(position), "outcome": ocp.args.JsonSave(outcome)}
         with self._writing():
             self._manager.wait_until_finished()
-            if not os.access(self.directory, os.W_OK):  # Orbax's threads may wait minutes for a folder that is not made
+            # Orbax's threads may wait minutes for a folder that is not made.
+            if not (is_remote(self.directory) or os.access(self.directory, os.W_OK)):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
             self._saving = int(state.step)
             metrics = None if score is None else {"score": score}
@@ -132,7 +143,8 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         """In Orbax's thread, once a checkpoint's items are complete and before it is committed."""
-        final = epath.Path(self.directory.absolute()) / str(self._saving)
+        self._before_commit()
+        final = epath.Path(resolved(self.directory)) / str(self._saving)
         # Where folders can't be renamed, the final one is written to, and a file commits it.
         write_manifest(final if final.exists() else next(final.parent.glob(f"{final.name}.orbax-checkpoint-tmp*")))
 
@@ -157,6 +169,8 @@ class Checkpoints:
             kept = f"the checkpoint of step {complete} is complete" if complete else "there is no checkpoint yet"
             reason = reason_of(error)
             remedy = "make it writable" if NOT_WRITABLE.search(reason) else "free some space"
+            if is_remote(self.directory):
+                remedy = "check network, credentials and permissions"
             raise UserError(
                 f"A checkpoint can't be written to {self.directory} ({reason}); {kept}: {remedy}, then start the same "
                 "command again."
@@ -194,7 +208,7 @@ class Checkpoints:
     def _restore(self, **items: Any) -> Any:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            folder = epath.Path(self.directory.absolute()) / str(step)
+            folder = epath.Path(resolved(self.directory)) / str(step)
             # Each process reads its part of the files; all pass over the same checkpoints.
             if wrong := next(filter(None, exchanged(damage(folder, items, *place()))), None):
                 damaged[step] = wrong
@@ -243,7 +257,8 @@ class Checkpoints:
 def saved_steps(workdir: pathlib.Path, stage: str) -> list[int]:
     """The steps of a run's stage that have a checkpoint, in ascending order, without opening Orbax's manager."""
     folder = workdir / "checkpoints" / stage
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    named = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(path.name) for path in named if not is_remote(path) or (path / COMMITTED).exists())
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from walt_jax.generation.lora import LoraConfig
 from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
 from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first, ready, together
 from walt_jax.parallel.rules import Rules
+from walt_jax.staging import staging
 from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
 from walt_jax.training.few_steps import DistillationConfig
 from walt_jax.training.init_from import completed
@@ -229,7 +230,9 @@ def run_stage(
     key_init, key_steps = jax.random.split(key)
     optimizer = make_optimizer(stage.optimizer, stage.steps, jax.eval_shape(task.init, key_init)[0])
     keep = Keep(stage.keep_last, stage.keep_best, stage.keep_every_hours)
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, writer=True, keep=keep)
+    # Logged steps are in the workdir before the checkpoint is, for they are not done again.
+    folder = workdir / "checkpoints" / name
+    checkpoints = Checkpoints(folder, writer=True, keep=keep, before_commit=staging(workdir).upload)
     scored = stage.keep_metric.removeprefix("+")
     score = scored if stage.keep_best and not stage.keeps_by_validation else None
     try:
@@ -248,7 +251,7 @@ def run_stage(
                 StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak, score, clock)
             ) as log,
             contextlib.closing(StepPrograms(train_step, one_shape=stage.pack is not None)) as programs,
-            contextlib.closing(Profile(workdir / "profile" / name, profile)) as trace,
+            contextlib.closing(Profile(workdir, name, profile)) as trace,
             stop_signals() as stop,
         ):
             clock.row("other")

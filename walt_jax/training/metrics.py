@@ -9,6 +9,7 @@ from typing import Any
 import tensorboardX
 
 from walt_jax.parallel.processes import is_first
+from walt_jax.staging import staging
 from walt_jax.workdir import write_atomically
 
 
@@ -23,13 +24,14 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, stage: str, step: int, constant: dict[str, Any] | None = None):
-        self.stage, self._constant = stage, constant or {}
-        self._path, self._writes = workdir / "metrics.jsonl", is_first()
+        self.stage, self._constant, self._writes = stage, constant or {}, is_first()
         if not self._writes:
             return
+        self._staging = staging(workdir)
+        self._path = self._staging.file("metrics.jsonl")
         remove_lines(self._path, lambda row: row["stage"] == stage and row["step"] > step)
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=step + 1)
+        self._board = tensorboardX.SummaryWriter(str(self._staging.folder / "tensorboard" / stage), purge_step=step + 1)
 
     def write(
         self,
@@ -63,6 +65,7 @@ class MetricsLog:
             return
         self._file.close()
         self._board.close()
+        self._staging.upload()
 
 
 def remove_lines(path: pathlib.Path, which: Callable[[dict], bool]) -> str:

@@ -8,6 +8,7 @@ import jax
 
 from walt_jax.errors import UserError
 from walt_jax.parallel.processes import is_first
+from walt_jax.staging import staging
 
 Steps = tuple[int, int]
 
@@ -33,12 +34,13 @@ class Profile:
     Of several processes the first one traces its own devices.
 
     Args:
-        directory: where the trace is written.
+        workdir: of the run; the trace is in its folder `profile/STAGE`.
+        stage: its name.
         steps: first and last, both traced.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: Steps | None):
-        self._directory, self._steps = directory, steps if is_first() else None
+    def __init__(self, workdir: pathlib.Path, stage: str, steps: Steps | None):
+        self._workdir, self._stage, self._steps = workdir, stage, steps if is_first() else None
         self._count, self._running = 0, False
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
@@ -47,7 +49,7 @@ class Profile:
         if self._steps is None:
             return contextlib.nullcontext()
         if self._count == self._steps[0]:
-            jax.profiler.start_trace(self._directory)
+            jax.profiler.start_trace(staging(self._workdir).folder / "profile" / self._stage)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else contextlib.nullcontext()
 
@@ -61,4 +63,5 @@ class Profile:
         """Ends a trace that still runs."""
         if self._running:
             jax.profiler.stop_trace()
+            staging(self._workdir).upload()
             self._running = False

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +37,7 @@ from walt_jax.parallel.memory import device_bytes, memory_bytes
 from walt_jax.parallel.mesh import check_rows, described, make_mesh, on, replicated
 from walt_jax.parallel.processes import exchanged, fetched, is_first, together
 from walt_jax.parallel.rules import check_rules
+from walt_jax.remote import resolved
 from walt_jax.tokenizer.autoencoder import Tokenizer
 from walt_jax.tokenizer.inflation import inflate
 from walt_jax.tokenizer.perceptual import load_features
@@ -58,14 +58,14 @@ from walt_jax.training.run_config import (
     only_published,
     read_autoencoder,
 )
-from walt_jax.training.run_data import RECORDED, RunData, digest
+from walt_jax.training.run_data import RunData, digest
 from walt_jax.training.run_text import FILES as CAPTIONS
 from walt_jax.training.run_text import RunText
 from walt_jax.training.stage_log import Peak
 from walt_jax.training.state import abstract_state
 from walt_jax.training.statistics import latent_statistics
 from walt_jax.training.tasks import Task
-from walt_jax.workdir import CONFIG, read_config, write_atomically
+from walt_jax.workdir import CONFIG, copy_folder, folder_of, read_config, remove_folder, write_atomically
 
 STATISTICS_CLIPS, STATISTICS_BATCH = 256, 8
 BLOCK_CLIPS = 128  # more clips change the principal components little
@@ -123,7 +123,7 @@ class Run:
             self._other_run()
         self.low_res()
         self._initial(before_training=True)
-        if self._lora_stage and not (self.workdir / BASE).exists():
+        if self._lora_stage and not _holds(self.workdir / BASE):
             self._check_base()
         for path in (self.config.losses.perceptual_weights, self.config.evaluation.perceptual_weights):
             if path:
@@ -217,10 +217,10 @@ class Run:
         initial = self._initial()  # for each task, what its last stage has trained
         tokenizer = self._taken_tokenizer() if self.config.tokenizer_from else None
         # All look before the first process writes it.
-        if self._lora_stage and any(exchanged(not (self.workdir / BASE).exists())):
+        if self._lora_stage and any(exchanged(not _holds(self.workdir / BASE))):
             base = self._base()
             self._keep_run(base, base._restored("denoiser")[0], self.workdir / BASE, CAPTIONS)
-        if self.config.low_res_from and any(exchanged(not (self.workdir / LOW_RES).exists())):
+        if self.config.low_res_from and any(exchanged(not _holds(self.workdir / LOW_RES))):
             base = self._base_run()
             stage = None if base.config.takes_autoencoder else base.trained_tokenizer()[0]
             self._keep_run(base, stage, self.workdir / LOW_RES)
@@ -285,7 +285,7 @@ class Run:
     def identity(self) -> str:
         """Tells the trained models from those of other steps and runs."""
         stages = {name: saved_steps(self.workdir, name) for name in self.config.trained_stages}
-        return f"{self.workdir.resolve()} {stages}"
+        return f"{resolved(self.workdir)} {stages}"
 
     def weights_digest(self) -> str:
         """Tells the newest checkpoints from others by their content, wherever the workdir is."""
@@ -295,13 +295,13 @@ class Run:
             for stage in self.config.stages:
                 for step in saved_steps(folder, stage)[-1:]:
                     manifest = folder / "checkpoints" / stage / str(step) / MANIFEST
-                    found.append(manifest.read_text() if manifest.exists() else f"{manifest.parent.resolve()}")
+                    found.append(manifest.read_text() if manifest.exists() else f"{resolved(manifest.parent)}")
         return digest_of(*found) if found else self.identity()
 
     def made_by(self) -> dict[str, Any]:
         """What videos say of the models that made them."""
         steps = {name: max(saved_steps(self.workdir, name), default=0) for name in self.config.trained_stages}
-        return {"model": self.workdir.resolve().name, "checkpoints": steps}
+        return {"model": resolved(self.workdir).name, "checkpoints": steps}
 
     def trained_denoiser(self) -> tuple[str, Any]:
         """(name of the denoiser's last stage with a checkpoint, parameters of denoiser and trained text encoder)
@@ -331,7 +331,7 @@ class Run:
             UserError: if there is none.
         """
         copy = self.workdir / BASE
-        workdir = copy if copy.exists() else pathlib.Path(self.config.init_from)
+        workdir = copy if _holds(copy) else folder_of(self.config.init_from, "config.init_from")
         knobs = read_config(workdir)
         if knobs is None:
             raise UserError(f"config.init_from: {workdir} holds no run; name the --workdir of the run to be changed.")
@@ -424,7 +424,7 @@ class Run:
         """
         if self.config.starts_from_file:
             return {"denoiser": self._published()}
-        source, firsts = pathlib.Path(self.config.init_from), {}
+        firsts = {}
         for name in reversed(self.config.trained_stages):
             firsts[self.config.stages[name].task] = name
         # Once a stage has begun, the other run is not needed any more.
@@ -432,6 +432,7 @@ class Run:
         firsts = {task: name for task, name in firsts.items() if not self.config.stages[name].lora}
         if not self.config.init_from or not firsts:
             return {}
+        source = folder_of(self.config.init_from, "config.init_from")
         knobs = read_config(source)
         if knobs is None:
             raise UserError(f"config.init_from: {source} holds no run; name the --workdir of one, or a .safetensors.")
@@ -562,9 +563,10 @@ class Run:
 
     def _other_run(self) -> "Run":
         """The run that `tokenizer_from` names; the workdir's copy of it, or that run's own copy, where there is one."""
-        other = pathlib.Path(self.config.tokenizer_from)
-        copies = [copy for copy in (self.workdir / TOKENIZER, other / TOKENIZER) if copy.exists()]
-        return self.run_in(copies[0] if copies else other)
+        if _holds(self.workdir / TOKENIZER):
+            return self.run_in(self.workdir / TOKENIZER)
+        other = folder_of(self.config.tokenizer_from, "config.tokenizer_from")
+        return self.run_in(other / TOKENIZER if _holds(other / TOKENIZER) else other)
 
     def run_in(self, workdir: pathlib.Path) -> "Run":
         """The run in another workdir, checked to have a tokenizer with this config's knobs.
@@ -635,7 +637,7 @@ class Run:
             UserError: if there is none.
         """
         copy = self.workdir / LOW_RES
-        workdir = copy if copy.exists() else pathlib.Path(self.config.low_res_from)
+        workdir = copy if _holds(copy) else folder_of(self.config.low_res_from, "config.low_res_from")
         knobs = read_config(workdir)
         if knobs is None:
             raise UserError(f"config.low_res_from: {workdir} holds no run; name the --workdir of the base run.")
@@ -651,20 +653,22 @@ class Run:
         """
         if other.workdir == copy or not self.workdir.exists() or not is_first():
             return
-        temporary = copy.with_name(f"{copy.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        remove_folder(copy)  # what a killed process left
         if stage is not None:
-            source = other.workdir / "checkpoints" / stage
-            shutil.copytree(source, temporary / "checkpoints" / stage, ignore=_not_served)
+            for step in saved_steps(other.workdir, stage):
+                place = pathlib.Path("checkpoints", stage, str(step))
+                copy_folder(other.workdir / place, copy / place, _not_served)
         for name in files:
             if (other.workdir / name).exists():
-                shutil.copy(other.workdir / name, temporary / name)
-        write_atomically(temporary / CONFIG, json.dumps(dataclasses.asdict(other.config), indent=1) + "\n")
-        temporary.rename(copy)
+                write_atomically(copy / name, (other.workdir / name).read_bytes())
+        write_atomically(copy / CONFIG, json.dumps(dataclasses.asdict(other.config), indent=1) + "\n")
 
 
-def _not_served(folder: str, names: list[str]) -> list[str]:
-    """Names in a checkpoint's folder that a trained model does not need."""
-    unneeded = {RECORDED, "state"} | ({"weights"} if "ema" in names else set())
-    return [name for name in names if name in unneeded or name.endswith(".tmp")]
+def _holds(copy: pathlib.Path) -> bool:
+    """Whether a copy of another run is complete: its config is written last."""
+    return (copy / CONFIG).exists()
+
+
+def _not_served(names: Sequence[str]) -> list[str]:
+    """Names in a checkpoint that a trained model does not need."""
+    return ["state", *(["weights"] if "ema" in names else [])]

@@ -28,7 +28,9 @@ from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.low_res import LowRes
+from walt_jax.local_copy import copies_folder
 from walt_jax.parallel.mesh import data_shards, local_shards, on_own_devices
+from walt_jax.remote import is_remote
 from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.data_files import find_short, report_files
 from walt_jax.training.latent_batches import Encode, Size, dense_batches, encoded_clips, latents_path
@@ -82,11 +84,12 @@ class RunData:
 
     def _check_room(self, name: str) -> None:
         count, size = self.to_encode(name)
-        folder = self._workdir.absolute()
+        # Latents of a remote workdir are encoded into it, and read from a copy here.
+        folder = copies_folder() if is_remote(self._workdir) else self._workdir.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if size > free:
             raise UserError(
-                f"Stage {name} encodes {count:,} clips to {size / 1e9:.2g} GB of latents, and {self._workdir} has "
+                f"Stage {name} encodes {count:,} clips to {size / 1e9:.2g} GB of latents, and {folder} has "
                 f"{free / 1e9:.2g} GB left: choose another --workdir, set --config.stages.{name}.cached_clips=N to "
                 "fewer, or to 0, which encodes the clips of each batch anew."
             )
