@@ -52,9 +52,9 @@ def leased(store: ts.KvStore, where: str, flag: str, lost: Callable[[str], None]
     try:
         lease.take(where, flag)
     except (ValueError, RuntimeError, TimeoutError) as error:  # as TensorStore raises them
+        reason = reason_of(error).partition(" [")[0]  # then come the answer's parts
         raise UserError(
-            f"{flag}={where} can't be written to ({reason_of(error).partition(' [')[0]}); check network, credentials and "
-            "permissions."
+            f"{flag}={where} can't be written to ({reason}); check network, credentials and permissions."
         ) from error
     ended = threading.Event()
 
