@@ -33,6 +33,7 @@ class GcsServer(ThreadingHTTPServer):
         refusal: (status, message) that all requests get, if it is set.
         gone: whether requests get no answer.
         requests: how many there were of each method.
+        written: the name of each object that was written, in order.
     """
 
     daemon_threads = True
@@ -42,7 +43,7 @@ class GcsServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
         self.refusal: tuple[int, str] | None = None
-        self.gone, self.requests = False, {}
+        self.gone, self.requests, self.written = False, {}, []
         self.lock, self.generations = threading.RLock(), itertools.count(1)
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}  # resumable ones: (bucket, name, content so far)
 
@@ -67,6 +68,7 @@ class GcsServer(ThreadingHTTPServer):
     def put(self, bucket: str, name: str, content: bytes) -> dict[str, Any]:
         with self.lock:
             self.buckets[bucket][name] = Stored(next(self.generations), content)
+            self.written.append(name)
             return self.resource(bucket, name)
 
     def resource(self, bucket: str, name: str) -> dict[str, Any]:

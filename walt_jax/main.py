@@ -737,13 +737,13 @@ def plan(values: flags.FlagValues) -> None:
     With a topology it also says whether the config fits there and how fast it can be.
     """
     from walt_jax.parallel.topology import topology
-    from walt_jax.workdir import local, write_atomically
+    from walt_jax.workdir import folder_of, write_atomically
 
     named = values.topology and topology(values.topology)
     if named is None and values.price_per_chip_hour is not None:
         raise UserError("--price_per_chip_hour is of the chips of a --topology; name one, such as --topology=v5e:4x4.")
 
-    workdir = local(values.workdir, "plan")
+    workdir = folder_of(values.workdir)
     knobs = knobs_of(values, workdir)
 
     from walt_jax.config import build

@@ -1,5 +1,6 @@
 """A plan on hardware as a picture: memory by kind, time by part."""
 
+import io
 import pathlib
 from typing import Any
 
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 
 from walt_jax.parallel.roofline import BOUNDS
 from walt_jax.training.plan_hardware import duration
+from walt_jax.workdir import write_atomically
 
 COLOURS = dict(zip(BOUNDS, ("#4477aa", "#ee6677", "#ccbb44", "#aa3377"), strict=True))
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 7}  # legends, where no bar is
@@ -50,4 +52,6 @@ def picture(plan: dict[str, Any], path: pathlib.Path) -> None:
         time.set(xlabel="ms", title=f"{name}: {duration(seconds)} at least, {mfu:.0%} MFU, {main['clips']} clips")
         time.tick_params(axis="y", labelsize=8)
         time.legend(**BELOW, ncols=2)
-    figure.savefig(path, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110)
+    write_atomically(path, content.getvalue())
