@@ -24,6 +24,7 @@ from walt_jax import lease, main, staging
 from walt_jax.clock import CLOCK, Clock, account, read_clock
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.errors import UserError
+from walt_jax.parallel import processes
 from walt_jax.training.checkpoint import Checkpoints, saved_steps
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.state import TrainState
@@ -122,6 +123,14 @@ def test_a_write_whose_answer_is_lost_does_not_lose_the_lock(remote, quick_lease
 
     with lease.leased(Losing(), str(remote), "--workdir", pytest.fail):
         time.sleep(0.3)
+
+
+def test_a_process_that_ends_at_once_gives_the_lock_back(remote):
+    """As the thread does that ends a process some seconds after a signal."""
+    with locked(remote):
+        assert (remote / lease.LOCK).exists()
+        processes.leave(processes.RESTART)
+        assert not (remote / lease.LOCK).exists()
 
 
 # Files
@@ -315,7 +324,7 @@ def test_a_run_that_is_killed_and_stopped_equals_a_local_one(remote, server, tin
         process.send_signal(sent)
         _, err = process.communicate()
         assert process.returncode == (42 if sent == signal.SIGTERM else -sent), err
-        assert (remote / lease.LOCK).exists() == (sent == signal.SIGKILL)
+        assert (remote / lease.LOCK).exists() == (sent == signal.SIGKILL), err
     code, out, err = commands.run(*flags, cache=cache, quick=False)
     assert code == 0 and "it is taken over if it does not change for 45 s" in err, err
     assert f"look at {remote}/report.html first" in out

@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 import tensorstore as ts
 
 from walt_jax.errors import UserError, reason_of
+from walt_jax.parallel.processes import GIVE_BACK
 
 LOCK = "lock"
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 45.0  # an owner that misses four renewals is taken for dead
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 60.0  # within which the store answers
+GIVE_BACK_SECONDS = 5.0  # the same at the end of the process
 
 
 def open_store(folder: str) -> ts.KvStore:
@@ -65,15 +67,22 @@ def leased(store: ts.KvStore, where: str, flag: str, lost: Callable[[str], None]
                     lost(f"Another process has taken {where} over, for this one was not heard of for too long.")
                     return
 
+    def give_back() -> None:
+        ended.set()
+        if threading.current_thread() is thread:
+            return  # it has lost the lock
+        thread.join(GIVE_BACK_SECONDS)
+        with contextlib.suppress(ValueError, RuntimeError, TimeoutError):  # it will be stale
+            lease.release()
+
     thread = threading.Thread(target=renew, daemon=True, name="lease")
     thread.start()
+    GIVE_BACK.append(give_back)
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
-        with contextlib.suppress(ValueError, RuntimeError, TimeoutError):  # it will be stale
-            lease.release()
+        GIVE_BACK.remove(give_back)
+        give_back()
 
 
 class _Lease:
@@ -129,7 +138,7 @@ class _Lease:
 
     def release(self) -> None:
         """Removes the object, if it is still this process's."""
-        self._store.write(LOCK, None, if_equal=self._generation).result(timeout=ANSWER_SECONDS)
+        self._store.write(LOCK, None, if_equal=self._generation).result(timeout=GIVE_BACK_SECONDS)
 
 
 def _owner(content: bytes) -> str:

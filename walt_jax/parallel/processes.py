@@ -29,6 +29,9 @@ RESTART = 42  # exit code after a signal or a lost process: launchers start the 
 
 GONE = "process 0, which the others need, is gone; the same command resumes from the last checkpoint"
 
+# What is called before this process ends, also where that is at once: gives back what others would wait for.
+GIVE_BACK: list[Callable[[], None]] = []
+
 _client: Any = None  # JAX's, None for one process
 _handler: Any = None
 _ended = threading.Event()
@@ -156,7 +159,13 @@ def _watch(client: Any, index: int, count: int) -> None:
 def _end(sentence: str, code: int) -> None:
     """Ends this process at once: its main thread may wait for a program that will never be done."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
+    _give_back()
     os._exit(code)
+
+
+def _give_back() -> None:
+    for give_back in list(GIVE_BACK):
+        give_back()
 
 
 def _publish_failure(who: str, sentence: str, code: int) -> None:
@@ -170,6 +179,7 @@ def leave(code: int, sentence: str = "") -> int:
     Returns:
         The exit code.
     """
+    _give_back()
     if _client is None:
         return code
     import jax
