@@ -6,6 +6,7 @@ The store is `gcs_server`, which speaks to the same gcsfs, TensorStore and Orbax
 import os
 import pathlib
 import re
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 from etils import epath
 from etils.epath import backend
 
-from walt_jax import lease, main, staging
+from walt_jax import lease, local_copy, main, staging
 from walt_jax.clock import CLOCK, Clock, account, read_clock
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.errors import Interrupted, UserError
@@ -144,15 +145,14 @@ def test_files_that_grow_are_uploaded_and_go_on_in_another_process(remote):
     assert not (remote / "metrics.jsonl").exists()
     staging.staging(remote).upload()
     assert [row[1] for row in commands.losses(remote)] == [1, 2, 3]
-    log.close()
     with Clock(remote) as clock:
+        log.close()
         clock.row("other")
     staging.staging.cache_clear()  # as another process begins
-    log = MetricsLog(remote, "denoiser", 2)
-    log.write(3, {"loss": 0.5})
-    log.close()
     with Clock(remote):
-        pass
+        log = MetricsLog(remote, "denoiser", 2)
+        log.write(3, {"loss": 0.5})
+        log.close()
     assert [row[1:] for row in commands.losses(remote)] == [(1, "1.0"), (2, "0.5"), (3, "0.5")]
     assert len(account(read_clock(remote / CLOCK)).attempts) == 2
     assert len(list((remote / "tensorboard" / "denoiser").iterdir())) >= 1
@@ -190,9 +190,13 @@ def test_folders_are_copied_both_ways(remote, tmp_path):
         assert not folder.exists()
 
 
-def test_cached_latents_are_read_from_a_copy(remote, server):
+def test_cached_latents_are_read_from_a_copy(remote, server, monkeypatch):
     clips = [Encoded(np.full((1, 2, 2, 3), number, np.float32), f"clip {number}") for number in range(3)]
     write_latents(remote, {"tokenizer": "t"}, 3, lambda numbers: (clips[number] for number in numbers))
+    with monkeypatch.context() as patch:
+        patch.setattr(local_copy.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(UserError, match=r"copied to .*copies.* to be read, which takes .* free some space"):
+            LatentClips(remote)
     for _ in range(2):
         found = LatentClips(remote, tokenizer="t")
         assert [found[index].caption for index in range(3)] == ["clip 0", "clip 1", "clip 2"]
@@ -365,14 +369,13 @@ def test_a_run_that_is_killed_and_stopped_equals_a_local_one(remote, server, tin
     check_equal(remote, tiny_run)
     assert len(account(read_clock(remote / CLOCK)).attempts) >= 4
     for workdir, out in ((remote, remote / "two"), (tiny_run, tmp_path / "two")):
-        asked = ["--mode=sample", "--prompt=a red circle moving up", "--num_samples=2", "--gif", f"--out={out}"]
+        asked = ["--mode=sample", "--prompt=a red circle moving up", "--gif", "--no_metadata", f"--out={out}"]
         assert commands.run(*asked, f"--workdir={workdir}", cache=cache, quick=False)[0] == 0
         assert commands.run("--mode=evaluate", f"--workdir={workdir}", cache=cache, quick=False)[0] == 0
-    names = sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert names == sorted(path.name for path in (remote / "two").iterdir()) and len(names) == 8
-    for name in names:
-        if name.endswith(".gif"):
-            assert (tmp_path / "two" / name).read_bytes() == (remote / "two" / name).read_bytes()
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (folder / "two").iterdir()} for folder in (remote, tmp_path)
+    )
+    assert ours == theirs and len(ours) == 4
     check_equal(remote, tiny_run)
 
 

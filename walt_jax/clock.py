@@ -180,4 +180,6 @@ class Clock:
             self.row("done" if error is None else "stopped")
             if self._file is not None:
                 self._file.close()
+        if self._file is not None:
+            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
                 self._staging.upload()

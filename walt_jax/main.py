@@ -486,7 +486,7 @@ def _evaluate_files(values: flags.FlagValues) -> None:
     from walt_jax.evaluation.evaluate_files import evaluate_files, sentences
     from walt_jax.workdir import CONFIG, local, locked
 
-    out = local(values.out or values.workdir, "evaluate")
+    out = local(values.out or values.workdir, "evaluate --videos", "--out" if values.out else "--workdir")
     if (out / CONFIG).exists():
         raise UserError(f"{out} holds a run, whose evaluate.json stays; name another folder with --out=FOLDER.")
     _compile_once()

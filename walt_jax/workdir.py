@@ -65,15 +65,15 @@ def folder_of(name: str, flag: str = "--workdir") -> pathlib.Path:
     return epath.Path(name.rstrip("/"))
 
 
-def local(name: str, mode: str) -> pathlib.Path:
-    """The folder that `--workdir` names, in a mode that needs it on this machine.
+def local(name: str, mode: str, flag: str = "--workdir") -> pathlib.Path:
+    """The folder that a flag names, in a mode that needs it on this machine.
 
     Raises:
         UserError: if it is remote.
     """
     if is_remote(name):
         raise UserError(
-            f"--mode={mode} works in a local folder, and --workdir={name} is remote; copy the run to this machine with "
+            f"{flag}={name} is remote, and --mode={mode} writes to a local folder; name one. A run is copied with "
             f"gcloud storage cp -r {name} FOLDER."
         )
     return pathlib.Path(name)

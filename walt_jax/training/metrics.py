@@ -27,11 +27,11 @@ class MetricsLog:
         self.stage, self._constant, self._writes = stage, constant or {}, is_first()
         if not self._writes:
             return
-        self._staging = staging(workdir)
-        self._path = self._staging.file("metrics.jsonl")
+        local = staging(workdir)
+        self._path = local.file("metrics.jsonl")
         remove_lines(self._path, lambda row: row["stage"] == stage and row["step"] > step)
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(self._staging.folder / "tensorboard" / stage), purge_step=step + 1)
+        self._board = tensorboardX.SummaryWriter(str(local.folder / "tensorboard" / stage), purge_step=step + 1)
 
     def write(
         self,
@@ -65,7 +65,6 @@ class MetricsLog:
             return
         self._file.close()
         self._board.close()
-        self._staging.upload()
 
 
 def remove_lines(path: pathlib.Path, which: Callable[[dict], bool]) -> str:

@@ -63,5 +63,4 @@ class Profile:
         """Ends a trace that still runs."""
         if self._running:
             jax.profiler.stop_trace()
-            staging(self._workdir).upload()
             self._running = False
