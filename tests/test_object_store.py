@@ -174,6 +174,15 @@ def test_only_changed_files_are_uploaded_and_of_a_local_folder_none(remote, serv
     assert staging.Staging(tmp_path).folder == tmp_path
 
 
+def test_what_others_write_is_seen_at_once(remote, server):
+    (remote / "a").write_bytes(b"1")
+    assert [path.name for path in remote.iterdir()] == ["a"] and not (remote / "b").exists()
+    server.put("bucket", f"{remote.name}/b", b"22")
+    server.put("bucket", f"{remote.name}/a", b"333")
+    assert [path.name for path in remote.iterdir()] == ["a", "b"] and (remote / "b").exists()
+    assert (remote / "a").stat().length == 3 and (remote / "a").read_bytes() == b"333"
+
+
 def test_folders_are_copied_both_ways(remote, tmp_path):
     (tmp_path / "from" / "sub").mkdir(parents=True)
     for name in ("a", "b", "sub/c"):
