@@ -201,7 +201,7 @@ def test_what_is_no_export(manifest, tmp_path):
         with pytest.raises(UserError, match="neither a run nor an export"):
             walt_jax.load(path)
     with pytest.raises(UserError, match="remote"):
-        walt_jax.load("gs://bucket/export")
+        walt_jax.load("s3://bucket/export")
     (tmp_path / "config.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"vocabulary\.model"):
         walt_jax.load(tmp_path)
