@@ -2,7 +2,8 @@
 #
 #   docker build --build-arg=EXTRA=tpu --tag=IMAGE .
 #
-# EXTRA is tpu, cuda, cuda,gcs for a workdir on gs://, or nothing. JAX's wheels bring CUDA's libraries; the host needs NVIDIA's driver and container toolkit.
+# EXTRA is tpu, cuda or nothing; cuda,gcs for workdirs on gs://. JAX's wheels bring CUDA's libraries; the host needs
+# NVIDIA's driver and container toolkit.
 FROM python:3.12-slim
 
 ARG EXTRA=""
