@@ -18,6 +18,7 @@ from walt_jax.data.records import Records
 from walt_jax.data.shapes import ClipShape
 from walt_jax.data.shards import serialize, write_metadata
 from walt_jax.errors import UserError
+from walt_jax.remote import check_reachable
 
 CLIPS = [Encoded(np.full((1, 2, 3, 4), number, np.float32), f"clip {number}") for number in range(3)]
 DEEP = "[" * 100_000
