@@ -108,6 +108,13 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "other, which is found by block matching; 0 is none",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "schedule",
+        None,
+        "sample: which frames of a long video come from which, of a model trained on frames with gaps: autoreg, "
+        "long-range, hierarchy-2, adaptive-autoreg, adaptive-hierarchy-2 …",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "extend", None, ["forward", "backward", "loop"], "sample: how --video goes on", flag_values=values
     )
@@ -621,6 +628,8 @@ def _as_asked(values: flags.FlagValues, generator: Any) -> Any:
     if values.guidance is not None:
         config = dataclasses.replace(config, guidance=dataclasses.replace(config.guidance, scale=values.guidance))
     generator = dataclasses.replace(generator, config=config)
+    if values.schedule is not None:
+        generator = generator.following(values.schedule)
     return generator.in_int8() if values.int8 else generator
 
 

@@ -127,6 +127,12 @@ def raster(grid: Grid) -> Int[np.ndarray, "n 3"]:
     return places
 
 
+def frame_tokens(grid: Grid, frames: Sequence[int] | Int[np.ndarray, " k"]) -> Int[np.ndarray, " n"]:
+    """Indices, in raster order, of the tokens of some frames of a clip."""
+    place = np.arange(grid[1] * grid[2])
+    return (np.asarray(frames, np.int64)[:, None] * len(place) + place).reshape(-1)
+
+
 def to_tokens(latents: Float[Array, "b t h w c"], patch: Grid) -> Float[Array, "b n p"]:
     """Patches of latent positions, in raster order."""
     pt, ph, pw = patch

@@ -83,7 +83,8 @@ def _exported(folder: pathlib.Path, knobs: dict[str, Any], loras: Sequence[str],
         captions = text.frozen() or text.captions()
         packed = config.stages[manifest.stage].pack is not None
         changed = lora_files.with_loras(jax.device_put(params), chosen)
-        whole = Generator(model, changed, tokenizer, captions, config.sampling, packed=packed)
+        call = config.call_frames(manifest.stage)
+        whole = Generator(model, changed, tokenizer, captions, config.sampling, packed=packed, call=call)
         return whole.in_int8() if int8 else whole
 
     def unseen() -> Source:

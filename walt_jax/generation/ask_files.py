@@ -66,6 +66,8 @@ def sample_files(
         raise UserError("A cascade upscales clips as long as the model's; leave --num_frames and --extend out.")
     suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
     settings = _settings(generator, ask, negative_prompt) | dict(made_with or {})
+    if is_long and generator.call:
+        settings["schedule"] = generator.schedule
     samples = Samples(out, ask.fps, suffixes, settings, tags, made_by, sign)
     try:
         if is_long:
@@ -134,7 +136,7 @@ class _Latents:
     """A .npy file that fills while a video is made; what is not made yet is NaN. Memory does not grow."""
 
     def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
-        self._path, self._shape, self._count = path, shape, 0
+        self._path, self._shape = path, shape
 
     def __enter__(self) -> "_Latents":
         if is_first():
@@ -143,12 +145,12 @@ class _Latents:
                 self._array[number] = np.nan
         return self
 
-    def add(self, latents: Float[np.ndarray, "t h w c"]) -> None:
-        """Appends latent frames."""
+    def add(self, frames: Sequence[int], latents: Float[np.ndarray, "k h w c"]) -> None:
+        """Writes latent frames to their places."""
         if is_first():
-            self._array[self._count : self._count + len(latents)] = latents
+            for frame, one in zip(frames, latents, strict=True):
+                self._array[frame] = one
             self._array.flush()
-        self._count += len(latents)
 
     def __exit__(self, *error: object) -> None:
         if is_first():

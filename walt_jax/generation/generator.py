@@ -16,11 +16,12 @@ from walt_jax.denoiser.layout import Grid
 from walt_jax.denoiser.model import Denoiser
 from walt_jax.denoiser.resize import resize
 from walt_jax.errors import UserError
-from walt_jax.generation import int8, packs
+from walt_jax.generation import by_schedule, int8, packs
 from walt_jax.generation.codec import TrainedTokenizer
 from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig, unboxed
 from walt_jax.generation.low_res import LowRes
 from walt_jax.generation.request import Request, Size
+from walt_jax.generation.schedules import AUTOREG, check_name, is_adaptive
 from walt_jax.parallel.processes import fetched, together
 from walt_jax.text.frozen import FrozenText
 from walt_jax.text.labels import Labels
@@ -45,6 +46,8 @@ class Generator:
         low_res: of super-resolution: encodes low-resolution clips, without which the model can't sample.
         packed: whether the denoiser was trained on packs, whose clips have sizes up to its bounds; of one that was not,
             tables of positions are interpolated to other sizes.
+        call: latent frames that are made at once by a model that was trained on so many frames of longer clips, with
+            gaps between them; longer videos follow the config's schedule. 0: the model makes whole clips.
     """
 
     model: LatentDiffusion
@@ -54,15 +57,40 @@ class Generator:
     config: SamplingConfig
     low_res: LowRes | None = None
     packed: bool = False
+    call: int = 0
 
     def in_int8(self) -> "Generator":
         """With the weights of linear layers in 8 bits, see `int8`."""
         return dataclasses.replace(self, params=together(jax.jit(int8.quantised), self.params))
 
+    def following(self, schedule: str) -> "Generator":
+        """With another schedule for long videos.
+
+        Raises:
+            UserError: if there is none of that name, or the model was not trained on frames with gaps.
+        """
+        check_name(schedule)
+        if not self.call:
+            raise UserError(
+                f"The schedule {schedule} has gaps between frames, and this model was trained on whole clips; leave it "
+                "out, or train on groups of frames, see pack.frames in configs/walt_demo_long.py."
+            )
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, schedule=schedule))
+
     @property
     def longest(self) -> int:
-        """Latent frames that are made at once; longer videos are made window by window."""
+        """Latent frames that are made at once; longer videos are made window by window, or by a schedule."""
+        return self.call or self._trained
+
+    @property
+    def _trained(self) -> int:
+        """Latent frames of the longest clip of training."""
         return max(self.model.latent_shape[0], self.model.denoiser.bounds[0] * self.model.denoiser.config.patch_size[0])
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule that longer videos follow, of a model that was trained on frames with gaps."""
+        return self.config.schedule or AUTOREG
 
     def shape(self, size: Size | None) -> Shape:
         """(t, h, w, c) of the latents of a video of so many frames, height and width.
@@ -82,6 +110,11 @@ class Generator:
             raise UserError(
                 f"{frames} frames can't be made by this model; give 1 + {unit}·k of them, such as "
                 f"{_nearest(frames - 1, unit) + 1}."
+            )
+        if self.call and 1 + (frames - 1) // unit > self._trained:
+            raise UserError(
+                f"This model was trained on frames of clips of up to {1 + (self._trained - 1) * unit}, and {frames} "
+                f"are asked for; give --num_frames={1 + (self._trained - 1) * unit} or fewer, or train on longer clips."
             )
         for name, length, stride in (("height", height, strides[1]), ("width", width, strides[2])):
             if length < stride or length % stride:
@@ -116,8 +149,39 @@ class Generator:
         Raises:
             UserError: if the model can't make videos of a size.
         """
-        shapes = [self.shape(request.size) for request in requests]
-        batches = list(self._batches(shapes))
+        long = [number for number, request in enumerate(requests) if self._follows_schedule(request)]
+        if not long:
+            return self._at_once(requests, bar, watch)
+        found: list[Any] = [None] * len(requests)
+        short = sorted(set(range(len(requests))) - set(long))
+        for number, one in zip(short, self._at_once(*_some(requests, short, bar, watch)), strict=True):
+            found[number] = one
+        # Adaptive schedules are each video's own.
+        keys = [
+            (requests[n].size, by_schedule.leading(requests[n].given), n if is_adaptive(self.schedule) else 0)
+            for n in long
+        ]
+        with tqdm.auto.tqdm(total=len(long), desc="sampling", unit="video", disable=not bar) as progress:
+            for places in _alike(keys, self.config.batch_size):
+                numbers = [long[place] for place in places]
+                some, _, own = _some(requests, numbers, bar, watch)
+                sample = functools.partial(self._at_once, bar=False, watch=own)
+                made = by_schedule.whole(sample, some, self.shape(some[0].size), self.call, self.schedule)
+                for number, one in zip(numbers, made, strict=True):
+                    found[number] = one
+                progress.update(len(numbers))
+        return found
+
+    def _follows_schedule(self, request: Request) -> bool:
+        """Whether a request is of a whole video that is made in several calls."""
+        return bool(self.call) and request.frames is None and self.shape(request.size)[0] > self.call
+
+    def _at_once(
+        self, requests: Sequence[Request], bar: bool | None = None, watch: Watch | None = None
+    ) -> list[Float[np.ndarray, "t h w c"]]:
+        """As `latents`, of requests that are one call each."""
+        shapes = [_part(self.shape(request.size), request) for request in requests]
+        batches = list(self._batches(shapes, any(request.frames is not None for request in requests)))
         found: list[Any] = [None] * len(requests)
         hidden = len(batches) <= 1 if bar is None else not bar
         with tqdm.auto.tqdm(total=len(requests), desc="sampling", unit="clip", disable=hidden) as progress:
@@ -147,15 +211,24 @@ class Generator:
         """A video for each request; arguments as those of `latents`."""
         return self.decode(self.latents(requests, bar, watch))
 
-    def _batches(self, shapes: Sequence[Shape]) -> Iterator[tuple[list[int], bool]]:
-        """Numbers of requests that are sampled together, and whether as a pack."""
-        together = len(set(shapes)) > 1 and packs.can_pack(self.model, self.config)
-        if not together:
+    def _batches(self, shapes: Sequence[Shape], gaps: bool) -> Iterator[tuple[list[int], bool]]:
+        """Numbers of requests that are sampled together, and whether as a pack; with gaps between frames always.
+
+        Raises:
+            UserError: if they have to be a pack, and can't be.
+        """
+        together = packs.can_pack(self.model, self.config)
+        if gaps and not together:
+            raise UserError(
+                "Frames with gaps between them are sampled as packs, and sampling.sampler='ddpm', guidance that "
+                "measures whole clips and first_block_cache are not for packs; use ddim and plain guidance."
+            )
+        if not together or (len(set(shapes)) == 1 and not gaps):
             for numbers in _alike(shapes, self.config.batch_size):
                 yield numbers, not self._divides(shapes[numbers[0]])
             return
         grids = [self.model.denoiser.config.grid(shape[:3]) for shape in shapes]
-        room = self.config.batch_size * np.prod(self.model.layout.grid)
+        room = self.config.batch_size * (max(map(np.prod, grids)) if gaps else np.prod(self.model.layout.grid))
         yield from ((numbers, True) for numbers in packs.filled(grids, max(room, *(np.prod(grid) for grid in grids))))
 
     def _divides(self, shape: Shape) -> bool:
@@ -211,13 +284,14 @@ class Generator:
         self, requests: list[Request], shapes: list[Shape], numbers: list[int], watch: Watch | None
     ) -> Iterator[Float[np.ndarray, "t h w c"]]:
         """Latents of requests of any sizes, sampled as one pack."""
-        model, params = self.at([model_grid(self.model, shape) for shape in shapes])
+        model, params = self.at([model_grid(self.model, self.shape(request.size)) for request in requests])
         text, free, seeds = self._texts(requests)
+        frames = [request.frames and (self.shape(request.size)[0], request.frames) for request in requests]
         given = [
             None if request.given is None else (latents, until)
             for request, latents, until in zip(requests, *_given(requests, shapes, stack=False), strict=True)
         ]
-        packed = packs.pack(model, shapes, text, free, seeds, given)
+        packed = packs.pack(model, shapes, text, free, seeds, given, frames)
 
         def on_step(number, count, estimate):
             watch(numbers, number, count, lambda place: packed.clips(model, fetched(estimate))[place])
@@ -286,6 +360,22 @@ def _alike(keys: Sequence[Any], most: int) -> Iterator[list[int]]:
     for numbers in places.values():
         for first in range(0, len(numbers), most):
             yield numbers[first : first + most]
+
+
+def _part(shape: Shape, request: Request) -> Shape:
+    """Of the latents that a request asks for, of a video of a shape."""
+    return shape if request.frames is None else (len(request.frames), *shape[1:])
+
+
+def _some(
+    requests: Sequence[Request], numbers: list[int], bar: bool | None, watch: Watch | None
+) -> tuple[list[Request], bool | None, Watch | None]:
+    """Arguments for some of the requests; what watches gets their numbers among all."""
+
+    def watch_some(places, number, count, estimate):
+        watch([numbers[place] for place in places], number, count, estimate)
+
+    return [requests[number] for number in numbers], bar, watch and watch_some
 
 
 def _nearest(length: int, unit: int) -> int:

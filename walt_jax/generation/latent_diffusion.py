@@ -55,6 +55,8 @@ class SamplingConfig:
             added then. 0.05 to 0.2; a clip's own, and the time is saved where all of a batch do.
         low_res_noise: the diffusion time of the noise that super-resolution's input gets; a little hides what the base
             model does not do as its training clips have it. At most `conditioning.low_res_noise` of training.
+        schedule: of a model trained on groups of frames, `pack.frames` of a stage: which frames of a video come from
+            which, see `generation.schedules`; "" is "autoreg".
     """
 
     steps: Positive
@@ -63,6 +65,7 @@ class SamplingConfig:
     batch_size: Positive = 8
     first_block_cache: float = 0.0
     low_res_noise: Fraction = 0.0
+    schedule: str = ""
 
     @property
     def program(self) -> "SamplingConfig":
@@ -73,7 +76,7 @@ class SamplingConfig:
         interval = self.guidance.interval and (0.0, 1.0)
         scale = 2.0 if self.guidance.needs_unconditional else 1.0
         guidance = dataclasses.replace(self.guidance, scale=scale, interval=interval)
-        return dataclasses.replace(self, steps=1, guidance=guidance, batch_size=1, low_res_noise=0.0)
+        return dataclasses.replace(self, steps=1, guidance=guidance, batch_size=1, low_res_noise=0.0, schedule="")
 
     @property
     def dials(self) -> "Dials":

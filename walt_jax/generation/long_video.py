@@ -1,22 +1,28 @@
 """Videos longer than the model makes at once: segments that hand on latents and the decoder's cache.
 
-Each segment's window begins with the frame before it, encoded as a picture, for a window's first latent frame is one
-frame alone; then come latent frames that were made before, as they are; the rest is new. New latents are decoded with
-the cache of those before, once: nothing that is seen was decoded and encoded again, which blurs and shifts colours.
+A model that was trained on frames with gaps between them follows a schedule, see `by_schedule`. Of others, each
+segment's window begins with the frame before it, encoded as a picture, for a window's first latent frame is one frame
+alone; then come latent frames that were made before, as they are; the rest is new. New latents are decoded with the
+cache of those before, once: nothing that is seen was decoded and encoded again, which blurs and shifts colours.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from walt_jax.errors import UserError
+from walt_jax.generation.by_schedule import calls, leading, observed_frames, seed_of_call
 from walt_jax.generation.generator import Generator, Watch
 from walt_jax.generation.latent_diffusion import NEVER
 from walt_jax.generation.request import Given, Request
 from walt_jax.parallel.processes import fetched, together
+
+# Gets numbers of latent frames and their latents, before they are decoded.
+Keep = Callable[[Sequence[int], Float[np.ndarray, "k h w c"]], None]
 
 
 class Window(NamedTuple):
@@ -51,32 +57,38 @@ def windows(total: int, size: int, observed: int) -> list[Window]:
 
 
 class Segment(NamedTuple):
-    """What a window adds to a video."""
+    """What is added to a video's end."""
 
     latents: Float[np.ndarray, "t2 h2 w2 c"]
     frames: UInt8[np.ndarray, "t h w 3"]
 
 
-def segments(generator: Generator, request: Request, watch: Watch | None = None) -> Iterator[Segment]:
-    """Makes a video of any length, window by window, in memory that does not grow with it.
+def segments(
+    generator: Generator, request: Request, watch: Watch | None = None, keep: Keep = lambda frames, latents: None
+) -> Iterator[Segment]:
+    """Makes a video of any length, window by window, in memory that does not grow with it; or by a schedule.
 
     Args:
         generator: see `Generator`.
         request: of a video that is longer than the model's clips; what is given of it is read as it is needed.
         watch: see `Generator.latents`.
+        keep: called with what each window, or call, has made, before any of it is decoded.
 
     Raises:
         UserError: if the model makes pictures.
     """
     # One video is not worth a batch of copies.
     generator = dataclasses.replace(generator, config=dataclasses.replace(generator.config, batch_size=1))
+    if generator.call:
+        yield from _by_schedule(generator, request, watch, keep)
+        return
     codec, tokenizer = generator.model.codec, generator.tokenizer
     stride = codec.tokenizer.config.strides[0]
     total, *place = generator.shape(request.size)
     size = generator.longest
     if size == 1:
         raise UserError("This model makes pictures; of a video, frames after the first can't be made.")
-    plan = windows(total, size, min(max(2, size // 2), size - 1))
+    plan = windows(total, size, observed_frames(size))
     cache, latest = None, np.zeros((0, *place), np.float32)  # the last window's latents
     last_frames: list[UInt8[np.ndarray, "h w 3"]] = []  # of those, the last frame each
     for number, window in enumerate(plan):
@@ -91,10 +103,11 @@ def segments(generator: Generator, request: Request, watch: Watch | None = None)
             latents[0] = fetched(together(codec.encode, tokenizer, anchor[None, None])[0])[0, 0]
             latents[1 : window.done] = latest[len(latest) - window.done + 1 :]
             until[: window.done] = 0
-        seed = request.seed if number == 0 else _seed(request.seed, number)
+        seed = request.seed if number == 0 else seed_of_call(request.seed, number)
         one = dataclasses.replace(request, seed=seed, size=(frames, *request.size[1:]), given=Given(latents, until))
         [latest] = generator.latents([one], bar=False, watch=watch)
         new = latest[window.done :]
+        keep(range(window.start + window.done, window.stop), new)
         decoded, cache = together(codec.decode, tokenizer, new[None], cache)
         shown = fetched(decoded)[0]
         ends = range(0 if window.done == 0 else stride - 1, len(shown), stride)
@@ -102,13 +115,29 @@ def segments(generator: Generator, request: Request, watch: Watch | None = None)
         yield Segment(new, shown)
 
 
+def _by_schedule(generator: Generator, request: Request, watch: Watch | None, keep: Keep) -> Iterator[Segment]:
+    """A segment for each latent frame, in the video's order; those that are made before their turn wait."""
+    codec, tokenizer, cache = generator.model.codec, generator.tokenizer, None
+    given = range(leading(request.given))
+    ahead = {frame: request.given.latents[frame] for frame in given}
+    if given:
+        keep(given, request.given.latents[: len(given)])
+    sample = functools.partial(generator.latents, bar=False, watch=watch)
+    shape, decoded = generator.shape(request.size), 0
+    made = calls(sample, [request], shape, generator.call, generator.schedule)
+    while decoded < shape[0]:
+        while decoded not in ahead:
+            stage, [latents] = next(made)
+            keep(stage.made, latents)
+            ahead |= zip(stage.made, latents, strict=True)
+        latent = ahead.pop(decoded)[None]
+        shown, cache = together(codec.decode, tokenizer, latent[None], cache)
+        decoded += 1
+        yield Segment(latent, fetched(shown)[0])
+
+
 def make(generator: Generator, requests: Sequence[Request]) -> list[UInt8[np.ndarray, "t h w 3"]]:
     """Videos of one size and of any length, with all of their frames in memory."""
     if generator.shape(requests[0].size)[0] <= generator.longest:
         return generator.generate(requests, bar=True)
     return [np.concatenate([segment.frames for segment in segments(generator, one)]) for one in requests]
-
-
-def _seed(seed: int, number: int) -> int:
-    """A seed of its own for each window."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.layout import Grid, Layout, Needs, PackRows, from_tokens, make_pack, place_clips
+from walt_jax.denoiser.layout import Grid, Layout, Needs, PackRows, frame_tokens, from_tokens, make_pack, place_clips
 from walt_jax.generation.latent_diffusion import NEVER, Asked, LatentDiffusion, SamplingConfig
 
 Shape = tuple[int, int, int, int]
@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     Attributes:
         noise: standard normal, each clip's that which it has alone.
         asked: see `Asked`.
-        grids: tokens of each clip along (t, h, w).
+        grids: tokens of each clip along (t, h, w), those that are there.
     """
 
     noise: Float[np.ndarray, "1 n p"]
@@ -115,6 +115,7 @@ def pack(
     free: Any,
     seeds: np.ndarray,
     given: Sequence[tuple[np.ndarray, np.ndarray] | None],
+    frames: Sequence[tuple[int, Sequence[int]] | None] = (),
 ) -> Packed:
     """Makes a pack of clips. Its shapes are rounded up: many mixes of sizes share few compiled programs.
 
@@ -123,12 +124,19 @@ def pack(
         shapes: (t, h, w, c) of each clip's latents.
         text, free, seeds: of each clip, as `LatentDiffusion.sample` has them.
         given: (latents, until when they are followed) of each clip, or None.
+        frames: of each clip, how many latent frames its video has and which of them it is; None, or nothing for all
+            clips: it is a whole video.
     """
     config = model.denoiser.config
     grids = [config.grid(shape[:3]) for shape in shapes]
     length = rounded(-(-sum(int(np.prod(grid)) for grid in grids) // UNIT)) * UNIT
     slots = max(SLOTS, power(len(grids)))
-    positions, sizes = place_clips([grids], length, slots)
+    videos, kept = list(grids), [np.arange(np.prod(grid)) for grid in grids]
+    for number, those in enumerate(frames):
+        if those is not None:
+            videos[number] = those[0], *grids[number][1:]
+            kept[number] = frame_tokens(videos[number], those[1])
+    positions, sizes = place_clips([videos], length, slots, [kept])
     windows, isolate = config.attention_windows, config.isolate_images
     rows = few(Needs.of(positions, sizes, windows, isolate), config, length, slots)
     layout = Layout(pack=make_pack(positions, sizes, windows, rows, isolate))

@@ -32,6 +32,8 @@ class Request:
         size: (frames, height, width) in pixels; None is what the model was trained for last.
         given: parts of it.
         low_res: latents of the low-resolution video, for super-resolution.
+        frames: numbers of the latent frames that are made of the video, sorted; `given` then has these only. None is
+            all of them.
     """
 
     prompt: str = ""
@@ -40,3 +42,4 @@ class Request:
     size: Size | None = None
     given: Given | None = None
     low_res: Float[np.ndarray, "t h w c"] | None = None
+    frames: tuple[int, ...] | None = None

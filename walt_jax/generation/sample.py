@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from walt_jax.data.media import contact_sheet, write_video, write_video_stream
 from walt_jax.generation import provenance
 from walt_jax.generation.content_credentials import Sign
 from walt_jax.generation.generator import Generator
-from walt_jax.generation.long_video import segments
+from walt_jax.generation.long_video import Keep, segments
 from walt_jax.generation.request import Request
 from walt_jax.parallel.processes import is_first
 from walt_jax.workdir import write_atomically, write_picture
@@ -148,7 +148,7 @@ def long_frames(
     generator: Generator,
     request: Request,
     shown: slice,
-    keep: Callable[[Float[np.ndarray, "t h w c"]], None],
+    keep: Keep,
     progress: Callable[[int], None],
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames of a video that is longer than the model's clips, as they are made.
@@ -156,13 +156,12 @@ def long_frames(
     Args:
         generator, request: see `long_video.segments`.
         shown: the frames that are kept.
-        keep: called with each segment's latents before its frames are given on.
+        keep: see `long_video.segments`.
         progress: called with the number of frames of each segment.
     """
     start, stop, _ = shown.indices(request.size[0])
     number = 0
-    for segment in segments(generator, request):
-        keep(segment.latents)
+    for segment in segments(generator, request, keep=keep):
         for frame in segment.frames:
             if start <= number < stop:
                 yield frame

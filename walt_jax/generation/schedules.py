@@ -14,6 +14,9 @@ from PIL import Image, ImageDraw
 
 from walt_jax.errors import UserError
 
+AUTOREG = "autoreg"
+MOST_LEVELS = 9  # of a hierarchy; each level halves distances at least, so that more are of no use
+
 # The distance of two frames, by their numbers, of which both are there.
 Embed = Callable[[int], Float[np.ndarray, " d"]]
 
@@ -61,33 +64,27 @@ def schedule(name: str, lengths: Lengths, embed: Embed | None = None) -> Iterato
         UserError: if the name is none of these, or the lengths can't be.
     """
     total, given, call, step = lengths
-    kind, _, level = name.removeprefix("adaptive-").partition("-") if "hierarchy" in name else (name, "", "")
-    known = ("autoreg", "long-range", "adaptive-autoreg")
-    hierarchical = kind == "hierarchy" and level.isdigit() and int(level) >= 2
-    if name not in known and not hierarchical:
-        raise UserError(
-            f"{name!r} is no schedule; there are {', '.join(known)}, hierarchy-2 and adaptive-hierarchy-2, -3 …"
-        )
+    levels = check_name(name)
     if not 0 < step < call or not 0 <= given <= total:
         raise UserError(
             f"A schedule of {total} frames, {given} given, {call} a call and {step} made in one can't be; a call makes "
             "fewer frames than it has, and no more are given than there are."
         )
-    if name.startswith("adaptive") and embed is None:
+    if is_adaptive(name) and embed is None:
         raise ValueError("adaptive schedules need embeddings of frames")
     done = list(range(given))
     if not given:
         spread = np.linspace(0, total - 1, min(call, total)).astype(int)
-        first = sorted(set(spread.tolist())) if hierarchical else list(range(min(call, total)))
+        first = sorted(set(spread.tolist())) if levels else list(range(min(call, total)))
         yield Stage([], first)
         done = list(first)
     originals = list(done)
-    if hierarchical:
-        yield from _hierarchy(lengths, int(level), done, originals, embed if name.startswith("adaptive") else None)
+    if levels:
+        yield from _hierarchy(lengths, levels, done, originals, embed if is_adaptive(name) else None)
         return
     while len(done) < total:
         start, room = done[-1] + 1, call - step
-        if name == "autoreg":
+        if name == AUTOREG:
             observed = done[-room:]
         elif name == "long-range":
             near = done[-(room // 2) :] if room // 2 else []
@@ -98,6 +95,29 @@ def schedule(name: str, lengths: Lengths, embed: Embed | None = None) -> Iterato
         made = list(range(start, min(start + step, total)))
         yield Stage(observed, made)
         done += made
+
+
+def is_adaptive(name: str) -> bool:
+    """Whether a schedule chooses what is observed by what was made."""
+    return name.startswith("adaptive-")
+
+
+def check_name(name: str) -> int:
+    """The levels of a hierarchy, 0 for other schedules.
+
+    Raises:
+        UserError: if there is no schedule of that name.
+    """
+    known = (AUTOREG, "long-range", "adaptive-autoreg")
+    kind, _, level = name.removeprefix("adaptive-").partition("-")
+    if name in known:
+        return 0
+    if kind == "hierarchy" and level.isdecimal() and 2 <= int(level) <= MOST_LEVELS:
+        return int(level)
+    raise UserError(
+        f"{name!r} is no schedule; there are {', '.join(known)}, hierarchy-2 to -{MOST_LEVELS} and "
+        f"adaptive-hierarchy-2 to -{MOST_LEVELS}."
+    )
 
 
 def _hierarchy(

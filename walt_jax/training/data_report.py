@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from walt_jax.data.clips import StoredClips
+from walt_jax.data.frame_groups import frame_groups
 from walt_jax.data.media import contact_sheet, stack
 from walt_jax.data.packing import Item, fill
 from walt_jax.data.pipeline import Clips, Data, Mixture
@@ -70,6 +71,8 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
     if stage.pack is not None:
         if stage.pack.drop is not None:
             tokens = [len(kept(stage.pack.drop, n, max(tokens), [number])) for number, n in enumerate(tokens)]
+        if stage.pack.frames:
+            tokens = [_in_groups(config, size, stage.pack.frames, number) for number, size in enumerate(sizes)]
         packs = _packs([Item(*item) for item in enumerate(tokens)], stage.pack.tokens, stage.pack.clips)
     used = sum(item.tokens for pack in packs for item in pack)
     labels = [f"{' × '.join(map(str, clip['video'].shape[:3]))}  {clip['text']}" for clip in shown]
@@ -107,6 +110,12 @@ def report_data(config: RunConfig, data: Data, sheet: pathlib.Path) -> dict[str,
             "without packs every token is a clip's"
         ),
     }
+
+
+def _in_groups(config: RunConfig, size: tuple[int, int, int], most: int, number: int) -> int:
+    """Tokens of a clip's frames that a stage on groups of frames keeps."""
+    frames, height, width = config.denoiser.grid(config.tokenizer.latent_shape(*size)[:3])
+    return len(frame_groups(frames, most, np.random.default_rng(number)).frames) * height * width
 
 
 def _packs(waiting: list[Item], tokens: int, clips: int) -> list[list[Item]]:

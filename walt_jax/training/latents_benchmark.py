@@ -102,6 +102,7 @@ def _batches(config: RunConfig, name: str, folder: pathlib.Path) -> grain.IterDa
         config.seed,
         dropout,
         stage.pack.drop,
+        stage.pack.frames,
         shards,
         stage.pack.packers,
     )

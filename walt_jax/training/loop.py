@@ -54,6 +54,9 @@ class PackConfig:
         tokens: length of a pack.
         clips: maximum number of clips in a pack.
         drop: which tokens of a clip are dropped in training; None drops none.
+        frames: how many latent frames of a clip are trained on at once, in groups with gaps between them that are drawn
+            anew each epoch, see `data.frame_groups`; 0 is all of them. Longer videos are then sampled by a schedule,
+            `sampling.schedule`, up to the length of the clips.
         packers: how many choose packs, independently, each from its own clips; divides the batch size. Which packs come
             depends on it. Each process does the work of those that make its rows, so with one of them all processes
             choose the packs of the whole batch: let each process have one where that takes longer than a step.
@@ -62,7 +65,14 @@ class PackConfig:
     tokens: Positive
     clips: Positive
     drop: DropConfig | None = None
+    frames: int = 0
     packers: Positive = 1
+
+    def __post_init__(self):
+        if self.frames and self.drop is not None:
+            raise ValueError("drop and frames both say what is kept of a clip; set one of them")
+        if self.frames == 1:
+            raise ValueError("frames=1 leaves nothing to be conditioned on; keep at least 2")
 
 
 @dataclasses.dataclass(frozen=True)

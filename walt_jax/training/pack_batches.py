@@ -1,23 +1,25 @@
 """Batches of packs: of clips that are encoded already, or of clips that are encoded for each batch."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from walt_jax.data.dropping import DropConfig, drop_rate, kept_tokens
+from walt_jax.data.frame_groups import frame_groups
 from walt_jax.data.latents import Encoded, LatentClips
 from walt_jax.data.order import WHOLE, Order, Part
 from walt_jax.data.packing import Packed, PackedBatch, fill
 from walt_jax.data.stream import Numbered, ReadAhead
 from walt_jax.data.uniform import uniform
 from walt_jax.denoiser.config import DenoiserConfig
-from walt_jax.denoiser.layout import Grid, Needs, PackRows, make_pack, place_clips, to_tokens
+from walt_jax.denoiser.layout import Grid, Needs, PackRows, frame_tokens, make_pack, place_clips, to_tokens
 from walt_jax.errors import UserError
 from walt_jax.training.latent_batches import READ_AT_ONCE, ReadCaptions, Size, clip_sizes
 
@@ -37,6 +39,7 @@ class Packing:
         seed: of the order, of dropped captions and of dropped tokens.
         caption_dropout: probability of an empty caption.
         drop: which tokens of a clip are dropped; None drops none.
+        frames: how many frames of a clip are kept at most, see `data.frame_groups`; 0 keeps all.
         shards: data shards: parts of the batch that a device each computes.
         packers: how many make packs, see `Packed`.
         part: the packs of each batch that are read.
@@ -49,9 +52,14 @@ class Packing:
     seed: int
     caption_dropout: float = 0.0
     drop: DropConfig | None = None
+    frames: int = 0
     shards: int = 1
     packers: int = 1
     part: Part = WHOLE
+
+    def most_tokens(self, grid: Grid) -> int:
+        """Of a clip of so many tokens along (t, h, w), those that are kept at most."""
+        return most_kept(grid, self.frames)
 
     @property
     def groups(self) -> int:
@@ -82,6 +90,8 @@ def packs_of_latents(
 ) -> grain.IterDataset:
     """Endless batches of packs: {"tokens": [b, n, p], "text": [b, s, m], "pack"}, each clip once an epoch.
 
+    Where groups of frames are kept, also "observed", [b, n, 1]: 1 at tokens of those drawn as observed.
+
     Args:
         clips: encoded clips of any sizes.
         read_captions: see `ReadCaptions`.
@@ -92,7 +102,7 @@ def packs_of_latents(
     """
     sizes, owners = clip_sizes(clips)
     grids = [packing.config.grid(size) for size in sizes]
-    most = max(int(np.prod(grid)) for grid in grids)
+    most = max(map(packing.most_tokens, grids))
     if most > packing.tokens:
         raise UserError(
             f"{clips.path} holds clips of {most} tokens, which overflow packs of {packing.tokens}; raise the stage's "
@@ -150,7 +160,7 @@ def packs_of_clips(
         return list(map(one, some))
 
     grids = [config.grid(size) for size in sizes]
-    most = max(int(np.prod(grid)) for grid in grids)
+    most = max(map(packing.most_tokens, grids))
     weights = np.array(list(sizes.values())) / sum(sizes.values())
     return _packs(_Items(grid_of, packing, most), read, 1, encode, grids, weights, channels, read_captions, packing)
 
@@ -178,16 +188,21 @@ class _Items:
     def item(self, number: int, grid: Grid) -> _Item:
         """A clip to be packed."""
         config = self.packing.config
-        if self.packing.drop is None:
+        if self.packing.drop is None and not self.packing.frames:
             if grid not in self.whole:
                 self.whole[grid] = _whole_needs(config, grid)
             return _Item(math.prod(grid), number, grid, self.whole[grid])
-        kept = self.kept(number, grid)
+        kept, _ = self.kept(number, grid)
         return _Item(len(kept), number, grid, _needs(config, grid, kept))
 
-    def kept(self, number: int, grid: Grid) -> Int[np.ndarray, " k"]:
-        """Which of a clip's tokens are kept, where some are dropped."""
-        return kept(self.packing.drop, math.prod(grid), self.most, [self.packing.seed, number, 0])
+    def kept(self, number: int, grid: Grid) -> tuple[Int[np.ndarray, " k"], Bool[np.ndarray, " k"]]:
+        """Which of a clip's tokens are kept, where some are dropped, and which of those were drawn as observed."""
+        packing, seed = self.packing, [self.packing.seed, number, 0]
+        if packing.frames:
+            groups = frame_groups(grid[0], packing.frames, np.random.default_rng(seed))
+            return frame_tokens(grid, groups.frames), groups.observed.repeat(grid[1] * grid[2])
+        tokens = kept(packing.drop, math.prod(grid), self.most, seed)
+        return tokens, np.zeros(len(tokens), bool)
 
 
 def _packs(
@@ -232,9 +247,13 @@ def _packs(
         usable = iter(clip is not None for clip in found)
         packs = [[item for item in packed.packs[row] if next(usable)] for row in mine]
         places = [(row, segment) for row, pack in enumerate(packs) for segment in range(len(pack))]
-        kept = None
-        if packing.drop is not None:
-            kept = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
+        kept, observed = None, np.zeros((len(packs), tokens, 1), np.float32)
+        if packing.drop is not None or packing.frames:
+            drawn = [[items.kept(item.number, item.grid) for item in pack] for pack in packs]
+            kept = [[indices for indices, _ in pack] for pack in drawn]
+            for row, pack in enumerate(drawn):
+                flags = np.concatenate([flags for _, flags in pack] or [np.zeros(0, bool)])
+                observed[row, : len(flags), 0] = flags
         positions, sizes = place_clips([[item.grid for item in pack] for pack in packs], tokens, packing.clips, kept)
         batch, ends = np.empty((len(packs), tokens, width), np.float32), [0] * len(packs)
         for (row, segment), clip in zip(places, clips, strict=True):
@@ -255,7 +274,7 @@ def _packs(
         pack = make_pack(positions, sizes, windows, rows, isolate, len(local)).replace(
             deferred=np.array([packed.deferred[group] for group in local], np.int32)
         )
-        return {"tokens": batch, "text": text, "pack": pack}
+        return {"tokens": batch, "text": text, "pack": pack, **({"observed": observed} if packing.frames else {})}
 
     packers = sorted({row * packing.packers // packing.batch_size for row in mine})
     plan = Packed(items, packing.batch_size, tokens, packing.clips, WAITING, groups, hold, packing.packers, packers)
@@ -290,7 +309,7 @@ def trial_shards(grids: Sequence[Grid], weights: Sequence[float], packing: Packi
 def pack_rows(shards: Sequence[Sequence[_Item]], grids: Sequence[Grid], packing: Packing) -> PackRows:
     """Rows of a data shard for clips of these sizes: enough for each of these shards, and for any clip."""
     needs = [Needs.sum(clip.needs for clip in clips) for clips in shards]
-    alone = (_whole_needs(packing.config, grid) for grid in grids)
+    alone = itertools.chain.from_iterable(_most_needs(packing, grid) for grid in grids)
     config = packing.config
     return PackRows.choose([*needs, *alone], text=config.text_windows, text_alone=config.text_alone)
 
@@ -304,6 +323,20 @@ def _needs(config: DenoiserConfig, grid: Grid, kept: Int[np.ndarray, " k"]) -> N
 def _whole_needs(config: DenoiserConfig, grid: Grid) -> Needs:
     """What a clip needs of rows, of which all tokens are kept."""
     return _needs(config, grid, np.arange(np.prod(grid)))
+
+
+def _most_needs(packing: Packing, grid: Grid) -> Iterator[Needs]:
+    """What a clip needs of rows, if as much of it is kept as can be."""
+    if not 0 < packing.frames < grid[0]:
+        yield _whole_needs(packing.config, grid)
+        return
+    for frames in (np.arange(packing.frames), np.linspace(0, grid[0] - 1, packing.frames).astype(int)):
+        yield _needs(packing.config, grid, frame_tokens(grid, frames))
+
+
+def most_kept(grid: Grid, frames: int) -> int:
+    """Tokens of a clip of which at most so many frames are kept, or all where that is 0."""
+    return min(grid[0], frames or grid[0]) * grid[1] * grid[2]
 
 
 def kept(drop: DropConfig, tokens: int, most: int, seed: Sequence[int]) -> Int[np.ndarray, " k"]:

@@ -36,7 +36,8 @@ def pack_batch(config: RunConfig, name: str, shards: int) -> PackBatch:
     stage, denoiser = config.stages[name], config.denoiser_of(name)
     sizes = config.latent_sizes(name)
     grids, weights = [denoiser.grid(size) for size in sizes], np.array(list(sizes.values())) / sum(sizes.values())
-    packing = Packing(denoiser, stage.batch_size, stage.pack.tokens, stage.pack.clips, 0, 0.0, stage.pack.drop, shards)
+    pack = stage.pack
+    packing = Packing(denoiser, stage.batch_size, pack.tokens, pack.clips, 0, 0.0, pack.drop, pack.frames, shards)
     trials = trial_shards(grids, weights, packing)
     clips, tokens = (
         shards * np.mean(counts)
@@ -49,11 +50,13 @@ def pack_batch(config: RunConfig, name: str, shards: int) -> PackBatch:
         positions, places = place_clips([[]] * stage.batch_size, stage.pack.tokens, stage.pack.clips)
         windows, isolate = denoiser.attention_windows, denoiser.isolate_images
         text = model.text_tokens(stage.batch_size * stage.pack.clips, config.text_length)
+        observed = {"observed": jnp.zeros((stage.batch_size, stage.pack.tokens, 1))} if stage.pack.frames else {}
         width = config.tokenizer.latent_channels * int(np.prod(denoiser.patch_size))
         return {
             "tokens": jnp.zeros((stage.batch_size, stage.pack.tokens, width)),
             "text": jax.tree.map(lambda x: x.reshape(stage.batch_size, stage.pack.clips, *x.shape[1:]), text),
             "pack": jax.tree.map(jnp.asarray, make_pack(positions, places, windows, rows, isolate, shards)),
+            **observed,
         }
 
     return PackBatch(jax.eval_shape(made), float(clips), float(tokens))

@@ -383,6 +383,7 @@ class Run:
             self.config.sampling,
             self.low_res(),
             packed=self.config.stages[stage or self.config.denoiser_stages[-1]].pack is not None,
+            call=self.config.call_frames(stage or self.config.denoiser_stages[-1]),
         )
 
     def _with_params(self, stage: str, tokenizer: TrainedTokenizer) -> Callable[[Any], Generator]:

@@ -24,6 +24,7 @@ from walt_jax.evaluation.distances import PROTOCOLS
 from walt_jax.evaluation.i3d import SHORTEST
 from walt_jax.generation.codec import Codec, PerFrame
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
+from walt_jax.generation.schedules import AUTOREG, check_name
 from walt_jax.parallel.mesh import MeshConfig
 from walt_jax.parallel.rules import Rules
 from walt_jax.text.t5 import T5Config, T5Encoder
@@ -36,6 +37,7 @@ from walt_jax.tokenizer.perceptual import load_features
 from walt_jax.training.few_steps import DistillationTask, MeanVelocityTask
 from walt_jax.training.loop import StageConfig
 from walt_jax.training.lora_task import LoraTask
+from walt_jax.training.pack_batches import most_kept
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask, Task
 from walt_jax.training.tokenizer_task import TokenizerTask
 from walt_jax.workdir import CONFIG
@@ -204,6 +206,7 @@ class RunConfig:
                 f"conditioning.frames {conditioning.frames} should have fewer than the {shape[0]} latent frames, and "
                 "denoiser.patch_size should be 1 in time"
             )
+        self._check_groups()
         if self.sampling.low_res_noise > conditioning.low_res_noise:
             raise ValueError(
                 f"sampling.low_res_noise is {self.sampling.low_res_noise:g}, more than conditioning.low_res_noise, "
@@ -233,6 +236,28 @@ class RunConfig:
                     )
                 if stage.lora is not None and len(self.denoiser_stages) > 1:
                     raise ValueError(f"stages.{name}.lora is for a run with no other stage of the denoiser")
+
+    def _check_groups(self) -> None:
+        """Checks that groups of frames are drawn, observed and followed by a schedule, or none of it."""
+        kept = [name for name in self.denoiser_stages if self.call_frames(name)]
+        if ("groups" in self.conditioning.kinds) != bool(kept):
+            raise ValueError(
+                "conditioning.kinds has 'groups' where, and only where, a stage trains on them: set the stage's "
+                "pack.frames and conditioning.frames, or neither"
+            )
+        if self.sampling.schedule and not kept:
+            raise ValueError(
+                "sampling.schedule is for models that are trained on frames with gaps: set a stage's pack.frames, or "
+                "leave it out"
+            )
+        check_name(self.sampling.schedule or AUTOREG)
+        if kept and self.denoiser.patch_size[0] > 1:
+            raise ValueError("pack.frames keeps latent frames, of which denoiser.patch_size should have 1")
+
+    def call_frames(self, stage: str) -> int:
+        """Latent frames that a stage trains on at once, in groups with gaps between them; 0 for whole clips."""
+        pack = self.stages[stage].pack
+        return 0 if pack is None else pack.frames
 
     def _check_distillation(self) -> None:
         """Checks that what is distilled has a teacher, whose steps it halves, and is sampled as it is trained."""
@@ -337,7 +362,7 @@ class RunConfig:
             if value:
                 raise ValueError(f"{knob} is for clips of one size; stages.{name} has packs")
         for kind, changed in stage.shapes.items():
-            clip = max(map(math.prod, self._grids(self.clip_shape(changed))))
+            clip = max(most_kept(grid, stage.pack.frames) for grid in self._grids(self.clip_shape(changed)))
             if clip > stage.pack.tokens:
                 raise ValueError(
                     f"stages.{name}.shapes.{kind} has {clip} tokens a clip, which overflow packs of "

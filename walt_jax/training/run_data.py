@@ -280,6 +280,7 @@ class RunData:
             self._seed(name),
             config.data.caption_dropout,
             stage.pack.drop,
+            stage.pack.frames,
             data_shards(self._mesh()) * stage.accumulate,  # micro-batches have their own
             stage.pack.packers,
             self._part(),

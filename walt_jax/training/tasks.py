@@ -82,13 +82,16 @@ class ConditioningConfig:
             twice is twice as frequent. "start" and "end": the first or last `frames`; "ends": the first `frames` and
             the last one; "every": every fourth frame; "one": one random frame; "random": each frame independently;
             "rectangles": all outside of some rectangles in a range of frames (VDT's unified masks, Lu et al. 2023);
-            "inside": one rectangle in all frames, for outpainting.
+            "inside": one rectangle in all frames, for outpainting; "groups": of a stage with `pack.frames`, the frames
+            that its groups were drawn to observe, whatever `frames` says.
         low_res_noise: the low-resolution latents get noise of a random time in 0..low_res_noise, W.A.L.T's t_max.
     """
 
     frames: tuple[Positive, ...] = ()
     probability: Fraction = 0.0
-    kinds: tuple[Literal["start", "end", "ends", "every", "one", "random", "rectangles", "inside"], ...] = ("start",)
+    kinds: tuple[Literal["start", "end", "ends", "every", "one", "random", "rectangles", "inside", "groups"], ...] = (
+        "start",
+    )
     low_res_noise: Annotated[float, Range(0, 1)] = 0.0
 
 
@@ -149,7 +152,8 @@ class Inputs(NamedTuple):
 class DenoiserTask:
     """W.A.L.T on the frozen tokenizer's latents.
 
-    A batch has one of: clips to encode, `video`; latents, `latents`; packs, `tokens` and `pack`. It also has the clips'
+    A batch has one of: clips to encode, `video`; latents, `latents`; packs, `tokens` and `pack`, those of groups of
+    frames also `observed`, see `pack_batches`. It also has the clips'
     captions or labels, `text`, one row each, as ids or `text.frozen.Embedded`: `[b, m]`, of packs `[b, s, m]`. For
     super-resolution it has `low_res`, the low-resolution latents of each clip, normalised.
 
@@ -174,7 +178,7 @@ class DenoiserTask:
         layout, shape, clips = self._shapes(batch)
         observed = low_res = None
         if self.model.denoiser.config.frame_prediction:
-            observed = self._observed_mask(layout, shape, clips, key_observed)
+            observed = self._observed_mask(layout, shape, clips, key_observed, batch.get("observed"))
         if self.model.denoiser.config.upscale > 1:
             key_time, key_noise = jax.random.split(key_low_res)
             time = jax.random.uniform(key_time, (shape[0], 1), maxval=self.conditioning.low_res_noise)
@@ -277,9 +281,17 @@ class DenoiserTask:
         return {**params, **{name: resize(tree, params[name]) for name, tree in served.items()}}, moving
 
     def _observed_mask(
-        self, layout: Layout, shape: tuple[int, int, int], clips: tuple[int, int], key: PRNGKeyArray
+        self,
+        layout: Layout,
+        shape: tuple[int, int, int],
+        clips: tuple[int, int],
+        key: PRNGKeyArray,
+        groups: Float[Array, "b n 1"] | None = None,
     ) -> Float[Array, "b n q"]:
-        """1 at observed latent positions, 0 elsewhere. No clip is observed completely, so that each has a loss."""
+        """1 at observed latent positions, 0 elsewhere. No clip is observed completely, so that each has a loss.
+
+        `groups` is 1 at tokens whose group of frames was drawn as observed; None where batches have no groups.
+        """
         keys = jax.random.split(key, 6)
         cfg, sizes = self.conditioning, jnp.broadcast_to(layout.clip_sizes(), (*clips, 3)).astype(jnp.float32)
         count = jnp.minimum(jax.random.choice(keys[0], jnp.array(cfg.frames), clips), sizes[..., 0] - 1)
@@ -322,6 +334,7 @@ class DenoiserTask:
             "random": lambda: (of_clip(each) * (frame == numbers)).sum(-1, keepdims=True) > 0,
             "rectangles": outside_of_rectangles,
             "inside": inside_of_a_rectangle,
+            "groups": lambda: jnp.zeros((*shape[:2], 1), bool) if groups is None else groups > 0,
         }
         chosen = of_clip(jax.nn.one_hot(kind, len(cfg.kinds)) * whether[..., None])
         found = {name: masks[name]() for name in dict.fromkeys(cfg.kinds)}
