@@ -216,6 +216,30 @@ def test_what_is_left_of_a_clip_are_its_own_tokens_at_their_places(drop, left):
     assert left[0] <= seen / all_of_them <= left[1]
 
 
+def test_groups_of_frames_are_whole_frames_at_their_places_in_the_long_clip():
+    clips, seen, spans = Clips(clips_of((7, 4, 2), 6, 1)), [], set()
+    packing = Packing(CONFIG, 2, TOKENS, CLIPS, 0, frames=3)  # of 2 tokens
+    for batch in taken(packs_of_latents(clips, read, packing), 12):
+        pack, observed = batch["pack"], batch["observed"][..., 0]
+        assert not observed[pack.positions[..., 0] < 0].any()
+        for row, segment in np.ndindex(2, CLIPS):
+            number, own = int(batch["text"][row, segment, 0]), pack.positions[row, :, 0] == segment
+            if not number:
+                continue
+            assert tuple(pack.sizes[row, segment]) == (7, 2, 1)
+            t, y, _ = pack.positions[row, own, 1:].T
+            frames = t[::2]
+            assert (t.reshape(-1, 2) == frames[:, None]).all() and (y.reshape(-1, 2) == [0, 1]).all()
+            assert 1 <= len(frames) <= 3 and (np.diff(frames) > 0).all()
+            every = to_tokens(clips[number - 1].latents[None, frames], CONFIG.patch_size)[0]
+            np.testing.assert_array_equal(batch["tokens"][row, own], every)
+            given = observed[row, own].reshape(-1, 2)
+            assert (given[:, 0] == given[:, 1]).all() and not given.all()
+            seen.append(given.mean())
+            spans.add(int(frames[-1] - frames[0]))
+    assert np.mean(seen) > 0.1 and len(spans) >= 5
+
+
 def test_with_tokens_dropped_packs_go_on_from_a_state():
     def fresh():
         drop = DropConfig(kind="beta", rate=0.5)

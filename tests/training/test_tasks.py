@@ -283,6 +283,25 @@ def test_each_kind_gives_what_it_says_in_packs_as_in_batches(record, kind):
         assert seen == {(0, t) for t in range(3)} | {(1, t) for t in range(2)}
 
 
+def test_groups_are_those_that_the_batch_was_drawn_with(record):
+    """Where a clip is to observe any; the others are made whole."""
+    grids, rng = [(3, 4, 2), (2, 2, 4)], np.random.default_rng(0)
+    packed = {
+        "tokens": normal(0, 60, 42, 8),
+        "text": np.zeros((60, 2, 1), np.int32),
+        "pack": pack_of([grids] * 60, 42, 2, PATCHED, row=8),
+        "observed": rng.integers(0, 2, (60, 42, 1)).astype(np.float32),
+    }
+    noted, _, _ = record(PATCHED, ConditioningConfig((1,), 0.7, ("groups",)), packed)
+    mask, segments = np.asarray(noted["condition"].observed_mask)[..., 0], packed["pack"].positions[..., 0]
+    chosen = 0
+    for row, clip in np.ndindex(60, 2):
+        own, drawn = mask[row, segments[row] == clip], packed["observed"][row, segments[row] == clip, 0]
+        assert (own == drawn).all() or not own.any()
+        chosen += own.any()
+    assert 0.55 < chosen / 120 < 0.85
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_clip_is_observed_whole(record, kind):
     """Images and clips shorter than the number of observed frames among them."""

@@ -223,7 +223,7 @@ class Generator:
                 "Frames with gaps between them are sampled as packs, and sampling.sampler='ddpm', guidance that "
                 "measures whole clips and first_block_cache are not for packs; use ddim and plain guidance."
             )
-        if not together or (len(set(shapes)) == 1 and not gaps):
+        if not together or (len(set(shapes)) <= 1 and not gaps):
             for numbers in _alike(shapes, self.config.batch_size):
                 yield numbers, not self._divides(shapes[numbers[0]])
             return
