@@ -73,7 +73,8 @@ def main() -> None:
         print(json.dumps(row))
     titles = [title for title, _ in shown[0][:3]]
     blocks = [(title, [("drawn", clips[n]), *(those[n] for those in shown[2:])]) for n, title in enumerate(titles)]
-    compare_sheet(blocks, frames_per_clip=9).save(arguments.out / "motion.png")
+    sheet = compare_sheet(blocks, frames_per_clip=9).convert("RGB").quantize(64, dither=0)
+    sheet.save(arguments.out / "motion.png", optimize=True)
     (arguments.out / "motion.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
