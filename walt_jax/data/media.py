@@ -174,7 +174,8 @@ def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction,
                 format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
             )
             container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+        if stream is not None:  # none came before the frames ended early
+            container.mux(stream.encode())
     return count
 
 
