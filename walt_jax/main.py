@@ -171,14 +171,14 @@ def _defined(argv: list[str]) -> flags.FlagValues:
         "protocol",
         [],
         "evaluate: how --videos are compared with --reference: fvd_tf1, fvd_stylegan_v, fvd_common, and for images "
-        "fid_tf1, fid_pytorch, fid_clean; of a run: ucf101_walt, k600_walt, imagenet_50k, rfvd_ucf; repeatable",
+        "fid_tf1, fid_pytorch, fid_clean; jedi; of a run: ucf101_walt, k600_walt, imagenet_50k, rfvd_ucf; repeatable",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
         "weights",
         [],
         "evaluate: weights of a metric's network, NETWORK=FILE, such as i3d=i3d_pretrained_400.pt, also inception=, "
-        "lpips_alex=, lpips_vgg=, and clip=FOLDER; repeatable",
+        "lpips_alex=, lpips_vgg=, and clip=FOLDER, c3d=FOLDER, vjepa=FOLDER; repeatable",
         flag_values=values,
     )
     flags.DEFINE_string(

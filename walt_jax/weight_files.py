@@ -1,7 +1,8 @@
 """Tensors of a file that others have written, read without running any of it.
 
-Reads safetensors; PyTorch's `torch.save` of a state dict, in its zip and its older form; and pickles of nested dicts of
-NumPy arrays. A pickle is a program: each of its globals that is not on the list here is refused before it is called.
+Reads safetensors; PyTorch's `torch.save` of a state dict, in its zip and its older form; NumPy's `.npz`; and pickles
+of nested dicts of NumPy arrays. A pickle is a program: each of its globals that is not on the list here is refused
+before it is called.
 """
 
 import collections
@@ -73,6 +74,9 @@ def read_tensors(path: str | pathlib.Path) -> tuple[Tensors, str]:
 
 def _parse(content: bytes) -> Tensors:
     if zipfile.is_zipfile(io.BytesIO(content)) and content[:2] == b"PK":
+        if all(name.endswith(".npy") for name in zipfile.ZipFile(io.BytesIO(content)).namelist()):
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return dict(arrays)
         return _flat(_torch_zip(content))
     if content[:1] == b"\x80":  # a pickle's protocol
         stream = io.BytesIO(content)
@@ -90,8 +94,8 @@ def _flat(value: Any) -> Tensors:
         value = value["state_dict"]
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, and not a dict of tensors")
-    flat = flatten_dict(value, sep=".")
-    return {str(name): tensor for name, tensor in flat.items() if isinstance(tensor, np.ndarray)}
+    flat = flatten_dict(value)  # names may be numbers, in an optimizer's state for one
+    return {".".join(map(str, names)): tensor for names, tensor in flat.items() if isinstance(tensor, np.ndarray)}
 
 
 class _NumPyUnpickler(pickle.Unpickler):

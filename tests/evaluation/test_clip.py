@@ -14,6 +14,7 @@ from walt_jax.errors import UserError
 from walt_jax.evaluation import clip_network, clip_score
 from walt_jax.evaluation.clip_tokens import ClipTokens
 from walt_jax.evaluation.evaluate_files import evaluate_files
+from walt_jax.evaluation.sample_scores import sample_scores
 from walt_jax.weight_files import read_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -78,6 +79,20 @@ def test_score_of_a_folder_of_pictures(script, answers, tmp_path):
     again = evaluate_files(folder, None, tmp_path / "out", weights={"clip": str(FOLDER)})
     assert again["metrics"][0]["count"] == 1
     assert again["metrics"][0]["value"] == pytest.approx(max(0, 100 * cosines[0]), abs=0.5)
+
+
+def test_score_of_a_runs_samples(script, answers):
+    """Samples without a prompt are left out."""
+    captions = script.CAPTIONS[:3]
+    samples = [np.stack([picture[:24, :24], picture[:24, :24]]) for picture in script.pictures()[:3]]
+    prompts = [captions[0], "", captions[2]]
+    [metric] = sample_scores(samples, prompts, {"clip": str(FOLDER)})
+    assert (metric["name"], metric["count"], metric["frames"]) == ("clip_score", 2, 2)
+    scorer = clip_score.ClipScorer.find({"clip": str(FOLDER)}, {})
+    rows = [scorer.detector.compute(clip_score.prepare(clip, 32)[:1, None])[0] for clip in samples]
+    cosines = [100 * float(rows[i] @ answers["texts"][i]) for i in (0, 2)]
+    assert metric["value"] == pytest.approx(max(0.0, np.mean(cosines)), abs=1e-3)
+    assert sample_scores(samples, prompts, {}) == []
 
 
 def test_mistakes_are_one_sentence(clip, tmp_path):

@@ -65,12 +65,12 @@ class ClipScorer:
     protocol: FeatureProtocol
 
     @classmethod
-    def find(cls, weights: Mapping[str, str], videos: pathlib.Path) -> "ClipScorer | None":
-        """What scores a folder; None where the user gives no weights of CLIP.
+    def find(cls, weights: Mapping[str, str], videos: pathlib.Path | Mapping[str, str]) -> "ClipScorer | None":
+        """What scores videos; None where the user gives no weights of CLIP.
 
         Args:
             weights: the user's; "clip" is a folder as transformers saves a CLIP.
-            videos: a folder with captions, see `captions_of`.
+            videos: a folder with captions, see `captions_of`; or the captions by the videos' names.
 
         Raises:
             UserError: if the weights or the captions can't be read.
@@ -83,7 +83,7 @@ class ClipScorer:
                 f"--weights=clip={folder} is no folder; name one with config.json, model.safetensors, vocab.json and "
                 "merges.txt, as transformers saves a CLIP."
             )
-        captions = captions_of(videos)
+        captions = captions_of(videos) if isinstance(videos, pathlib.Path) else videos
         file = next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[0])
         tensors, digest = read_tensors(file)
         clip = weights_from(tensors, read_clip_config(folder), str(file))

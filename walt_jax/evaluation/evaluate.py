@@ -24,6 +24,7 @@ from walt_jax.evaluation.reconstruction import (
     usable_clips,
 )
 from walt_jax.evaluation.reconstruction_distances import reconstruction_distances
+from walt_jax.evaluation.sample_scores import sample_scores
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.low_res import shrunk
@@ -78,6 +79,7 @@ def evaluate(
         seeds = [seed for _ in captions for seed in range(config.samples_per_prompt)]
         sampled = generator.generate([Request(*one) for one in zip(prompts, seeds, strict=True)])
         rows = write_samples(workdir / "samples", sampled, prompts, seeds, data.fps)
+        metrics += sample_scores(sampled, prompts, config.weights)
         if data.source == "drawn" and is_first():
             combinations = [c for c in COMBINATIONS for _ in range(config.samples_per_prompt)]
             files = [f"samples/{row['file']}" for row in rows]

@@ -22,6 +22,8 @@ from walt_jax.evaluation.feature_protocol import FeatureProtocol
 from walt_jax.evaluation.features import Detector, FeatureCache, compute_features, digest_of
 from walt_jax.evaluation.reconstruction import SSIM_WINDOW, psnr_db, ssim
 from walt_jax.evaluation.video_files import VideoFolder, read_ahead
+from walt_jax.evaluation.video_inception_score import C3D_PROTOCOL, find_c3d
+from walt_jax.evaluation.video_inception_score import score as video_score
 from walt_jax.generation.codec import to_float
 from walt_jax.tokenizer.perceptual import SHORTEST_SIDE, feature_distance, load_features
 from walt_jax.workdir import write_atomically
@@ -54,7 +56,8 @@ def evaluate_files(
 
     Folders of pictures are measured as images. Protocols of images measure each frame of videos alone.
     Videos and references with equal names but for the suffix are pairs if all names are: each pair's PSNR, SSIM and
-    LPIPS are measured too. With weights of CLIP, videos are compared with their captions, see `clip_score`. A stopped
+    LPIPS are measured too. With weights of CLIP, videos are compared with their captions, see `clip_score`; with
+    weights of C3D they have an inception score. A stopped
     command resumes; features of files with equal content are computed once.
 
     Args:
@@ -84,9 +87,11 @@ def evaluate_files(
     frames = _frames(frames, pictures, protocols)
     compared = [] if reference is None else choose(protocols, weights, pictures)
     for detector, _ in compared:
-        if frames < detector.shortest:
-            raise UserError(f"--num_frames={frames} is too short: {detector.name} needs {detector.shortest} frames.")
+        _check_frames(detector, frames)
     scorer = ClipScorer.find(weights, videos)
+    c3d = None if pictures else find_c3d(weights)
+    if c3d is not None:
+        _check_frames(c3d, frames)
     metrics: list[dict[str, Any]] = []
     with Watchdog() as watchdog:
         measured = []
@@ -94,6 +99,7 @@ def evaluate_files(
             rows = [_features(detector, protocol, folder, frames, out, watchdog) for folder in folders]
             measured.append((detector, protocol, rows))
         shown = scorer and _features(scorer.detector, scorer.protocol, folders[0], frames, out, watchdog)
+        classes = c3d and _features(c3d, C3D_PROTOCOL, folders[0], frames, out, watchdog)
         quality = [] if pictures else [_quality(folder, frames, out, watchdog) for folder in folders]
         pairs = _pairs(*folders, frames, out, weights, watchdog) if reference is not None else []
     # Only now it is known which files are skipped.
@@ -102,6 +108,9 @@ def evaluate_files(
     if scorer is not None:
         shown = {name: row for name, row in shown.items() if name not in folders[0].skipped}
         metrics += scorer.metric(shown, _cut(folders[:1], frames))
+    if c3d is not None:
+        logits = [row[0] for name, row in classes.items() if name not in folders[0].skipped]
+        metrics += video_score(c3d, np.stack(logits), _cut(folders[:1], frames))
     for folder, rows in zip(folders, quality, strict=False):
         metrics += _quality_metrics(folder, rows, frames)
     metrics += _pair_metrics(pairs, frames, weights)
@@ -118,6 +127,15 @@ def evaluate_files(
     }
     write_atomically(out / "evaluate.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+def _check_frames(detector: Detector, frames: int) -> None:
+    """
+    Raises:
+        UserError: if the network does not take so many.
+    """
+    if refusal := detector.refusal(frames):
+        raise UserError(f"--num_frames={frames}: {refusal}.")
 
 
 def _frames(frames: int | None, pictures: bool, protocols: Sequence[str]) -> int:

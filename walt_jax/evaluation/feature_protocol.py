@@ -26,7 +26,7 @@ class FeatureProtocol:
     """
 
     name: str
-    network: Literal["i3d", "inception", "clip", "random", "random_images"]
+    network: Literal["i3d", "inception", "clip", "c3d", "vjepa", "random", "random_images"]
     prepare: Callable[[Clip], Prepared]
     resize: str
     ddof: int

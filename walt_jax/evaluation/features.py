@@ -37,6 +37,7 @@ class Detector:
         dimension: of the features that are compared; what a row has after them are a classifier's logits.
         shortest: frames that a clip needs.
         compute: batch of prepared clips to features, compiled.
+        longest: frames that it takes at most; None is any number.
     """
 
     name: str
@@ -44,6 +45,15 @@ class Detector:
     dimension: int
     shortest: int
     compute: Callable[[Float[Array, "b t h w 3"]], Float[Array, "b d"]]
+    longest: int | None = None
+
+    def refusal(self, frames: int) -> str | None:
+        """Why clips of so many frames can't be measured; None where they can."""
+        if frames < self.shortest:
+            return f"{frames} frames are too few: {self.name} needs {self.shortest}"
+        if self.longest is not None and frames > self.longest:
+            return f"{frames} frames are too many: {self.name} takes {self.longest}"
+        return None
 
 
 def i3d_detector(path: pathlib.Path) -> Detector:

@@ -151,10 +151,9 @@ def measure_protocol(run: Measurement) -> list[dict[str, Any]]:
     frames = min(paper.frames, run.data.frames)
     measured: Measured = []
     for detector, protocol in choose(paper.distances, config.weights, images=False, stand_in=True):
-        if not protocol.of_images and frames < detector.shortest:
+        if not protocol.of_images and (refusal := detector.refusal(frames)):
             raise UserError(
-                f"The protocol {paper.name} needs {detector.shortest} frames for {detector.name}, and the run's clips "
-                f"have {run.data.frames}; measure a run of longer clips."
+                f"The protocol {paper.name} does not fit the run's clips: {refusal}; measure a run of longer clips."
             )
         measured.append((detector, protocol, FeatureCache(folder / protocol.name)))
     found = []

@@ -40,7 +40,7 @@ def reconstruction_distances(
         mine, real = (features_of(detector, protocol, some, frames) for some in (reconstructions, clips))
         if min(len(mine), len(real)) < 2:
             continue
-        prefix = "r" if protocol.network in ("i3d", "inception") else "reconstruction_"
+        prefix = "r" if protocol.network in ("i3d", "inception", "vjepa") else "reconstruction_"
         unit = "images" if protocol.of_images else "clips"
         cut = f"reconstructions against their originals, {cut_of(protocol, frames, len(clips[0]))}; {where}"
         reference = Reference.of(real, detector, protocol)
