@@ -62,7 +62,7 @@ def test_score_of_videos_and_of_samples(script, small, tmp_path):
     logits = np.concatenate([detector.compute(video_inception_score.prepare(clip)[None]) for clip in clips])
     assert of_arrays["value"] == pytest.approx(inception_score(logits)[0], rel=1e-4)
     assert sample_scores.sample_scores([clip[:9] for clip in clips], [""] * 10, weights) == []  # too short
-    with pytest.raises(UserError, match="17 frames are too many: C3D"):
+    with pytest.raises(UserError, match="--num_frames=17 is too long: C3D"):
         evaluate_files.evaluate_files(folder, None, tmp_path / "out", weights=weights, frames=17)
 
 

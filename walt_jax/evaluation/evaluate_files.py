@@ -135,7 +135,7 @@ def _check_frames(detector: Detector, frames: int) -> None:
         UserError: if the network does not take so many.
     """
     if refusal := detector.refusal(frames):
-        raise UserError(f"--num_frames={frames}: {refusal}.")
+        raise UserError(f"--num_frames={refusal}.")
 
 
 def _frames(frames: int | None, pictures: bool, protocols: Sequence[str]) -> int:

@@ -50,9 +50,9 @@ class Detector:
     def refusal(self, frames: int) -> str | None:
         """Why clips of so many frames can't be measured; None where they can."""
         if frames < self.shortest:
-            return f"{frames} frames are too few: {self.name} needs {self.shortest}"
+            return f"{frames} is too short: {self.name} needs {self.shortest} frames"
         if self.longest is not None and frames > self.longest:
-            return f"{frames} frames are too many: {self.name} takes {self.longest}"
+            return f"{frames} is too long: {self.name} takes {self.longest} frames"
         return None
 
 
