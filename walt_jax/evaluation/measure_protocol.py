@@ -152,9 +152,7 @@ def measure_protocol(run: Measurement) -> list[dict[str, Any]]:
     measured: Measured = []
     for detector, protocol in choose(paper.distances, config.weights, images=False, stand_in=True):
         if not protocol.of_images and (refusal := detector.refusal(frames)):
-            raise UserError(
-                f"Clips of the protocol {paper.name}: {refusal}; measure a run of longer clips."
-            )
+            raise UserError(f"Clips of the protocol {paper.name}: {refusal}; measure a run of longer clips.")
         measured.append((detector, protocol, FeatureCache(folder / protocol.name)))
     found = []
     known = [
