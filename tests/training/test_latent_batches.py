@@ -379,7 +379,7 @@ def test_batches_of_latents_are_the_same_for_any_number_of_processes(parts):
 def test_packs_are_the_same_for_any_number_of_processes_and_restarts(parts, packers, monkeypatch):
     """With tokens dropped and clips deferred; from the middle on from the states that the processes have together."""
     monkeypatch.setattr(pack_batches, "TRIED", 1)
-    packing = Packing(CONFIG, 8, TOKENS, CLIPS, 5, 0.3, DropConfig(kind="beta", rate=0.3), 4, packers)
+    packing = Packing(CONFIG, 8, TOKENS, CLIPS, 5, 0.3, DropConfig(kind="beta", rate=0.3), shards=4, packers=packers)
     whole = taken(packs_of_latents(CACHED, read, packing), 6)
     processes = [dataclasses.replace(packing, part=Part(shards, 4)) for shards in parts]
     iterators = [iter(packs_of_latents(CACHED, read, process)) for process in processes]
