@@ -3,8 +3,8 @@
     python -m walt_jax.main --config=configs/walt_demo.py --workdir=runs/demo
 
 Measured in one run on two CPU cores held to the speed of a 2048³ product at 135 GFLOP/s, JAX 0.10.2, nothing compiled
-before: 15.9 minutes; unseen clips are reconstructed at 28.2 dB; of the samples all of 126 of trained combinations and 18
-of 18 of others have colour, shape and direction right.
+before: 15.9 minutes; unseen clips are reconstructed at 28.2 dB; of the samples all of 126 of trained combinations and
+18 of 18 of others have colour, shape and direction right.
 """
 
 from ml_collections import ConfigDict

@@ -28,6 +28,7 @@ from walt_jax.denoiser.kernels.sharded import holds, sharded, sharded_windows
 from walt_jax.denoiser.layout import Grid, Layout, raster
 from walt_jax.denoiser.windows import Window, in_windows, merge, partition
 from walt_jax.layers import Initializer, Linear, on_cpu
+from walt_jax.parallel.analysis import MOVES
 from walt_jax.parallel.rules import constrain
 
 Relative = Literal["bias", "rotary", "none"]
@@ -73,7 +74,8 @@ def _partners(x: Float[Array, "b n heads d"]) -> Float[Array, "b n heads d"]:
     """
     pairs = x.shape[-1] // 2
     if on_cpu():
-        return x @ np.roll(np.eye(2 * pairs, dtype=x.dtype), pairs, axis=0)
+        with jax.named_scope(MOVES):
+            return x @ jnp.roll(jnp.eye(2 * pairs, dtype=x.dtype), pairs, axis=0)
     return jnp.concatenate([x[..., pairs:], x[..., :pairs]], axis=-1)
 
 

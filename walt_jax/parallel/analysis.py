@@ -1,6 +1,7 @@
 """A program's operations and memory from its trace, for devices that no compiler here knows: upper and rough bounds."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ def traced(function: Callable[..., Any], *arguments: Any) -> core.Jaxpr:
     return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
+# The scope of products that only move values, by a matrix of zeros and ones: they are not counted as a model's.
+MOVES = "moves"
+
+
 def operations(jaxpr: core.Jaxpr, prefix: str = "", times: int = 1) -> list[Operation]:
     """What one device does that has all of it: matrix products, convolutions and reductions.
 
@@ -30,8 +35,9 @@ def operations(jaxpr: core.Jaxpr, prefix: str = "", times: int = 1) -> list[Oper
         path = f"{prefix}/{equation.source_info.name_stack}"
         moved = sum(_bytes(v) for v in (*equation.invars, *equation.outvars))
         if name in ("dot_general", "conv_general_dilated"):
-            work = _dot(equation) if name == "dot_general" else _convolution(equation)
-            found.append(Operation(f"{path}/{name}", times, [work], moved, 0, ""))
+            work = [_dot(equation) if name == "dot_general" else _convolution(equation)]
+            work = [] if MOVES in re.split(r"[/().]+", path) else work
+            found.append(Operation(f"{path}/{name}", times, work, moved, 0, ""))
         elif name in REDUCTIONS:
             found.append(Operation(f"{path}/{name}", times, [], moved, 0, ""))
         elif name == "pallas_call" and params["cost_estimate"] is not None:
