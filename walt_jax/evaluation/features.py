@@ -18,7 +18,7 @@ from walt_jax.evaluation import i3d, inception
 from walt_jax.evaluation.feature_protocol import FeatureProtocol
 from walt_jax.parallel.mesh import on_own_devices
 from walt_jax.parallel.processes import divided
-from walt_jax.weight_files import read_tensors
+from walt_jax.weight_files import Tensors, read_tensors
 from walt_jax.workdir import write_atomically
 
 Clip = UInt8[np.ndarray, "t h w 3"]
@@ -120,6 +120,20 @@ class FeatureCache:
         np.savez(content, keys=np.array(list(self._new)), features=np.stack(list(self._new.values())))
         write_atomically(self.folder / f"{self._next:06d}.npz", content.getvalue())
         self._next, self._new = self._next + 1, {}
+
+
+def read_together(files: Sequence[pathlib.Path]) -> tuple[Tensors, str]:
+    """The tensors of a network that is kept in one file or several, and their digest: of one file, that of its bytes.
+
+    Raises:
+        UserError: if a file can't be read, see `weight_files.read_tensors`.
+    """
+    tensors, digests = {}, []
+    for file in files:
+        found, digest = read_tensors(file)
+        tensors |= found
+        digests.append(digest)
+    return tensors, digests[0] if len(digests) == 1 else digest_of(*digests)
 
 
 def digest_of(*parts: str | bytes) -> str:

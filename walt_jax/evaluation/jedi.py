@@ -11,10 +11,9 @@ from jaxtyping import Float
 
 from walt_jax.evaluation import vjepa
 from walt_jax.evaluation.feature_protocol import Clip, FeatureProtocol, Prepared
-from walt_jax.evaluation.features import Detector, digest_of
+from walt_jax.evaluation.features import Detector, read_together
 from walt_jax.evaluation.kernel_distance import kernel_distance
 from walt_jax.evaluation.resize import cover_and_crop
-from walt_jax.weight_files import read_tensors
 
 PUBLISHED_COUNT = 5000
 
@@ -45,13 +44,8 @@ def vjepa_detector(path: pathlib.Path) -> Detector:
     Raises:
         UserError: if it does not hold the weights.
     """
-    tensors, digests = {}, []
-    for file in vjepa.files_of(path):
-        found, digest = read_tensors(file)
-        tensors |= found
-        digests.append(digest)
+    tensors, digest = read_together(vjepa.files_of(path))
     network = vjepa.weights_from(tensors, str(path))
-    digest = digests[0] if len(digests) == 1 else digest_of(*digests)
     name = "V-JEPA ViT-H/16, the pooler of its Something-Something v2 probe"
     compute = functools.partial(jax.jit(vjepa.features), network)
     return Detector(name, digest, vjepa.FEATURES, vjepa.FRAMES, compute, longest=vjepa.FRAMES)

@@ -12,10 +12,9 @@ from jaxtyping import Float
 from walt_jax.evaluation import c3d
 from walt_jax.evaluation.detector_weights import find_weights
 from walt_jax.evaluation.feature_protocol import Clip, FeatureProtocol, Prepared
-from walt_jax.evaluation.features import Detector, digest_of
+from walt_jax.evaluation.features import Detector, read_together
 from walt_jax.evaluation.inception_score import inception_score
 from walt_jax.evaluation.resize import bilinear
-from walt_jax.weight_files import read_tensors
 
 SPLITS = 10
 NAME = "inception_score_c3d"
@@ -45,13 +44,8 @@ def c3d_detector(path: pathlib.Path) -> Detector:
     Raises:
         UserError: if it does not hold the weights.
     """
-    tensors, digests = {}, []
-    for file in c3d.files_of(path):
-        found, digest = read_tensors(file)
-        tensors |= found
-        digests.append(digest)
+    tensors, digest = read_together(c3d.files_of(path))
     weights = c3d.weights_from(tensors, str(path))
-    digest = digests[0] if len(digests) == 1 else digest_of(*digests)
     compute = functools.partial(jax.jit(c3d.logits), weights)
     return Detector("C3D (UCF-101), logits", digest, c3d.CLASSES, c3d.FRAMES, compute, longest=c3d.FRAMES)
 
