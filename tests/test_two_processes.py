@@ -52,10 +52,10 @@ def flags(tiny_run, tmp_path_factory) -> list[str]:
     return [f"--config={path}", f"--config.tokenizer_from={tiny_run}"]
 
 
-def one_process(flags: list[str], workdir: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
-    """A run of one process with four devices. It uses Gloo as well, which adds in an order of its own."""
+def one_process(flags: list[str], workdir: pathlib.Path, cache: pathlib.Path, devices: int = 4) -> pathlib.Path:
+    """A run of one process with several devices. It uses Gloo as well, which adds in an order of its own."""
     codes, errors = commands.ended(
-        commands.start_together(*flags, f"--workdir={workdir}", cache=cache, processes=1, devices=4)
+        commands.start_together(*flags, f"--workdir={workdir}", cache=cache, processes=1, devices=devices)
     )
     assert codes == [0], errors
     return workdir
@@ -97,6 +97,19 @@ def test_two_processes_equal_one_to_the_last_bit_also_when_one_is_asked_to_stop(
     assert len(account(read_clock(two / CLOCK)).attempts) == 2  # one writer
     assert (two / "preview.png").read_bytes() == (one / "preview.png").read_bytes()
     assert "reconstruction_psnr_db" in (two / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_tokenizer_encode_clips_and_read_text_as_one_does(tmp_path, cache):
+    flags = [commands.TINY, *(f"--config.stages.{stage}.steps=12" for stage in ("tokenizer", "denoiser"))]
+    one, two = one_process(flags, tmp_path / "one", cache, devices=2), tmp_path / "two"
+    codes, errors = commands.ended(
+        commands.start_together(*flags, f"--workdir={two}", cache=cache, processes=2, devices=1)
+    )
+    assert codes == [0, 0], errors
+    check_equal(two, one)
+    for path in (one / "latents").rglob("*.array_record*"):
+        assert (two / path.relative_to(one)).read_bytes() == path.read_bytes()
 
 
 def killed(processes: list[subprocess.Popen], victim: int, both: bool) -> tuple[list[int], str, float]:

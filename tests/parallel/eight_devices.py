@@ -5,6 +5,7 @@ Each difference is from one device: of the array that differs most, ‖a − b�
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -27,13 +28,22 @@ from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.diffusion.schedule import Schedule
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig, unboxed
-from walt_jax.parallel.mesh import MeshConfig, batch_shardings, make_mesh, on, place_batch, replicated
+from walt_jax.parallel.mesh import (
+    MeshConfig,
+    batch_shardings,
+    make_mesh,
+    on,
+    place_batch,
+    replicated,
+    spread_over_own_devices,
+)
 from walt_jax.parallel.rules import shardings
 from walt_jax.text.t5 import T5Config, T5Encoder
 from walt_jax.tokenizer.autoencoder import Tokenizer, TokenizerConfig
 from walt_jax.tokenizer.discriminator import DiscriminatorConfig
 from walt_jax.tokenizer.losses import LossConfig
 from walt_jax.training.checkpoint import Checkpoints
+from walt_jax.training.latent_batches import encoded_clips
 from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from walt_jax.training.state import TrainState, abstract_state, make_train_step, state_shardings
 from walt_jax.training.tasks import ConditioningConfig, DenoiserTask
@@ -179,6 +189,27 @@ def sampled(config):
         return np.asarray(videos), np.asarray(CODEC.decode_long(trained, normal(5, 8, *GRID, 4)))
 
 
+def encoded():
+    """Whether clips that are divided over all devices have one device's latents, to the last bit."""
+    variables = filled(unboxed(jax.eval_shape(CODEC.tokenizer.init, KEY, jnp.zeros((1, 1, 4, 4, 3)))))
+    trained = TrainedTokenizer.unnormalised(variables, 4)
+    rng = np.random.default_rng(7)
+    clips = [
+        {"number": number, "text": "", "video": rng.integers(0, 256, (5, 16, 16, 3), np.uint8)} for number in range(21)
+    ]
+
+    def alone(trained, video):
+        return CODEC.encode(trained, video)[0]
+
+    everywhere = spread_over_own_devices(alone)
+    assert everywhere(trained, clips[0]["video"][None]).shape == (1, *GRID, 4)  # fewer than devices
+    one, all_of_them = (
+        [clip.latents for clip in encoded_clips(functools.partial(encode, trained), clips, lambda count: None, **more)]
+        for encode, more in ((alone, {}), (everywhere, {"devices": jax.device_count()}))
+    )
+    return len(one) == len(clips) and np.array_equal(one, all_of_them)
+
+
 def restored(state, case):
     """Whether a state that was saved on one mesh comes back, to the last bit, on others and on one device."""
     task, _, name = CASES[case]
@@ -238,6 +269,7 @@ def main(which):
     pairs = zip(sampled(MESHES["data × fsdp × tensor"]), sampled(ONE), strict=True)
     apart = [np.abs(a.astype(int) - b) for a, b in pairs]
     found["videos"] = [{"most": int(d.max()), "share": float((d > 0).mean()), "shape": d.shape} for d in apart]
+    found["encoded"] = encoded()
     found["largest"] = [largest_array(ONE), largest_array(MESHES["fsdp"])]
     print(json.dumps(found))
 

@@ -36,6 +36,10 @@ def test_samples_and_decoded_parts_are_those_of_one_device(quick):
         assert videos["most"] <= 1 and videos["share"] < 1e-3
 
 
+def test_cached_latents_are_those_of_one_device(quick):
+    assert quick["encoded"]
+
+
 def test_checkpoints_move_between_meshes(quick):
     assert quick["restored"]
 

@@ -441,6 +441,9 @@ def test_few_clips_are_encoded_in_batches_of_powers_of_two():
     list(encoded_clips(encode, clips[:3], lambda count: None, smallest=1))
     list(encoded_clips(encode, clips[:1], lambda count: None, smallest=1))
     assert calls == [4, 1]
+    calls.clear()
+    assert len(list(encoded_clips(encode, clips[:9], lambda count: None, smallest=1, devices=4))) == 9
+    assert calls == [16]  # three of a device are padded to four
 
 
 def test_stages_have_a_folder_each(tmp_path):

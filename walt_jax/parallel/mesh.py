@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -135,6 +135,35 @@ def on_own_devices() -> Iterator[Mesh]:
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh), active_rules(()):
         yield mesh
+
+
+def spread_over_own_devices(program: Callable[[Any, Any], Any]) -> Callable[[Any, np.ndarray], Any]:
+    """Divides the rows of a program's second argument over this process's devices.
+
+    The devices don't wait for each other, so a thread can call it while a program of all processes runs. Each row's
+    result is that of one device with as many rows, however many devices there are.
+
+    Args:
+        program: jitted, (what all rows share, rows) to an array with as many rows.
+
+    Returns:
+        The same, for any number of rows.
+    """
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    if mesh.size == 1:
+        return program
+    rows = PartitionSpec("data")
+    mapped = jax.jit(
+        jax.shard_map(program, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    )
+
+    def divided(shared: Any, values: np.ndarray) -> Any:
+        count = len(values)
+        values = np.concatenate([values, np.repeat(values[-1:], -count % mesh.size, 0)])
+        with on_own_devices():
+            return mapped(shared, values)[:count]
+
+    return divided
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -39,6 +39,7 @@ def encoded_clips(
     embed: Embed | None = None,
     low_res: Encode | None = None,
     smallest: int = ENCODED_AT_ONCE,
+    devices: int = 1,
 ) -> Iterator[Encoded]:
     """Encodes clips in the order of their numbers.
 
@@ -50,15 +51,20 @@ def encoded_clips(
         low_res: uint8 video to latents of the same clips at low resolution, if these are stored too.
         smallest: the last batch of a size is padded to a power of two of at least this, so that few programs are
             compiled.
+        devices: over which `encode` divides its clips. Each gets as many as one alone would, so that latents don't
+            depend on their number.
     """
     waiting: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     done: dict[int, Encoded] = {}
 
     def flush(alike: list[dict[str, Any]]) -> None:
-        padded = max(smallest, 2 ** math.ceil(math.log2(len(alike))))
+        padded = devices * max(smallest, 2 ** math.ceil(math.log2(-(-len(alike) // devices))))
         video = np.stack([clip["video"] for clip in alike + alike[-1:] * (padded - len(alike))])
         captions = [clip["text"] for clip in alike]
-        embeddings = [None] * len(alike) if embed is None else embed(captions)
+        embeddings = [None] * len(alike)
+        if embed is not None:
+            starts = range(0, len(captions), ENCODED_AT_ONCE)
+            embeddings = [one for start in starts for one in embed(captions[start : start + ENCODED_AT_ONCE])]
         small = [None] * len(alike) if low_res is None else low_res(video)
         for clip, *parts in zip(alike, np.asarray(encode(video)), captions, embeddings, small, strict=False):
             done[clip["number"]] = Encoded(*parts)
@@ -67,7 +73,7 @@ def encoded_clips(
     for clip in clips:
         alike = waiting.setdefault(clip["video"].shape, [])
         alike.append(clip)
-        if len(alike) == ENCODED_AT_ONCE:
+        if len(alike) == devices * ENCODED_AT_ONCE:
             flush(waiting.pop(clip["video"].shape))
     for alike in waiting.values():
         flush(alike)

@@ -27,9 +27,9 @@ from walt_jax.data.shapes import ClipShape
 from walt_jax.data.stream import numbered
 from walt_jax.errors import UserError
 from walt_jax.generation.codec import Codec, TrainedTokenizer
-from walt_jax.generation.low_res import LowRes
+from walt_jax.generation.low_res import LowRes, shrunk
 from walt_jax.local_copy import copies_folder
-from walt_jax.parallel.mesh import data_shards, local_shards, on_own_devices
+from walt_jax.parallel.mesh import data_shards, local_shards, on_own_devices, replicated, spread_over_own_devices
 from walt_jax.remote import is_remote
 from walt_jax.training.checkpoint import saved_steps
 from walt_jax.training.data_files import find_short, report_files
@@ -140,11 +140,11 @@ class RunData:
         batches = Batches(self.clips(name), self._config.batch_sizes(name), self._part())
         if self._config.stages[name].task == "tokenizer":
             return batches
-        text, low_res = self._text.frozen(), self._own_low_res()
+        text, low_res = self._text.frozen(), self._encode_low_res()
         if text is not None:
             batches = batches.map(lambda batch: {**batch, "text": text.read(batch["text"])})
         if low_res is not None:
-            batches = batches.map(lambda batch: {**batch, "low_res": low_res.encode(batch["video"])})
+            batches = batches.map(lambda batch: {**batch, "low_res": low_res(batch["video"])})
         return batches
 
     def clips(self, name: str) -> Clips:
@@ -188,7 +188,7 @@ class RunData:
         shapes = [dataclasses.astuple(shape) for shape in config.clip_shapes(name)]
         identity = {"tokenizer": digest(tokenizer), "seed": seed, **data, "shapes": json.loads(json.dumps(shapes))}
         identity["clips"] = recorded.digest
-        tokenizer = _here(tokenizer)
+        encode, low_res = self._encode(tokenizer), self._encode_low_res()
         read = embed = empty = None
         if (text := self._text.digest()) is not None:
             identity["text"] = text
@@ -197,7 +197,6 @@ class RunData:
         small = self._low_res()
         if small is not None:
             identity["low_res"] = digest(small.tokenizer)
-        low_res = None if small is None else self._own_low_res().encode
         with (
             on_own_devices() if jax.process_count() > 1 else contextlib.nullcontext(),
             tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress,
@@ -206,17 +205,21 @@ class RunData:
             def encoded(numbers: range) -> Iterable[Encoded]:
                 progress.update(numbers.start - progress.n)  # also counts clips that were done before or are unusable
                 some = numbered(clips, numbers)
-                return encoded_clips(self._encode(tokenizer), some, progress.update, embed, low_res)
+                devices = jax.local_device_count()
+                return encoded_clips(encode, some, progress.update, embed, low_res, devices=devices)
 
             return write_latents(out, identity, count, encoded, empty, {RECORDED: recorded.to_json()})
 
-    def _own_low_res(self) -> LowRes | None:
-        """What encodes clips at low resolution on this process's devices."""
-        low_res = self._low_res()
-        return None if low_res is None else dataclasses.replace(low_res, tokenizer=_here(low_res.tokenizer))
+    def _encode_low_res(self) -> Encode | None:
+        """Encodes clips at low resolution; None where the denoiser doesn't read them."""
+        small = self._low_res()
+        if small is None:
+            return None
+        encode = _on_own_devices(small.codec, small.tokenizer)
+        return lambda video: encode(shrunk(video, small.scale))
 
     def _encode(self, tokenizer: TrainedTokenizer) -> Encode:
-        return lambda video: self._codec.encode(tokenizer, video)[0]
+        return _on_own_devices(self._codec, tokenizer)
 
     def encoded(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """A stage's batches of cached latents: of equal size, or packs. Encodes them first if they aren't cached.
@@ -250,13 +253,13 @@ class RunData:
 
     def packs(self, name: str, tokenizer: TrainedTokenizer) -> grain.IterDataset:
         """A stage's batches of packs of clips that are encoded for each batch."""
-        config, text, tokenizer = self._config, self._text.frozen(), _here(tokenizer)
+        config, text, encode_clips = self._config, self._text.frozen(), self._encode(tokenizer)
         embed = empty = None
         if text is not None:
             embed, empty = text.each, text.each([""])[0]
 
         def encode(clips: list[dict[str, Any]]) -> list[Encoded]:
-            encoded = encoded_clips(self._encode(tokenizer), clips, lambda count: None, embed, smallest=1)
+            encoded = encoded_clips(encode_clips, clips, lambda count: None, embed, smallest=1)
             by_number = dict(zip(sorted(clip["number"] for clip in clips), encoded, strict=True))
             return [by_number[clip["number"]] for clip in clips]
 
@@ -307,9 +310,13 @@ def _warn(changes: list[str], since: str, added: str) -> None:
         print(f"warning: {change} {since}; the order is kept: removed clips are skipped, {added}.", file=sys.stderr)
 
 
-def _here(tokenizer: TrainedTokenizer) -> TrainedTokenizer:
-    """As each process has it for itself, where there are several: they encode different clips at different times."""
-    return tokenizer if jax.process_count() == 1 else jax.device_get(tokenizer)
+def _on_own_devices(codec: Codec, tokenizer: TrainedTokenizer) -> Encode:
+    """Encodes clips on this process's devices: processes encode different clips at different times."""
+    if jax.process_count() > 1 or jax.local_device_count() > 1:
+        with on_own_devices() as mesh:
+            tokenizer = jax.device_put(jax.device_get(tokenizer), replicated(mesh))
+    encode = spread_over_own_devices(lambda tokenizer, video: codec.encode(tokenizer, video)[0])
+    return lambda video: np.asarray(encode(tokenizer, video))
 
 
 def digest(tokenizer: TrainedTokenizer) -> str:
