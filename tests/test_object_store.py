@@ -305,6 +305,19 @@ def test_mistakes_are_a_sentence(server, workdir, words, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--mode=sample", "--image=gs://b/a.png"], "--image=gs://b/a.png is remote, and is read from this machine;"),
+        (["--mode=sample", "--lora=gs://b/run:0.5"], "--lora=gs://b/run:0.5 is remote"),
+        (["--mode=reconstruct", "--video=a.mp4", "--out=gs://b/a.mp4"], "--out=gs://b/a.mp4 is remote, and is written"),
+        (["--mode=export", "--out=gs://b/export"], "name a path here"),
+    ],
+)
+def test_files_of_this_machine_that_are_elsewhere_are_a_sentence(flags, words, tmp_path, capsys):
+    assert words in error_of(capsys, *flags, f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize(
     ("refusal", "words"),
     [
         ((401, "Anonymous caller does not have storage.objects.list access"), "Anonymous caller"),

@@ -878,6 +878,9 @@ RUN = {
 
 
 CHANGED_BY_LORA = ("sample", "export")
+HERE = ("video", "image", "last_image", "condition", "mask", "prompts", "lora", "videos", "reference", "weights",
+        "c2pa_key", "c2pa_certificate")  # flags of files that are read from this machine  # fmt: skip
+WRITTEN_HERE = ("reconstruct", "export")  # modes whose --out is on this machine
 ALONE = ("data", "prepare", "plan", "reconstruct", "report", "benchmark", "export", "serve")  # modes of one process
 JOINING = ("reconstruct", "benchmark", "export", "serve")  # those that find out whether there are others
 
@@ -915,6 +918,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--compare is for --mode=report; --mode={values.mode} compares no runs.")
         if values.int8 and values.mode != "sample":
             raise UserError(f"--int8 is for --mode=sample; --mode={values.mode} keeps the weights as they are.")
+        _check_here(values)
         _join(values)
         RUN[values.mode](values)
     except UserError as error:
@@ -938,6 +942,23 @@ def main(argv: list[str]) -> int:
         print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
         return processes.leave(processes.RESTART, "a signal stopped it")
     return processes.leave(0)
+
+
+def _check_here(values: flags.FlagValues) -> None:
+    """Checks the flags of files on this machine.
+
+    Raises:
+        UserError: if one names an object store.
+    """
+    for name in HERE:
+        given = values[name].value or []
+        for path in [given] if isinstance(given, str) else given:
+            if remote.is_remote(path):
+                raise UserError(
+                    f"--{name}={path} is remote, and is read from this machine; copy it here, and name that."
+                )
+    if values.mode in WRITTEN_HERE and values.out and remote.is_remote(values.out):
+        raise UserError(f"--out={values.out} is remote, and is written to this machine; name a path here.")
 
 
 def _join(values: flags.FlagValues) -> None:
