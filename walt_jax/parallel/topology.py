@@ -83,7 +83,10 @@ class Topology:
         # It is not asked on which machine this is, and two plans may run at once.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # it would warn that there is no TPU
+        # It would warn that there is no TPU. The type need not be that of the topology.
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         options: dict[str, Any] = {} if self.slices == 1 else {"num_slices": self.slices}
         if math.prod(self.shape) == 1:
             options["chips_per_host_bounds"] = [1, 1, 1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from jax.sharding import Mesh
 
 from walt_jax.parallel import analysis, hlo
@@ -87,11 +88,13 @@ def plan_hardware(config: RunConfig, topology: Topology, price_per_chip_hour: fl
     """
     mesh = mesh_of(config, topology)
     check_rules(config.rules, mesh)
-    entries = []
-    for make in programs(config, mesh).values():
-        program = make()
-        entry = (compiled if topology.compiles else analysed)(program, config, mesh, topology)
-        entries.append(priced(entry, topology, price_per_chip_hour))
+    entries, made = [], programs(config, mesh)
+    with tqdm.tqdm(made.items(), unit="program", dynamic_ncols=True) as progress:  # a large one compiles for minutes
+        for name, make in progress:
+            progress.set_description(f"{'compiling' if topology.compiles else 'analysing'} {name} for {topology.name}")
+            program = make()
+            entry = (compiled if topology.compiles else analysed)(program, config, mesh, topology)
+            entries.append(priced(entry, topology, price_per_chip_hour))
     main = next(entry for entry in entries if "train" in entry["name"])
     hardware = {k: v for k, v in dataclasses.asdict(topology.hardware).items() if k not in ("kinds", "clock_hz")}
     hosts, needed = hosts_of(mesh, topology), main.get("tokens_per_second")

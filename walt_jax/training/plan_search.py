@@ -6,6 +6,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import tqdm
+
 from walt_jax.errors import UserError
 from walt_jax.parallel.mesh import MeshConfig, data_shards, described, make_mesh
 from walt_jax.parallel.topology import Topology
@@ -49,7 +51,8 @@ def ranked(config: RunConfig, topology: Topology, remats: Sequence[str] | None =
     if remats is None:
         remats = typing.get_args(typing.get_type_hints(type(getattr(config, name)))["remat"])
     stage = (config.denoiser_stages or config.trained_stages)[-1]
-    for mesh_config in dict.fromkeys((config.mesh, *meshes(topology))):
+    tried_meshes = dict.fromkeys((config.mesh, *meshes(topology)))
+    for mesh_config in tqdm.tqdm(tried_meshes, desc="ranking meshes", unit="mesh", dynamic_ncols=True):
         try:
             mesh = make_mesh(mesh_config, devices)
             made = train_step(_accumulating(config, stage, 1), stage, mesh)
