@@ -16,7 +16,7 @@ from walt_jax.clock import CLOCK, account, read_clock
 pytestmark = pytest.mark.slow
 
 KILLS, STOPS, GRACE_SECONDS = 30, 12, 30
-FLAGS = [commands.TINY, "--config.stages.tokenizer.steps=150", "--config.stages.denoiser.steps=150"]
+FLAGS = [commands.TINY, "--config.stages.tokenizer.steps=300", "--config.stages.denoiser.steps=300"]
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,14 @@ def check_equal(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def signal_at_random(workdir: pathlib.Path, cache: pathlib.Path, number: int, rng: random.Random) -> int | None:
-    """Starts the run and sends it a signal some time after its start or its first new step; returns its exit code."""
+    """Starts the run and sends it a signal some time after its start, or a few steps later; returns its exit code."""
     metrics = workdir / "metrics.jsonl"
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0  # noqa: E731
     process = commands.start(*FLAGS, f"--workdir={workdir}", cache=cache, quick=False)
-    before, began = lines(), time.monotonic()
-    if rng.random() < 0.3:
-        wait = rng.uniform(0, 15)
-        moment = lambda: time.monotonic() > began + wait  # noqa: E731
-    else:
-        more = rng.randrange(1, 30)
-        moment = lambda: not before <= lines() < before + more  # noqa: E731
-    while process.poll() is None and not moment():
+    end = time.monotonic() + (rng.uniform(0, 15) if rng.random() < 0.3 else 600)
+    least, more = lines(), rng.randrange(30)
+    while process.poll() is None and time.monotonic() < end and lines() <= least + more:
+        least = min(least, lines())  # steps since the last checkpoint are done again
         time.sleep(0.002)
     if process.poll() is None:
         process.send_signal(number)
@@ -62,7 +58,7 @@ def signal_at_random(workdir: pathlib.Path, cache: pathlib.Path, number: int, rn
 def test_thirty_kills(uninterrupted, tmp_path, cache):
     rng = random.Random(1)
     codes = [signal_at_random(tmp_path, cache, signal.SIGKILL, rng) for _ in range(KILLS)]
-    assert codes.count(-signal.SIGKILL) >= KILLS // 2
+    assert codes.count(-signal.SIGKILL) >= 0.8 * KILLS
     code, _, err = commands.run(*FLAGS, f"--workdir={tmp_path}", cache=cache, quick=False)
     assert code == 0, err
     check_equal(tmp_path, uninterrupted)

@@ -17,6 +17,7 @@ from walt_jax.parallel.topology import Topology, topology
 from walt_jax.training import plan_hardware as plan_hardware_module
 from walt_jax.training import plan_search
 from walt_jax.training.loop import PackConfig
+from walt_jax.training.optimizer import OptimizerConfig
 from walt_jax.training.plan_hardware import (
     analysed,
     compiled,
@@ -281,11 +282,20 @@ def test_auto_mesh_refuses_devices_that_it_does_not_know(tmp_path, capsys):
 def test_a_train_step_is_compiled_for_devices_that_are_not_there(name, monkeypatch):
     """One cycle of blocks in a scan, divided over four chips."""
     monkeypatch.setattr(Topology, "compiles", True)
-    config = with_denoiser(TINY, mesh=MeshConfig(data=1, fsdp=-1), scan=True, remat="dots", self_conditioning=False)
+    denoiser = dataclasses.replace(
+        TINY.denoiser, scan=True, remat="dots", self_conditioning=False, cross_attention=False, classes=3
+    )
+    stage = dataclasses.replace(
+        TINY.stages["denoiser"], optimizer=OptimizerConfig("adamw", learning_rate=1e-3)
+    )  # no products
     config = dataclasses.replace(
-        config, text=None, diffusion=dataclasses.replace(config.diffusion, self_conditioning=0.0),
-        denoiser=dataclasses.replace(config.denoiser, cross_attention=False, classes=3),
-    )  # fmt: skip
+        TINY,
+        text=None,
+        stages={**TINY.stages, "denoiser": stage},
+        mesh=MeshConfig(data=1, fsdp=-1),
+        diffusion=dataclasses.replace(TINY.diffusion, self_conditioning=0.0),
+        denoiser=denoiser,
+    )
     found = topology(name)
     mesh = mesh_of(config, found)
     entry = compiled(train_step(config, "denoiser", mesh), config, mesh, found)
