@@ -40,7 +40,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if others == argv:
         return _parsed(argv)
     as_in_file = _parsed(others)
-    more = [] if as_in_file.config is None else [a for a in argv if _is_missing(a, as_in_file.config)]
+    if as_in_file.config is None:
+        knob = next(argument for argument in argv if argument.startswith(KNOB))
+        raise UserError(f"{knob} sets a knob of a config; name its file, too, as in --config=configs/walt_demo.py.")
+    more = [argument for argument in argv if _is_missing(argument, as_in_file.config)]
     values = _parsed([argument for argument in argv if argument not in more])
     for argument in more:
         name, _, text = argument.removeprefix(KNOB).partition("=")
