@@ -124,7 +124,7 @@ def killed(processes: list[subprocess.Popen], victim: int, both: bool) -> tuple[
 @pytest.mark.slow
 def test_thirty_kills_of_either_process_change_nothing_and_end_the_other_in_a_minute(flags, tmp_path, cache):
     """At random moments of its start and its steps. At first the other ends by itself, later as launchers end it."""
-    flags = [*flags, "--config.stages.denoiser.steps=480", "--config.stages.denoiser.preview_every=10000"]
+    flags = [*flags, "--config.stages.denoiser.steps=300", "--config.stages.denoiser.preview_every=10000"]
     one, two, rng = one_process(flags, tmp_path / "one", cache), tmp_path / "two", random.Random(1)
     kills, waits = 0, []
     for number in range(KILLS):
