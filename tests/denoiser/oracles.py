@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from walt_jax.denoiser.attention import attend
+from walt_jax.denoiser.attend import attend
 from walt_jax.denoiser.windows import Window
 
 # All packs have one shape, whatever is in them, so that one compiled program is tried on many.
@@ -113,7 +113,7 @@ def turned(x, places):
 
 
 def masked(query, key, value, numbers, bias):
-    """`attention.grouped`'s answer from all pairs of tokens under a mask; those with number -1 see themselves only."""
+    """`grouped`'s answer from all pairs of tokens under a mask; those with number -1 see themselves only."""
     mask = (numbers[:, :, None] == numbers[:, None]) & (numbers >= 0)[:, :, None]
     mask = mask | np.eye(numbers.shape[1], dtype=bool)[None]
     return attend(query, key, value, bias, mask[:, None])

@@ -27,9 +27,12 @@ from oracles import (
     seen,
 )
 
-from walt_jax.denoiser import attention
-from walt_jax.denoiser.attention import WindowAttention, rotate
+from walt_jax.denoiser.attend import attend, joined
+from walt_jax.denoiser.attention import WindowAttention
+from walt_jax.denoiser.kernels import MASKED
 from walt_jax.denoiser.layout import Layout, PackRows, make_pack, place_clips
+from walt_jax.denoiser.packed_attention import from_slots, grouped, rearranged, to_slots
+from walt_jax.denoiser.rotary import rotate
 from walt_jax.denoiser.windows import Window, window_numbers
 from walt_jax.layers import ANY_PLATFORM, compiling_for
 
@@ -177,10 +180,10 @@ def grouped_route(q, k, v, layout, weights):
     groups = layout.pack.groups[ANY.name]
 
     def loss(q, k, v, table):
-        slots = [attention.to_slots(y.reshape(*y.shape[:2], DIM), groups) for y in (q, k, v)]
+        slots = [to_slots(y.reshape(*y.shape[:2], DIM), groups) for y in (q, k, v)]
         slots = [y.reshape(*y.shape[:2], HEADS, HEAD_DIM) for y in slots]
-        coordinates = attention.to_slots(layout.coordinates(), groups)
-        y = attention.from_slots(attention.grouped(*slots, groups, coordinates, table, LARGEST), groups, TOKENS)
+        coordinates = to_slots(layout.coordinates(), groups)
+        y = from_slots(grouped(*slots, groups, coordinates, table, LARGEST), groups, TOKENS)
         return (y * weights).sum(), y
 
     gradients, y = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, TABLE)
@@ -303,8 +306,8 @@ def test_the_gradient_of_rearranging_is_that_of_taking(seed):
     def taken(x):
         return jnp.take(x, there, axis=0, mode="fill", fill_value=0)
 
-    np.testing.assert_array_equal(attention.rearranged(x, there, back), taken(x))
-    ours = jax.grad(lambda x: (attention.rearranged(x, there, back) * weights).sum())(x)
+    np.testing.assert_array_equal(rearranged(x, there, back), taken(x))
+    ours = jax.grad(lambda x: (rearranged(x, there, back) * weights).sum())(x)
     np.testing.assert_array_equal(ours, jax.grad(lambda x: (taken(x) * weights).sum())(x))
 
 
@@ -313,7 +316,7 @@ def attention_in_two_parts(q, k, v, weights):
     """(attention over all keys, gradients): of its parts joined, and at once."""
 
     def parts(q, k, v):
-        return attention.joined(attention.attend(q, k[:, :3], v[:, :3]), attention.attend(q, k[:, 3:], v[:, 3:]))
+        return joined(attend(q, k[:, :3], v[:, :3]), attend(q, k[:, 3:], v[:, 3:]))
 
     def whole(q, k, v):
         weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(HEAD_DIM))
@@ -340,7 +343,7 @@ def plainly(q, k, v, bias, mask):
     """Attention and its sums as one would write them, for the gradient to be found by differentiation."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(HEAD_DIM)
     logits = logits if bias is None else logits + bias
-    logits = logits if mask is None else jnp.where(mask, logits, attention.MASKED)
+    logits = logits if mask is None else jnp.where(mask, logits, MASKED)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, -1).swapaxes(1, 2)
 
 
@@ -350,7 +353,7 @@ def slopes(function):
 
     def weighed(arguments, mask, weights):
         out, logsum = function(*arguments, mask)
-        seen = logsum > attention.MASKED / 2  # of a row that sees nothing it is a huge number, which tells nothing
+        seen = logsum > MASKED / 2  # of a row that sees nothing it is a huge number, which tells nothing
         return (out * weights[0]).sum() + jnp.where(seen, logsum * weights[1], 0).sum()
 
     return jax.jit(jax.grad(weighed))
@@ -368,7 +371,7 @@ def test_the_gradient_is_that_of_its_equations(seed, biases, masked):
         mask = np.random.default_rng(seed).random((3, 1, 5, 7)) < 0.5
         mask[0, 0, 2] = False  # sees nothing
     weights = normal(seed + 4, 3, 5, HEADS, HEAD_DIM), normal(seed + 5, 3, 5, HEADS)
-    ours, theirs = (slopes(each)((q, k, v, bias), mask, weights) for each in (attention.attend, plainly))
+    ours, theirs = (slopes(each)((q, k, v, bias), mask, weights) for each in (attend, plainly))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(one, other, **CLOSE)
 
@@ -376,7 +379,7 @@ def test_the_gradient_is_that_of_its_equations(seed, biases, masked):
 def test_with_numbers_of_16_bits_sums_keep_32():
     """Shares of text and tokens come from a difference of these sums, where 8 bits are too few."""
     q, k, v = (jnp.asarray(y[:1, :7], jnp.bfloat16) for y in projections())
-    out, logsum = attention.attend(q, k, v)
+    out, logsum = attend(q, k, v)
     assert (out.dtype, logsum.dtype) == (jnp.bfloat16, jnp.float32)
 
 

@@ -16,9 +16,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracles import LARGEST, assert_near, assert_nothing_seen_is_zero, filled, normal, with_all_pairs
 
-from walt_jax.denoiser import attention, head_norm
+from walt_jax.denoiser import attend, attention, head_norm
 from walt_jax.denoiser.attention import WindowAttention
-from walt_jax.denoiser.kernels import tpu
+from walt_jax.denoiser.kernels import MASKED, tpu
 from walt_jax.denoiser.layout import Layout, PackRows, make_pack, place_clips
 from walt_jax.denoiser.model import Condition, Denoiser
 from walt_jax.denoiser.walt_block import WaltConfig
@@ -68,7 +68,7 @@ def with_gradients(function, arguments, places, segments):
 
     def weighed(arguments):
         out, logsum = function(arguments, places, segments)
-        seen = logsum > attention.MASKED / 2
+        seen = logsum > MASKED / 2
         out, logsum = jnp.where(seen[..., None], out, 0), jnp.where(seen, logsum, 0)
         return (out * normal(8, *out.shape)).sum() + (logsum * normal(9, *logsum.shape)).sum(), (out, logsum)
 
@@ -158,13 +158,13 @@ def test_a_layer_elsewhere_computes_what_it_does_here(where, relative, kind, mon
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x, text)
 
     expected = computed(None)
-    calls, sharded = [], attention.sharded
+    calls, sharded = [], attend.sharded
 
     def interpreted(*arguments):
         calls.append(arguments)
         return sharded(*arguments, interpret=True)
 
-    monkeypatch.setattr(attention, "sharded", interpreted)
+    monkeypatch.setattr(attend, "sharded", interpreted)
     monkeypatch.setattr(head_norm, "sharded_norm", functools.partial(head_norm.sharded_norm, interpret=True))
     (gradients, out), (others, other) = computed(where), expected
     assert len(calls) == 2  # windows, text
@@ -213,14 +213,14 @@ def test_a_model_for_tpus_moves_no_tokens_and_computes_what_it_does_here(monkeyp
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, *arguments)
 
     expected, calls = computed(None), []
-    for name in ("sharded", "sharded_windows"):
-        function = getattr(attention, name)
+    for module, name in ((attend, "sharded"), (attention, "sharded_windows")):
+        function = getattr(module, name)
 
         def interpreted(*arguments, function=function, name=name):
             calls.append(name)
             return function(*arguments, interpret=True)
 
-        monkeypatch.setattr(attention, name, interpreted)
+        monkeypatch.setattr(module, name, interpreted)
     monkeypatch.setattr(attention, "partition", None)
     monkeypatch.setattr(head_norm, "sharded_norm", functools.partial(head_norm.sharded_norm, interpret=True))
     found = computed("tpu")
@@ -245,12 +245,10 @@ def test_an_expanded_table_is_the_bias_of_all_offsets():
     bounds, sizes, heads = (3, 4, 2), (2, 4, 1), 2
     table = normal(0, 5 * 7 * 3, heads)
     places = np.indices(sizes).reshape(3, -1).T
-    expected = np.moveaxis(table[attention.relative_index(places, places, bounds)], -1, 0)
-    np.testing.assert_array_equal(attention.expanded(table, bounds, sizes), expected)
+    expected = np.moveaxis(table[attend.relative_index(places, places, bounds)], -1, 0)
+    np.testing.assert_array_equal(attend.expanded(table, bounds, sizes), expected)
     order = in_windows(np.arange(8)[None], (1, 2, 1), sizes)[0]
-    np.testing.assert_array_equal(
-        attention.expanded(table, bounds, sizes, (1, 2, 1)), expected[:, order[:, None], order]
-    )
+    np.testing.assert_array_equal(attend.expanded(table, bounds, sizes, (1, 2, 1)), expected[:, order[:, None], order])
 
 
 SCRIPT = pathlib.Path(__file__).with_name("fused_on_a_mesh.py")

@@ -45,7 +45,7 @@ def fused(
 ) -> tuple[Float[Array, "b q heads d"], Float[Array, "b q heads"]]:
     """Attention, and the logarithm of the sum that its softmax divides by; both are differentiable.
 
-    As `attention.attend`, but a query that sees no key gets zeros.
+    As `attend`, but a query that sees no key gets zeros.
 
     Args:
         bias: added to the logits of all rows, or with `places` between two places rather than a query and a key.
