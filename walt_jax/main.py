@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 import textwrap
 import time
@@ -21,6 +22,7 @@ from walt_jax.config_file import with_config_path
 from walt_jax.errors import Interrupted, UserError
 from walt_jax.malloc import collect_seldom, keep_freed_memory
 from walt_jax.parallel import processes
+from walt_jax.training import stopping
 from walt_jax.training.stopping import Stopped, stop_at_once
 
 MAX_SEED = 2**31 - 1
@@ -570,9 +572,15 @@ def sample(values: flags.FlagValues) -> None:
     except OSError as error:
         raise UserError(f"--out={out} can't be made ({error.strerror}); name a folder.") from error
 
+    from walt_jax.data.media import unfinished
     from walt_jax.generation.ask_files import sample_files
     from walt_jax.staging import Staging
 
+    stopping.WRITING.append(unfinished)
+    stopping.leaves(
+        f"{out} has the frames made so far, see samples.json there; a video without a frame has no file, and the same "
+        "command makes all of them again"
+    )
     generator = _as_asked(values, run.generator())
     if generator.low_res is not None:
         raise UserError("This run upscales clips, and a prompt has none; --mode=evaluate upscales unseen clips.")
@@ -909,6 +917,7 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h", "help"} & set(argv):
         print(usage())
         return 0
+    stopping.leaves(stopping.RESUMES)
     try:
         values = parse(argv)
         if not values.workdir and not (values.mode == "evaluate" and values.videos and values.out):
@@ -939,10 +948,10 @@ def main(argv: list[str]) -> int:
         # a full disk, missing permissions
         return _failed(f"{error.filename or values.workdir}: {error.strerror}; check path and free space.")
     except Stopped as stopped:
-        print(f"\nstopped; {stopped.saved}: the same command resumes from there.", file=sys.stderr)
+        print(f"\nstopped; {stopped.saved}.", file=sys.stderr)
         return processes.leave(processes.RESTART, "" if stopped.together else "a signal stopped it")
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from the last checkpoint.", file=sys.stderr)
+    except KeyboardInterrupt:  # without `stop_at_once`, as in tests
+        print(f"\nstopped; {Stopped(signal.SIGINT).saved}.", file=sys.stderr)
         return processes.leave(processes.RESTART, "a signal stopped it")
     return processes.leave(0)
 
@@ -993,4 +1002,10 @@ if __name__ == "__main__":
     stop_at_once()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
-    sys.exit(processes.guarded(lambda: main(sys.argv[1:])))
+    code = processes.guarded(lambda: main(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if code == processes.RESTART:
+        # XLA may still compute or compile what was stopped, and crashes where Python takes its objects away meanwhile.
+        os._exit(code)
+    sys.exit(code)

@@ -1,10 +1,14 @@
 """Written videos and sheets can be read back, are equal for equal frames, and are complete."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from walt_jax.data.media import compare_sheet, contact_sheet, write_video
+from walt_jax.data import media
+from walt_jax.data.media import compare_sheet, contact_sheet, write_video, write_video_stream
 from walt_jax.data.video import read_clip
 from walt_jax.errors import UserError
 
@@ -133,3 +137,51 @@ def test_compare_sheet_lines_up_what_is_compared():
     assert columns[0].max() == columns[1].max()
     assert (sheet == 50).all(-1).sum() >= 2 * 5 * 96 * 96
     assert (sheet == 200).all(-1).sum() >= 5 * 96 * 96
+
+
+@pytest.fixture
+def raising():
+    """SIGTERM raises, as it does in a program that `stop_at_once` was called for."""
+
+    def handle(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    yield handle
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("made", [0, 1, 5])
+def test_a_stream_that_is_stopped_leaves_its_frames_or_no_file(tmp_path, raising, made):
+    clip = moving()
+
+    def frames():
+        yield from clip[:made]
+        assert media.unfinished() == (made > 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield clip[made]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_video_stream(tmp_path / "clip.mp4", frames(), 8, keeps_part=True)
+    assert signal.getsignal(signal.SIGTERM) is raising and not media.unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"] * (made > 0)
+    if made:
+        again = read_clip(tmp_path / "clip.mp4")
+        assert len(again) == made and error(again, clip[:made]) < 2
+
+
+def test_a_frame_that_is_being_written_is_not_torn_by_a_signal(tmp_path, raising, monkeypatch):
+    """The signal comes in the middle of encoding the third frame: it is written, and no further one is made."""
+    clip, pad, padded = moving(), np.pad, []
+
+    def spy(*arguments, **more):
+        padded.append(1)
+        if len(padded) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pad(*arguments, **more)
+
+    monkeypatch.setattr(media.np, "pad", spy)
+    with pytest.raises(KeyboardInterrupt):
+        write_video_stream(tmp_path / "clip.mp4", iter(clip), 8, keeps_part=True)
+    again = read_clip(tmp_path / "clip.mp4")
+    assert len(again) == 3 and error(again, clip[:3]) < 2

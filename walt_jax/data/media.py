@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from walt_jax.errors import UserError
+from walt_jax.signals import Hold, held
 
 # Layout of sheets, in pixels. Frames with a side below READABLE are enlarged by an integer factor.
 READABLE = 96
@@ -110,37 +112,67 @@ def write_video_stream(
 
     Args:
       path: a local path that ends in .mp4.
-      frames: uint8 [h, w, 3], RGB, at least one; all of one size.
+      frames: uint8 [h, w, 3], RGB; all of one size.
       fps: frames per second.
       tags: of the file, such as "title" and "comment".
-      keeps_part: whether, if `frames` raises after some, the file has those, and the error goes on.
+      keeps_part: whether, if `frames` raises after some, or a signal comes, the file has those, and the error goes on.
 
     Returns:
-      The number of frames.
+      The number of frames; of none there is no file.
     """
     path = Path(path)
-    # In the same folder, so that renaming is atomic.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
-        ended = _Ended(frames) if keeps_part else frames
-        count = _encode_mp4(Path(folder) / path.name, ended, fps, tags or {})
-        if count:
+    if keeps_part:
+        with held() as hold:
+            ended = _Ended(frames, hold)
+            count = _write_stream(path, ended, fps, tags or {})
+        if ended.error is not None:
+            raise ended.error
+        return count
+    return _write_stream(path, frames, fps, tags or {})
+
+
+def _write_stream(path: Path, frames: Iterable[np.ndarray], fps: float | Fraction, tags: Mapping[str, str]) -> int:
+    # Nothing is there before the first frame: a process that is killed until then leaves nothing behind.
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        return 0
+    _UNFINISHED.add(path)
+    try:
+        # In the same folder, so that renaming is atomic.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing_") as folder:
+            count = _encode_mp4(Path(folder) / path.name, itertools.chain([first], frames), fps, tags)
             os.replace(Path(folder) / path.name, path)
-    if keeps_part and ended.error is not None:
-        raise ended.error
+    finally:
+        _UNFINISHED.discard(path)
     return count
 
 
-class _Ended:
-    """An iterator that ends where another raises, and keeps what that raised."""
+_UNFINISHED: set[Path] = set()
 
-    def __init__(self, frames: Iterable[np.ndarray]):
-        self._frames, self.error = frames, None
+
+def unfinished() -> bool:
+    """Whether a video is being written that has frames already: the process should not be ended before it is."""
+    return bool(_UNFINISHED)
+
+
+class _Ended:
+    """An iterator that ends where another raises, and keeps what that raised. Signals may come while that one works."""
+
+    def __init__(self, frames: Iterable[np.ndarray], hold: Hold):
+        self._frames, self._hold, self.error = iter(frames), hold, None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        try:
-            yield from self._frames
-        except BaseException as error:  # also of a signal
-            self.error = error
+        while True:
+            try:
+                with self._hold.allowed():
+                    frame = next(self._frames, None)
+            except BaseException as error:  # also of a signal
+                self.error = error
+                return
+            if frame is None:
+                return
+            yield frame
 
 
 def _mp4(frames: np.ndarray, fps: float, tags: Mapping[str, str]) -> bytes:
@@ -174,8 +206,7 @@ def _encode_mp4(file: Path, frames: Iterable[np.ndarray], fps: float | Fraction,
                 format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
             )
             container.mux(stream.encode(picture))
-        if stream is not None:  # none came before the frames ended early
-            container.mux(stream.encode())
+        container.mux(stream.encode())
     return count
 
 

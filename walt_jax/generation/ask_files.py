@@ -117,8 +117,6 @@ def _clips(
 
 def _long(generator: Generator, requests: list[Request], asked: Resolved, samples: Samples) -> None:
     folder = samples.out / "latents"
-    if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
     shape = generator.shape(asked.size)
     for number, request in enumerate(requests):
         name = f"{samples.name(request.prompt, request.seed)}.npy"
@@ -133,26 +131,29 @@ def _long(generator: Generator, requests: list[Request], asked: Resolved, sample
 
 
 class _Latents:
-    """A .npy file that fills while a video is made; what is not made yet is NaN. Memory does not grow."""
+    """A .npy file that fills while a video is made; what is not made yet is NaN. Memory does not grow.
+
+    It begins with the first latents: a video that was stopped before leaves none.
+    """
 
     def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
-        self._path, self._shape = path, shape
+        self._path, self._shape, self._array = path, shape, None
 
     def __enter__(self) -> "_Latents":
-        if is_first():
-            self._array = np.lib.format.open_memmap(self._path, "w+", np.float32, self._shape)
-            for number in range(len(self._array)):
-                self._array[number] = np.nan
         return self
 
     def add(self, frames: Sequence[int], latents: Float[np.ndarray, "k h w c"]) -> None:
         """Writes latent frames to their places."""
-        if is_first():
-            for frame, one in zip(frames, latents, strict=True):
-                self._array[frame] = one
-            self._array.flush()
+        if not is_first():
+            return
+        if self._array is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._array = np.lib.format.open_memmap(self._path, "w+", np.float32, self._shape)
+            for number in range(len(self._array)):
+                self._array[number] = np.nan
+        for frame, one in zip(frames, latents, strict=True):
+            self._array[frame] = one
+        self._array.flush()
 
     def __exit__(self, *error: object) -> None:
-        if is_first():
-            self._array.flush()
-            del self._array
+        self._array = None

@@ -69,14 +69,21 @@ class Samples:
         seed: int,
         **own: Any,
     ) -> None:
-        """Writes a video while its frames are made; if that ends early, the file has those that were."""
+        """Writes a video while its frames are made.
+
+        If that ends early, the file has those that were, and its row says that it is not complete; where none was,
+        there is neither.
+        """
         name, row = self._row(prompt, seed, size, own)
         shown: list[np.ndarray] = []
+        made = 0
 
         def watched() -> Iterator[np.ndarray]:
+            nonlocal made
             for number, frame in enumerate(frames):
                 if number % max(1, size[0] // SHEET_FRAMES) == 0:
                     shown.append(frame)
+                made = number + 1
                 yield frame
 
         try:
@@ -86,8 +93,10 @@ class Samples:
                 for _ in watched():
                     pass
         except BaseException:
-            if shown:
-                self._end({**row, "complete": False}, np.stack(shown))
+            if made == size[0]:  # a signal came while the file was ended
+                self._end(row, np.stack(shown))
+            elif made:
+                self._end({**row, "num_frames": made, "complete": False}, np.stack(shown))
             raise
         self._end(row, np.stack(shown))
 

@@ -23,8 +23,18 @@ GRACE_SECONDS = 25.0  # at most so long a step that is not saved yet is waited f
 QUIET_SECONDS = 3.0  # the same once everything is saved
 LONGEST_WRITE = 10  # times the grace period, for the checkpoint that is being written; launchers may allow that
 
-# Of the checkpoints that are open for writing: whether one is incomplete. The process isn't ended meanwhile.
+# Of the checkpoints and videos that are open for writing: whether one is incomplete. The process isn't ended meanwhile.
 WRITING: list[Callable[[], bool]] = []
+
+
+RESUMES = "the last checkpoint is complete: the same command resumes from there"
+_left = RESUMES
+
+
+def leaves(sentence: str) -> None:
+    """Sets what a process that is stopped says that it leaves, and what the same command does, without a full stop."""
+    global _left
+    _left = sentence
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,13 +42,13 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         signal: its number.
-        saved: what has been saved, for a message.
+        saved: what has been saved, and what the same command does, for a message.
         together: whether all processes have stopped after the same step.
     """
 
     def __init__(self, number: int, stage: str = "", step: int = 0):
         self.signal, self.together = number, bool(stage)
-        self.saved = f"step {step} of {stage} is saved" if stage else "the last checkpoint is complete"
+        self.saved = f"step {step} of {stage} is saved: the same command resumes from there" if stage else _left
         super().__init__(self.saved)
 
 
@@ -132,7 +142,7 @@ def _watch(woken: int, grace: float, quiet: float) -> NoReturn:
         if writes or (_current.unsaved and waited < grace):
             saved = time.monotonic()
         time.sleep(0.05)
-    sys.stderr.write("\nstopped; the last checkpoint is complete: the same command resumes from there.\n")
+    sys.stderr.write(f"\nstopped; {_left}.\n")
     sys.stdout.flush()
     leave(RESTART, "a signal stopped it")
     os._exit(RESTART)
