@@ -24,6 +24,12 @@ class Letters:
         return np.array([row + [0] * (8 - len(row)) for row in ids], np.int32)
 
 
+def filled(shapes):
+    """Random parameters of these shapes."""
+    params = jax.tree.map(lambda leaf: np.random.default_rng(leaf.size).normal(0, 0.1, leaf.shape), shapes)
+    return jax.tree.map(np.float32, params)
+
+
 def make(**denoiser):
     """A generator of videos of 9 × 16 × 16 with random parameters."""
     knobs = plain(runpy.run_path(str(CONFIGS / "walt_tiny.py"))["get_config"](), "config")
@@ -32,9 +38,7 @@ def make(**denoiser):
     config = build(RunConfig, knobs, "config")
     model = make_model(config, 32)
     key = jax.random.key(0)
-    shapes = unboxed(jax.eval_shape(model.init, key))
-    params = jax.tree.map(lambda leaf: np.random.default_rng(leaf.size).normal(0, 0.1, leaf.shape), shapes)
-    params = jax.tree.map(np.float32, params)
+    params = filled(unboxed(jax.eval_shape(model.init, key)))
     video = np.zeros((1, 5, 16, 16, 3), np.float32)
     variables = unboxed(jax.jit(model.codec.tokenizer.init)(key, video))
     tokenizer = TrainedTokenizer.unnormalised(variables, config.tokenizer.latent_channels)

@@ -7,7 +7,7 @@ import pytest
 from small_generator import make
 
 from walt_jax.data.video import read_clip
-from walt_jax.generation import sample
+from walt_jax.generation import cascade
 from walt_jax.generation.ask_files import sample_files
 from walt_jax.generation.asking import Ask
 from walt_jax.generation.long_video import Segment
@@ -34,7 +34,7 @@ def test_a_long_video_that_is_stopped(generator, tmp_path, monkeypatch, before):
             yield Segment(latents, np.zeros((4 if frame else 1, 16, 16, 3), np.uint8))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "segments", segments)
+    monkeypatch.setattr(cascade, "segments", segments)
     with pytest.raises(KeyboardInterrupt):
         sample_files(generator, Ask(8.0, frames=FRAMES), PIXELS, [("a", 1), ("b", 2)], "", tmp_path)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}

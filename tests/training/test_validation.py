@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import small_generator
 
+from walt_jax.data.frame_groups import frame_groups
 from walt_jax.data.pipeline import Data, DataConfig
 from walt_jax.data.shapes import ClipShape
-from walt_jax.evaluation import distances, random_features
+from walt_jax.diffusion.objective import Draws, diffusion_loss, draw
+from walt_jax.evaluation import distances, noise_levels, random_features
 from walt_jax.evaluation.config import EvaluationConfig
 from walt_jax.evaluation.features import Detector, features_of
 from walt_jax.evaluation.frechet import frechet_distance, moments
@@ -53,6 +55,45 @@ def test_a_denoiser_is_measured_by_its_loss_and_its_samples(generator, unseen):
     assert "2 samples against 3" in protocols["validation_frechet_random_features"]
     again, _ = validate(generator.params)
     assert again == values
+
+
+def test_a_model_of_groups_of_frames_is_measured_on_groups(generator, unseen, monkeypatch):
+    """The twin: each clip alone, its frames at their places, with its own part of the pack's noise."""
+    monkeypatch.setattr(noise_levels, "ROUNDS", 1)
+    call, model = 2, generator.model
+    clips, captions = usable_clips(unseen, range(len(unseen)), 3, 5)
+    of_groups = dataclasses.replace(generator, call=call, packed=True)
+    found, protocol = noise_levels.noise_losses(of_groups, np.stack(clips), captions, 5)
+    assert "groups of at most 2 latent frames" in protocol
+    expected, width = np.zeros((2, 4)), 4  # tokens of a latent frame
+    for first in (0, 2):  # batches of two clips
+        key, start = jax.random.fold_in(jax.random.key(5), first), 0
+        for clip in range(2 if first == 0 else 1):
+            group = frame_groups(3, call, np.random.default_rng([5, first, 0, clip]))
+            text = generator.captions.encode([captions[first + clip]])
+            latents = np.asarray(model.codec.encode(generator.tokenizer, clips[first + clip][None])[0])
+            layout, text, tokens, mask = noise_levels.packed(model, latents, text, [group], call)
+            there = np.asarray(layout.pack.positions[0, :, 0]) == 0
+            np.testing.assert_array_equal(layout.pack.positions[0, there, 1], group.frames.repeat(width))
+            np.testing.assert_array_equal(mask[0, there, 0], group.observed.repeat(width))
+            drawn = draw(key, tokens.shape, (1, 4), model.diffusion)
+            drawn = Draws(
+                drawn.time[:, [clip] * 4], np.roll(drawn.noise, -start, axis=1), drawn.self_conditioned[:, [clip] * 4]
+            )
+            start += there.sum()
+            _, binned = diffusion_loss(
+                model.denoise(generator.params, model.condition(generator.params, text, tokens, mask), layout),
+                tokens,
+                there[None, :, None] * (1 - np.asarray(model.per_value(mask))),
+                np.full((1, 4), 3 * width),
+                None,
+                layout.spread,
+                drawn,
+                model.diffusion,
+            )
+            expected += [binned.total, binned.count]
+    np.testing.assert_allclose([found.total, found.count], expected, rtol=1e-3)
+    assert 0 < found.count.sum() < 3 * call * width * tokens.shape[-1]  # some are observed
 
 
 def test_a_tokenizer_is_measured_by_its_reconstructions(generator, unseen):

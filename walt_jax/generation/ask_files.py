@@ -10,13 +10,12 @@ import numpy as np
 import tqdm.auto
 from jaxtyping import Float
 
-from walt_jax.errors import UserError
 from walt_jax.generation.asking import Ask, Resolved, resolve
-from walt_jax.generation.cascade import upscaled
+from walt_jax.generation.cascade import is_long, upscaled, upscaled_segments, upscaled_size
 from walt_jax.generation.content_credentials import Sign
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.request import Request, Size
-from walt_jax.generation.sample import Samples, long_frames
+from walt_jax.generation.sample import Samples, shown_frames
 from walt_jax.parallel.processes import is_first
 
 
@@ -36,8 +35,8 @@ def sample_files(
 ) -> int:
     """Writes a video for each prompt and seed; notes on what was fitted go to the standard error output.
 
-    Videos that are longer than the model's clips are made window by window; their latents are in `latents/` before
-    their frames are decoded.
+    Videos that are longer than the clips of one of the models are made window by window; their latents, those of the
+    cascade's last model, are in `latents/` before their frames are decoded.
 
     Args:
         generator, ask, pixels: as `asking.resolve` has them.
@@ -61,17 +60,15 @@ def sample_files(
     for note in asked.notes:
         print(f"note: {note}.", file=sys.stderr)
     requests = [Request(prompt, seed, negative_prompt, asked.size, asked.given) for prompt, seed in prompts]
-    is_long = generator.shape(asked.size)[0] > generator.longest
-    if is_long and cascade:
-        raise UserError("A cascade upscales clips as long as the model's; leave --num_frames and --extend out.")
-    suffixes = (".mp4", ".gif") if gif and not is_long else (".mp4",)
+    by_segment = is_long(generator, cascade, asked.size)
+    suffixes = (".mp4", ".gif") if gif and not by_segment else (".mp4",)
     settings = _settings(generator, ask, negative_prompt) | dict(made_with or {})
-    if is_long and generator.call:
+    if generator.call and generator.shape(asked.size)[0] > generator.longest:
         settings["schedule"] = generator.schedule
     samples = Samples(out, ask.fps, suffixes, settings, tags, made_by, sign)
     try:
-        if is_long:
-            _long(generator, requests, asked, samples)
+        if by_segment:
+            _long(generator, cascade, requests, asked, samples)
         else:
             for request, clip in _clips(generator, requests, cascade):
                 samples.add(clip[asked.shown], request.prompt, request.seed)
@@ -115,19 +112,21 @@ def _clips(
             progress.update(len(some))
 
 
-def _long(generator: Generator, requests: list[Request], asked: Resolved, samples: Samples) -> None:
-    folder = samples.out / "latents"
-    shape = generator.shape(asked.size)
+def _long(
+    generator: Generator, cascade: Sequence[Generator], requests: list[Request], asked: Resolved, samples: Samples
+) -> None:
+    size = upscaled_size(asked.size, cascade)
+    shape, shown = [generator, *cascade][-1].shape(size), range(*asked.shown.indices(size[0]))
     for number, request in enumerate(requests):
-        name = f"{samples.name(request.prompt, request.seed)}.npy"
+        name = f"latents/{samples.name(request.prompt, request.seed)}.npy"
         title = f"video {number + 1} of {len(requests)}"
         with (
-            _Latents(folder / name, shape) as latents,
-            tqdm.auto.tqdm(total=asked.size[0], desc=title, unit="frame") as progress,
+            _Latents(samples.out / name, shape) as latents,
+            tqdm.auto.tqdm(total=size[0], desc=title, unit="frame") as progress,
         ):
-            frames = long_frames(generator, request, asked.shown, latents.add, progress.update)
-            size = (len(range(*asked.shown.indices(asked.size[0]))), *asked.size[1:])
-            samples.add_stream(frames, size, request.prompt, request.seed, latents=f"latents/{name}")
+            made = upscaled_segments(generator, cascade, request, latents.add)
+            frames = shown_frames(made, shown, progress.update)
+            samples.add_stream(frames, (len(shown), *size[1:]), request.prompt, request.seed, latents=name)
 
 
 class _Latents:

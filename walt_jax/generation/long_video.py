@@ -25,6 +25,10 @@ from walt_jax.parallel.processes import fetched, together
 Keep = Callable[[Sequence[int], Float[np.ndarray, "k h w c"]], None]
 
 
+def keep_nothing(frames: Sequence[int], latents: Float[np.ndarray, "k h w c"]) -> None:
+    """Where latents are not saved."""
+
+
 class Window(NamedTuple):
     """A window of the model over a longer video's latent frames.
 
@@ -64,7 +68,11 @@ class Segment(NamedTuple):
 
 
 def segments(
-    generator: Generator, request: Request, watch: Watch | None = None, keep: Keep = lambda frames, latents: None
+    generator: Generator,
+    request: Request,
+    watch: Watch | None = None,
+    keep: Keep = keep_nothing,
+    low_res: Callable[[Window], Float[np.ndarray, "t h w c"]] | None = None,
 ) -> Iterator[Segment]:
     """Makes a video of any length, window by window, in memory that does not grow with it; or by a schedule.
 
@@ -73,20 +81,21 @@ def segments(
         request: of a video that is longer than the model's clips; what is given of it is read as it is needed.
         watch: see `Generator.latents`.
         keep: called with what each window, or call, has made, before any of it is decoded.
+        low_res: of super-resolution: the low-resolution latents of a window; called for each, in order.
 
     Raises:
         UserError: if the model makes pictures.
     """
     # One video is not worth a batch of copies.
     generator = dataclasses.replace(generator, config=dataclasses.replace(generator.config, batch_size=1))
-    if generator.call:
+    if generator.call and generator.shape(request.size)[0] > generator.call:
         yield from _by_schedule(generator, request, watch, keep)
         return
     codec, tokenizer = generator.model.codec, generator.tokenizer
     stride = codec.tokenizer.config.strides[0]
     total, *place = generator.shape(request.size)
-    size = generator.longest
-    if size == 1:
+    size = min(generator.longest, total)
+    if size == 1 < total:
         raise UserError("This model makes pictures; of a video, frames after the first can't be made.")
     plan = windows(total, size, observed_frames(size))
     cache, latest = None, np.zeros((0, *place), np.float32)  # the last window's latents
@@ -105,14 +114,20 @@ def segments(
             until[: window.done] = 0
         seed = request.seed if number == 0 else seed_of_call(request.seed, number)
         one = dataclasses.replace(request, seed=seed, size=(frames, *request.size[1:]), given=Given(latents, until))
+        if low_res is not None:
+            one = dataclasses.replace(one, low_res=low_res(window))
         [latest] = generator.latents([one], bar=False, watch=watch)
         new = latest[window.done :]
         keep(range(window.start + window.done, window.stop), new)
         decoded, cache = together(codec.decode, tokenizer, new[None], cache)
         shown = fetched(decoded)[0]
-        ends = range(0 if window.done == 0 else stride - 1, len(shown), stride)
-        last_frames = [*last_frames, *(shown[end] for end in ends)][-size:]
+        last_frames = [*last_frames, *shown[group_ends(len(shown), stride)]][-size:]
         yield Segment(new, shown)
+
+
+def group_ends(frames: int, stride: int) -> range:
+    """Of a segment's frames, the last one of each latent frame: the video's first frame is one, then `stride` are."""
+    return range((frames - 1) % stride, frames, stride)
 
 
 def _by_schedule(generator: Generator, request: Request, watch: Watch | None, keep: Keep) -> Iterator[Segment]:

@@ -116,6 +116,7 @@ def pack(
     seeds: np.ndarray,
     given: Sequence[tuple[np.ndarray, np.ndarray] | None],
     frames: Sequence[tuple[int, Sequence[int]] | None] = (),
+    room: int = 0,
 ) -> Packed:
     """Makes a pack of clips. Its shapes are rounded up: many mixes of sizes share few compiled programs.
 
@@ -126,10 +127,11 @@ def pack(
         given: (latents, until when they are followed) of each clip, or None.
         frames: of each clip, how many latent frames its video has and which of them it is; None, or nothing for all
             clips: it is a whole video.
+        room: tokens that the pack has at least.
     """
     config = model.denoiser.config
     grids = [config.grid(shape[:3]) for shape in shapes]
-    length = rounded(-(-sum(int(np.prod(grid)) for grid in grids) // UNIT)) * UNIT
+    length = rounded(-(-max(room, sum(int(np.prod(grid)) for grid in grids)) // UNIT)) * UNIT
     slots = max(SLOTS, power(len(grids)))
     videos, kept = list(grids), [np.arange(np.prod(grid)) for grid in grids]
     for number, those in enumerate(frames):

@@ -12,9 +12,7 @@ from jaxtyping import UInt8
 from walt_jax.data.media import contact_sheet, write_video, write_video_stream
 from walt_jax.generation import provenance
 from walt_jax.generation.content_credentials import Sign
-from walt_jax.generation.generator import Generator
-from walt_jax.generation.long_video import Keep, segments
-from walt_jax.generation.request import Request
+from walt_jax.generation.long_video import Segment
 from walt_jax.parallel.processes import is_first
 from walt_jax.workdir import write_atomically, write_picture
 
@@ -153,26 +151,20 @@ def write_samples(
     return samples.rows
 
 
-def long_frames(
-    generator: Generator,
-    request: Request,
-    shown: slice,
-    keep: Keep,
-    progress: Callable[[int], None],
+def shown_frames(
+    made: Iterable[Segment], shown: range, progress: Callable[[int], None]
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The frames of a video that is longer than the model's clips, as they are made.
+    """The frames of a long video as they are made.
 
     Args:
-        generator, request: see `long_video.segments`.
-        shown: the frames that are kept.
-        keep: see `long_video.segments`.
+        made: its segments.
+        shown: numbers of the frames that are kept.
         progress: called with the number of frames of each segment.
     """
-    start, stop, _ = shown.indices(request.size[0])
     number = 0
-    for segment in segments(generator, request, keep=keep):
+    for segment in made:
         for frame in segment.frames:
-            if start <= number < stop:
+            if number in shown:
                 yield frame
             number += 1
         progress(len(segment.frames))
