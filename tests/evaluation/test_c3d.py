@@ -62,8 +62,31 @@ def test_score_of_videos_and_of_samples(script, small, tmp_path):
     logits = np.concatenate([detector.compute(video_inception_score.prepare(clip)[None]) for clip in clips])
     assert of_arrays["value"] == pytest.approx(inception_score(logits)[0], rel=1e-4)
     assert sample_scores.sample_scores([clip[:9] for clip in clips], [""] * 10, weights) == []  # too short
-    with pytest.raises(UserError, match="--num_frames=17 is too long: C3D"):
-        evaluate_files.evaluate_files(folder, None, tmp_path / "out", weights=weights, frames=17)
+
+
+def test_other_numbers_of_frames_leave_the_other_metrics(script, small, tmp_path, monkeypatch, capsys):
+    """Of longer clips the first 16 frames are scored; of shorter ones none, and a sentence says so."""
+    monkeypatch.setattr(video_inception_score, "SPLITS", 2)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    clip = np.repeat(script.clip()[:, :16, :16], 2, axis=0)[:18]
+    for number in range(2):
+        write_video(folder / f"{number}.mp4", np.roll(clip, 5 * number, axis=2), 8)
+
+    def scores(frames):
+        found = evaluate_files.evaluate_files(
+            folder, None, tmp_path / "out", weights={"c3d": str(small)}, frames=frames
+        )
+        named = {one["name"]: one for one in found["metrics"]}
+        assert named["flicker"]["frames"] == frames
+        return named.get("inception_score_c3d")
+
+    usual, longer = scores(16), scores(18)
+    assert longer["value"] == usual["value"] and longer["frames"] == 16
+    assert longer["cut"] == "the first 16 of 18 frames of each clip, every frame"
+    assert "left out" not in capsys.readouterr().err
+    assert scores(9) is None
+    assert "inception_score_c3d is left out: --num_frames=9 is too short" in capsys.readouterr().err
 
 
 def test_other_weights_are_named(script):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import small_generator
 
+from walt_jax import main
 from walt_jax.data.frame_groups import frame_groups
 from walt_jax.data.pipeline import Data, DataConfig
 from walt_jax.data.shapes import ClipShape
@@ -128,3 +129,18 @@ def test_distances_of_reconstructions_have_the_fields_names_only_with_the_weight
     assert rows[0]["frames"] == 16 and "the first 16 of 20 frames; here" in rows[0]["protocol"]
     assert rows[0]["value"] > 0 and rows[0]["value"] != rows[2]["value"]
     assert reconstruction_distances(clips, others, (), {}, "here") == []
+    short = [[clip[:1] for clip in some] for some in (clips, others)]  # of a tokenizer of images
+    long = Detector("needs three frames", "0" * 64, 3, 3, means.compute)
+    monkeypatch.setitem(distances.DETECTORS, "i3d", lambda path: long)
+    found = [row["name"] for row in reconstruction_distances(*short, names, {"i3d": "w"}, "here")]
+    assert found == [f"reconstruction_{kind}_random_image_features" for kind in ("frechet", "kernel")]
+
+
+@pytest.mark.parametrize("name, fewest, frames", [("fvd_tf1", 9, 5), ("jedi", 16, 13)])
+def test_a_config_with_too_short_clips_for_a_distance_is_refused(name, fewest, frames, tmp_path, capsys):
+    values = f"--config.evaluation.distances=('{name}',)", f"--config.data.frames={frames}"
+    assert main.main(["--config=configs/walt_tiny.py", "--mode=plan", f"--workdir={tmp_path}", *values]) == 1
+    assert (
+        f"evaluation.distances names {name}, whose network needs {fewest} frames, and clips have {frames}: leave "
+        f"it out, or set data.frames to {fewest} or more"
+    ) in capsys.readouterr().err

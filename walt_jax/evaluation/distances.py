@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from walt_jax.errors import UserError
+from walt_jax.evaluation import i3d, vjepa
 from walt_jax.evaluation.detector_weights import find_weights
 from walt_jax.evaluation.feature_protocol import FeatureProtocol
 from walt_jax.evaluation.features import Detector, i3d_detector, inception_detector
@@ -40,6 +41,7 @@ REMEDIES = {
     "vjepa": "V-JEPA's weights, which no package ships: give a folder with vith16.pth.tar and ssv2-probe.pth.tar, "
     "--weights=vjepa=FOLDER",
 }
+FEWEST_FRAMES = {"i3d": i3d.SHORTEST, "vjepa": vjepa.FRAMES}  # of a clip, by network; others take any number
 DETECTORS = {"i3d": i3d_detector, "inception": inception_detector, "vjepa": vjepa_detector}
 
 

@@ -90,8 +90,12 @@ def evaluate_files(
         _check_frames(detector, frames)
     scorer = ClipScorer.find(weights, videos)
     c3d = None if pictures else find_c3d(weights)
-    if c3d is not None:
-        _check_frames(c3d, frames)
+    if c3d is not None and frames < c3d.shortest:
+        print(
+            f"{C3D_PROTOCOL.name} is left out: --num_frames={c3d.refusal(frames)}; give {c3d.shortest} or more.",
+            file=sys.stderr,
+        )
+        c3d = None
     metrics: list[dict[str, Any]] = []
     with Watchdog() as watchdog:
         measured = []
@@ -110,7 +114,10 @@ def evaluate_files(
         metrics += scorer.metric(shown, _cut(folders[:1], frames))
     if c3d is not None:
         logits = [row[0] for name, row in classes.items() if name not in folders[0].skipped]
-        metrics += video_score(c3d, np.stack(logits), _cut(folders[:1], frames))
+        cut = _cut(folders[:1], frames)
+        if frames > c3d.longest:
+            cut = f"the first {c3d.longest} of {frames} frames of each clip, every frame"
+        metrics += video_score(c3d, np.stack(logits), cut)
     for folder, rows in zip(folders, quality, strict=False):
         metrics += _quality_metrics(folder, rows, frames)
     metrics += _pair_metrics(pairs, frames, weights)
@@ -178,16 +185,18 @@ def _features(
     out: pathlib.Path,
     watchdog: Watchdog,
 ) -> dict[str, np.ndarray]:
-    """The features of a folder's files, a row each or, of images, a row for each frame; from the cache or computed."""
+    """The features of a folder's files, a row each or, of images, a row for each frame; from the cache or computed.
+
+    Of clips that are longer than the network takes, the first frames are measured.
+    """
     cache = FeatureCache(out / "features" / protocol.name)
-    names = {
-        name: digest_of(folder.digest(name), detector.sha256, protocol.name, str(frames)) for name in folder.usable
-    }
+    taken = min(frames, detector.longest or frames)
+    names = {name: digest_of(folder.digest(name), detector.sha256, protocol.name, str(taken)) for name in folder.usable}
     names = {name: key for name, key in names.items() if name not in folder.skipped}
 
     # Equal files are computed once.
     missing = {
-        key: name for name, key in names.items() if any(each not in cache.rows for each in protocol.keys(key, frames))
+        key: name for name, key in names.items() if any(each not in cache.rows for each in protocol.keys(key, taken))
     }
 
     def clips() -> Iterator[tuple[str, np.ndarray]]:
@@ -195,17 +204,17 @@ def _features(
         for (_, clip), key in zip(read, missing, strict=True):
             if clip is None:
                 continue
-            yield from zip(protocol.keys(key, frames), protocol.parts(clip), strict=True)
+            yield from zip(protocol.keys(key, taken), protocol.parts(clip[:taken]), strict=True)
 
     what = f"{protocol.name} {folder.flag.removeprefix('--')}"
     if missing:
-        total = len(missing) * (frames if protocol.of_images else 1)
+        total = len(missing) * (taken if protocol.of_images else 1)
         _watched(compute_features(detector, protocol.prepare, clips(), cache), what, 0, total)
     folder.check_any(frames)
     return {
-        name: np.stack([cache.rows[each] for each in protocol.keys(key, frames)])
+        name: np.stack([cache.rows[each] for each in protocol.keys(key, taken)])
         for name, key in names.items()
-        if all(each in cache.rows for each in protocol.keys(key, frames))
+        if all(each in cache.rows for each in protocol.keys(key, taken))
     }
 
 

@@ -27,7 +27,8 @@ def reconstruction_distances(
 
     Returns:
         As `distances.compare`; names are "rfvd_tf1", "rkvd_tf1", "rfid_tf1", … and, of stand-ins,
-        "reconstruction_frechet_random_features". None for fewer than two clips or images.
+        "reconstruction_frechet_random_features". None for fewer than two clips or images, and
+        none by networks of video of clips that are too short for them, as of a tokenizer's stage on images.
 
     Raises:
         UserError: if weights can't be read.
@@ -37,6 +38,8 @@ def reconstruction_distances(
         return metrics
     for detector, protocol in choose(names, weights, images=False, stand_in=True):
         frames = measured_frames(protocol, len(clips[0]))
+        if detector.refusal(frames):
+            continue
         mine, real = (features_of(detector, protocol, some, frames) for some in (reconstructions, clips))
         if min(len(mine), len(real)) < 2:
             continue

@@ -1,5 +1,6 @@
 """Scores of a run's samples that need no real clips: CLIP's of their captions, and the inception score of video."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from walt_jax.evaluation.feature_protocol import Clip
 from walt_jax.evaluation.features import features_of
 from walt_jax.evaluation.video_inception_score import C3D_PROTOCOL, find_c3d, score
 from walt_jax.parallel.mesh import on_own_devices
+from walt_jax.parallel.processes import is_first
 
 
 def sample_scores(samples: Sequence[Clip], prompts: Sequence[str], weights: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -34,7 +36,11 @@ def sample_scores(samples: Sequence[Clip], prompts: Sequence[str], weights: Mapp
         rows = features_of(scorer.detector, scorer.protocol, samples).reshape(len(samples), len(samples[0]), -1)
         with on_own_devices():
             metrics += scorer.metric(dict(zip(names, rows, strict=True)), "samples before compression")
-    if c3d is not None and len(samples[0]) >= c3d.shortest:
+    if c3d is not None and len(samples[0]) < c3d.shortest:
+        if is_first():
+            needs = f"samples have {len(samples[0])} frames, and {c3d.name} needs {c3d.shortest}"
+            print(f"{C3D_PROTOCOL.name} is left out: {needs}.", file=sys.stderr)
+    elif c3d is not None:
         rows = features_of(c3d, C3D_PROTOCOL, samples, c3d.longest)
         metrics += score(c3d, rows, f"the first {c3d.longest} frames of samples before compression")
     return metrics

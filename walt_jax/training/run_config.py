@@ -20,8 +20,7 @@ from walt_jax.diffusion.motion_error import NO_MOTION
 from walt_jax.diffusion.objective import DiffusionConfig
 from walt_jax.errors import UserError
 from walt_jax.evaluation.config import EvaluationConfig
-from walt_jax.evaluation.distances import PROTOCOLS
-from walt_jax.evaluation.i3d import SHORTEST
+from walt_jax.evaluation.distances import FEWEST_FRAMES, PROTOCOLS
 from walt_jax.generation.codec import Codec, PerFrame
 from walt_jax.generation.latent_diffusion import LatentDiffusion, SamplingConfig
 from walt_jax.generation.schedules import AUTOREG, check_name
@@ -148,11 +147,12 @@ class RunConfig:
 
     def _check_distances(self) -> None:
         frames, names = self.data.frames, self.evaluation.distances
-        for name in names if frames < SHORTEST else ():
-            if PROTOCOLS[name].network == "i3d":
+        for name in names:
+            fewest = FEWEST_FRAMES.get(PROTOCOLS[name].network, 1)
+            if frames < fewest:
                 raise ValueError(
-                    f"evaluation.distances names {name}, whose network needs {SHORTEST} frames, and clips have "
-                    f"{frames}: leave it out"
+                    f"evaluation.distances names {name}, whose network needs {fewest} frames, and clips have "
+                    f"{frames}: leave it out, or set data.frames to {fewest} or more"
                 )
 
     @property

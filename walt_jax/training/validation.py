@@ -71,6 +71,8 @@ def of_denoiser(generator: Callable[[Any], Generator], unseen: Source, config: E
         frames = clips.shape[1]
         if not known:
             for detector, protocol in choose(config.distances, config.weights, images=frames == 1, stand_in=True):
+                if detector.refusal(measured_frames(protocol, frames)):
+                    continue  # a stage on images, of a run whose clips are long enough
                 real = features_of(detector, protocol, clips, measured_frames(protocol, frames))
                 known.append((detector, protocol, Reference.of(real, detector, protocol)))
         samples = with_params.generate(_requests(unseen.captions, config.validation_samples), bar=False)
