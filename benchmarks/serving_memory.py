@@ -40,15 +40,21 @@ def resident(process: subprocess.Popen) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs/tiny")
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--at_once", type=int, default=12)
     parser.add_argument("--every", type=int, default=25)
-    parser.add_argument("--sides", default="2,2,3", help="of frames, in the model's units; widths are the first two")
+    parser.add_argument("--heights", type=numbers, default="2,2,3", help="in the model's units, each equally likely")
+    parser.add_argument("--widths", type=numbers, default="2", help="as --heights")
+    parser.add_argument("--lengths", type=numbers, default="0,1,1", help="as --heights, after the first frame")
+    parser.add_argument("--unguided", type=float, default=0.0, help="fraction of requests without guidance")
     arguments = parser.parse_args()
-    sides = [int(side) for side in arguments.sides.split(",")]
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         process, address = started(arguments.workdir, pathlib.Path(folder) / "log")
@@ -58,11 +64,13 @@ def main() -> None:
             start, waiting, done = time.monotonic(), [], 0
             print(json.dumps({"requests": 0, "resident_mib": round(resident(process))}), flush=True)
             for number in range(1, arguments.requests + 1):
-                height, width = rng.choice(sides) * height_unit, rng.choice(sides[:2]) * width_unit
+                height = rng.choice(arguments.heights) * height_unit
+                width = rng.choice(arguments.widths) * width_unit
+                guidance = 1.0 if rng.random() < arguments.unguided else rng.uniform(1.5, 8.0)
                 asked = {
                     "prompt": f"a {rng.choice(['red', 'green', 'blue'])} square", "seed": number,
-                    "num_frames": 1 + time_unit * rng.choice([0, 1, 1]), "height": height, "width": width,
-                    "num_inference_steps": rng.randint(1, 12), "guidance_scale": rng.uniform(1.5, 8.0),
+                    "num_frames": 1 + time_unit * rng.choice(arguments.lengths), "height": height, "width": width,
+                    "num_inference_steps": rng.randint(1, 12), "guidance_scale": guidance,
                 }  # fmt: skip
                 if height * width > about["most_pixels"]:
                     asked["height"], asked["width"] = about["height"], about["width"]

@@ -12,10 +12,11 @@ from walt_jax.diffusion.guidance import APGConfig, GuidanceConfig
 from walt_jax.errors import UserError
 from walt_jax.generation import packs
 from walt_jax.generation.asking import encoded
-from walt_jax.generation.latent_diffusion import NEVER, SamplingConfig, unboxed
+from walt_jax.generation.latent_diffusion import NEVER, LatentDiffusion, SamplingConfig, unboxed
 from walt_jax.generation.long_video import segments, windows
 from walt_jax.generation.packs import can_pack
 from walt_jax.generation.request import Given, Request
+from walt_jax.parallel.mesh import MeshConfig, make_mesh, on, replicated
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -115,6 +116,18 @@ def test_what_watches_sees_every_evaluation_and_can_end_it(generator):
         generator.latents([Request("a"), Request("b"), Request("c")], watch=watch)
     shape = generator.model.latent_shape
     assert seen == [([0, 1], 1, 2, shape), ([0, 1], 2, 2, shape), ([2], 1, 2, shape)]
+
+
+def test_all_evaluations_share_a_program_and_have_ended_when_they_are_watched(generator):
+    """With parameters as runs restore them: on a mesh, also of one device."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = jax.device_put(generator.params, replicated(mesh))
+    model, ended, before = generator.model, [], LatentDiffusion._step._cache_size()
+    config = SamplingConfig(12, guidance=GuidanceConfig(scale=2.0))
+    text = np.ones((3, 8), np.int32)  # a size that no other test has
+    with on(mesh):
+        model.sample(params, text, text, np.arange(3), config, on_step=lambda *step: ended.append(step[2].is_ready()))
+    assert ended == [True] * 12 and LatentDiffusion._step._cache_size() == before + 1
 
 
 @pytest.mark.parametrize(("total", "size", "observed"), [(5, 5, 2), (6, 5, 2), (20, 5, 2), (9, 2, 1), (30, 8, 4)])

@@ -152,6 +152,29 @@ def test_a_job_has_so_much_time(server):
     assert "longer than 0 s" in client.get(f"/v1/videos/{name}").json()["error"]["message"]
 
 
+def test_time_left_is_known_between_the_first_evaluation_and_the_last(server, monkeypatch):
+    """Not while the first one waits for the compiler, nor while the video is decoded."""
+    client, now = server(paused=True), [100.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    job = client.jobs.get(ask(client)["id"])
+
+    def shown():
+        job = client.get("/v1/videos").json()["data"][0]
+        return job["stage"], job["progress"], job["seconds_left"]
+
+    assert shown() == (None, 0, None)
+    client.jobs.update(job, status="in_progress")
+    assert shown() == ("starting", 0, None)
+    for seconds, done, expected in ((160, 1, 0), (162, 2, 396), (164, 3, 394), (358, 100, 200), (556, 199, 2)):
+        now[0] = float(seconds)
+        client.worker._advance(job, done / 200)
+        assert shown() == ("sampling", done // 2, expected or None)
+    now[0] += 1.5
+    assert shown() == ("sampling", 99, 0.5), "it also gets less between evaluations"
+    client.worker._advance(job, 1.0)
+    assert shown() == ("decoding", 99, None)
+
+
 def test_few_programs_are_kept(server, monkeypatch):
     """Other steps and guidance need none; each size has a sampler and a decoder, and there is room for two."""
     client, cleared, clear = server(paused=True), [], jax.clear_caches

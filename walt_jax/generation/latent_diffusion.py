@@ -421,7 +421,7 @@ class LatentDiffusion:
         self, params: dict[str, Any], noise: Float[Array, "b n p"], asked: Asked, config: SamplingConfig, dials: Dials
     ) -> Any:
         chosen, carried = self._solver(params, asked, config, dials)
-        return chosen.start(constrain(noise, "batch", "tokens"), carried)
+        return _divided(chosen.start(_divided(noise), carried))
 
     @functools.partial(jax.jit, static_argnames=("self", "config"), donate_argnames=("state",))
     def _step(
@@ -429,7 +429,7 @@ class LatentDiffusion:
     ) -> tuple[Any, Float[Array, "b n p"]]:
         """The state after evaluation i, and its estimate of the clean latents."""
         chosen, _ = self._solver(params, asked, config, dials)
-        state = chosen.step(state, i)
+        state = _divided(chosen.step(state, i))
         *_, carried = state
         return state, carried.guided
 
@@ -474,7 +474,8 @@ class LatentDiffusion:
         for number in range(count):
             state, estimate = together(self._step, params, state, np.int32(number), asked, program, dials)
             if on_step is not None:
-                on_step(number + 1, count, estimate)
+                # Programs are queued on the device faster than they run: all would be, before the first has ended.
+                on_step(number + 1, count, jax.block_until_ready(estimate))
         return together(self._end, params, state, asked, program, dials)
 
     def sample(
@@ -517,6 +518,11 @@ class LatentDiffusion:
     def _prepared(self, text, free, seeds, shape, observed, until, low_res, augmentation, tile):
         asked = self.asked(text, free, seeds, shape, observed, until, low_res, augmentation, tile)
         return self.tokens(self.noise(seeds, shape)), asked
+
+
+def _divided(state: Any) -> Any:
+    """Arrays of tokens, each divided over the mesh as all others: the first evaluation has the program of the rest."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", "tokens") if leaf.ndim == 3 else leaf, state)
 
 
 def _step_of(dials: Dials, time: Float[Array, "b s"]) -> Step:

@@ -120,11 +120,9 @@ def described(sizes: Mapping[str, int]) -> str:
 def on(mesh: Mesh, rules: Rules = ()) -> Iterator[None]:
     """Programs that are traced within have their activations constrained to this mesh by these rules.
 
-    A mesh of one device changes nothing.
+    On a mesh of one device nothing is constrained. It is in context all the same: types of arrays name the mesh, and a
+    program is compiled twice if its state comes from one that has made it of constants.
     """
-    if mesh.size == 1:
-        yield
-        return
     with jax.set_mesh(mesh), active_rules(rules):
         yield
 

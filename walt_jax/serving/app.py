@@ -86,10 +86,11 @@ def make_app(
         return JSONResponse(shown(job))
 
     def shown(job: Job, waiting: list[Job] | None = None) -> dict[str, Any]:
-        """A job with its place in the queue and the seconds that are left."""
+        """A job with its place in the queue, its stage and the seconds that are left."""
         waiting = jobs.waiting() if waiting is None else waiting
         place = next((place for place, other in enumerate(waiting) if other is job), None)
-        return {**described(job, model), "queue_position": place, "seconds_left": worker.seconds_left(job)}
+        now = {"queue_position": place, "stage": worker.stage(job), "seconds_left": worker.seconds_left(job)}
+        return {**described(job, model), **now}
 
     def _write(source: BinaryIO, path: pathlib.Path) -> str:
         with path.open("xb") as file:

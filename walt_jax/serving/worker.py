@@ -76,6 +76,21 @@ class Ready:
     request: Request
 
 
+@dataclasses.dataclass
+class Pace:
+    """How a video gets on; times are those of a monotonic clock.
+
+    Attributes:
+        start, first: when the first evaluation had ended, and the fraction that was done then.
+        at, done: the same of the last one so far.
+    """
+
+    start: float
+    first: float
+    at: float
+    done: float
+
+
 class Worker(threading.Thread):
     """Makes the jobs, oldest first.
 
@@ -109,17 +124,26 @@ class Worker(threading.Thread):
         self._on_mesh, self._together, self._model, self._tags, self._sign = on_mesh, together, model, tags, sign
         self._ending = False
         self.wanted: set[str] = set()  # ids of jobs that someone watches
-        self._paces: dict[str, tuple[float, int]] = {}  # when a job's first evaluation ended, and its progress then
+        self._paces: dict[str, Pace] = {}  # of jobs whose first evaluation has ended
         self.counts = dict.fromkeys(("batches", "videos", "failed", "evaluations"), 0) | dict.fromkeys(
             ("seconds", "sampling_seconds", "decoding_seconds"), 0.0
         )
 
-    def seconds_left(self, job: Job) -> float | None:
-        """Of a job that is being made, by its pace since its first evaluation; None where that is not known yet."""
-        start, progress = self._paces.get(job.id, (0.0, 100))
-        if job.status != "in_progress" or job.progress <= progress:
+    def stage(self, job: Job) -> str | None:
+        """What is done for a job that is being made: "starting", "sampling" or "decoding"."""
+        if job.status != "in_progress":
             return None
-        return round((time.monotonic() - start) * (100 - job.progress) / (job.progress - progress), 1)
+        pace = self._paces.get(job.id)
+        # Programs of a new size are compiled before the first evaluation ends, which may take longer than all of them.
+        return "starting" if pace is None else "sampling" if pace.done < 1 else "decoding"
+
+    def seconds_left(self, job: Job) -> float | None:
+        """Of sampling a video, by its pace since its first evaluation; None where that is not known."""
+        pace = self._paces.get(job.id)
+        if job.status != "in_progress" or pace is None or not pace.first < pace.done < 1:
+            return None
+        each = (pace.at - pace.start) / (pace.done - pace.first)
+        return round(max(0.0, each * (1 - pace.done) - (time.monotonic() - pace.at)), 1)
 
     def end(self) -> None:
         """Ends after the current evaluation; what was being made is queued when a server starts again."""
@@ -234,6 +258,7 @@ class Worker(threading.Thread):
 
     def _prepared(self, job: Job) -> Ready | None:
         """Reads what is given; a job that can't be made has failed."""
+        self._paces.pop(job.id, None)  # of a batch that failed
         if not self.jobs.update(job, status="in_progress", progress=0):
             return None
         asked, folder = job.asked, self.jobs.path(job)
@@ -302,7 +327,7 @@ class Worker(threading.Thread):
             found.append(segment.frames)
             made = sum(map(len, found)) / ready.request.size[0]
             for job in ready.jobs:
-                self._advance(job, min(99, int(100 * made)))
+                self._advance(job, made)
         return np.concatenate(found)
 
     def _watch(
@@ -321,7 +346,7 @@ class Worker(threading.Thread):
                 jobs = ready[index].jobs
                 if progress:
                     for job in jobs:
-                        self._advance(job, min(99, int(100 * number / count)))
+                        self._advance(job, number / count)
                 watched = [job for job in jobs if job.id in self.wanted]
                 if watched and time.monotonic() - shown[index] > PREVIEW_SECONDS:
                     [frames] = decoder.decode([estimate(place)])
@@ -332,9 +357,11 @@ class Worker(threading.Thread):
 
         return watch
 
-    def _advance(self, job: Job, progress: int) -> None:
-        self._paces.setdefault(job.id, (time.monotonic(), progress))
-        self.jobs.update(job, progress=progress)
+    def _advance(self, job: Job, done: float) -> None:
+        now = time.monotonic()
+        pace = self._paces.setdefault(job.id, Pace(now, done, now, done))
+        pace.at, pace.done = now, done
+        self.jobs.update(job, progress=min(99, int(100 * done)))
 
     def _finish(self, ready: Ready, video: np.ndarray) -> None:
         first = next((job for job in ready.jobs if self.jobs.get(job.id) is not None), None)
