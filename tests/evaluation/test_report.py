@@ -22,6 +22,7 @@ METRICS = [
     {"name": "PSNR", "value": 33.7, "unit": "dB", "target": 30, "protocol": "64 clips & 17 frames"},
     {"name": "FVD", "value": 31.0, "target": "<= 25", "protocol": "256 clips against themselves"},
     {"name": "just under", "value": 0.99998, "target": 0.99999, "protocol": "not rounded before it is compared"},
+    {"name": "share", "value": 0.9921, "unit": "fraction", "target": 0.95, "protocol": "of 126 samples"},
     {"name": "parameters", "value": 4731904, "protocol": "without the text encoder"},
 ]
 
@@ -139,13 +140,14 @@ def test_text_from_files_stays_text(workdir):
 def test_metrics_stand_beside_their_protocols_and_targets(workdir):
     page = Page(write_report(workdir))
     rows = dict(re.findall(r'<tr><td class="metric">(.*?)</td>(.*?)</tr>', page.source))
-    assert list(rows) == ["PSNR", "FVD", "just under", "parameters"]
+    assert list(rows) == ["PSNR", "FVD", "just under", "share", "parameters"]
     assert all(html.escape(metric["protocol"]) in rows[metric["name"]] for metric in METRICS)
     assert "33.7 dB" in rows["PSNR"] and "≥ 30" in rows["PSNR"] and "✓ met" in rows["PSNR"]
     assert "≤ 25" in rows["FVD"] and "✗ missed" in rows["FVD"]
     assert "✗ missed" in rows["just under"]
+    assert "99.21 %" in rows["share"] and "≥ 95 %" in rows["share"] and "✓ met" in rows["share"]
     assert "4,731,904" in rows["parameters"] and "met" not in rows["parameters"]
-    assert "Targets met\n1 of 3\n" in page.text
+    assert "Targets met\n2 of 4\n" in page.text
 
 
 def test_wrong_prompts_are_marked_and_held_out_ones_apart(workdir):
@@ -174,6 +176,22 @@ def test_tiny_clips_grow_by_a_whole_factor_and_large_ones_do_not(workdir):
     gallery = Page(write_report(workdir)).section("Samples")
     sizes = re.findall(r'width="(\d+)" height="(\d+)"( class="tiny")?', gallery)
     assert sizes == [("128", "128", ' class="tiny"')] * 2 + [("256", "256", "")]
+
+
+def test_videos_of_steps_play_in_their_order_and_not_all_of_them(workdir):
+    assert 'id="progress"' not in Page(write_report(workdir)).source
+    for stage, what, steps in (("denoiser", HOSTILE, range(10, 310, 10)), ("tokenizer", "clips", (9, 100))):
+        folder = workdir / "previews" / stage
+        folder.mkdir(parents=True)
+        folder.with_name(f"{stage}.json").write_text(json.dumps({"what": what, "captions": ["a", "<b>"]}))
+        for step in steps:
+            write_video(folder / f"{step}.mp4", clip(16), 8)
+    found = Page(write_report(workdir)).section("Progress")
+    assert re.findall("<h3>(.*?)<", found) == ["tokenizer", "denoiser"] and "a · &lt;b&gt;" in found
+    shown = [int(step) for step in re.findall(r"<figcaption>step (\d+)", found)]
+    assert shown[:2] == [9, 100] and len(shown) == 12
+    assert shown[2] == 10 and shown[-1] == 300 and shown[2:] == sorted(shown[2:])
+    assert found.count("autoplay loop") == 12 and "<script" not in found
 
 
 def test_stages_have_their_rows_and_curves_in_order_of_appearance(workdir):

@@ -89,6 +89,17 @@ def test_only_differences_of_the_configs_are_listed(runs):
     assert "&lt;b&gt;" in found and "<b>" not in found and "data.fps" not in found
 
 
+def test_a_stage_that_a_run_lacks_is_one_row(runs):
+    stage = {"steps": 9, "optimizer": {f"knob{number}": number for number in range(12)}}
+    for path, stages in zip(runs, ({"tokenizer": stage}, {"tokenizer": stage}, {}), strict=True):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "stages": {"denoiser": {"steps": 5}, **stages}}))
+    found = section(runs).split("<h3>Configuration</h3>")[1]
+    rows = re.findall(r'<td class="knob"><code>(.*?)</code></td>(.*?)</tr>', found)
+    assert [name for name, _ in rows] == ["seed", "stages.tokenizer", "extra.knob"]
+    assert re.findall(r'class="number">(.*?)</td>', rows[1][1]) == ["13 knobs", "13 knobs", "–"]
+
+
 def test_the_mode_writes_one_file_and_its_mistakes_are_sentences(runs, tmp_path, capsys):
     page = runs[0] / "report.html"
     assert main([f"--workdir={runs[0]}", "--mode=report", *(f"--compare={path}" for path in runs[1:])]) == 0

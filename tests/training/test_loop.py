@@ -19,7 +19,9 @@ import pytest
 from PIL import Image
 
 from walt_jax.data.packing import Item, Packed
+from walt_jax.data.video import read_clip
 from walt_jax.errors import UserError
+from walt_jax.evaluation.report_previews import steps_of
 from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.training import loop, preview
 from walt_jax.training.loop import StageConfig, made_ahead, run_stage
@@ -241,7 +243,8 @@ def test_previews_are_renewed_and_change_nothing(undisturbed, tmp_path, monkeypa
 
     def sheet(served):
         shown.append(float(served["w"][0]))
-        return Image.new("RGB", (len(shown), 1))
+        clip = np.full((2, 16, 16, 3), len(shown), np.uint8)
+        return preview.Shown(Image.new("RGB", (len(shown), 1)), [[clip] * 3, [clip] * 2], ["a", "b"], "clips", 8.0)
 
     write = preview.write_preview
     size = lambda: Image.open(tmp_path / PREVIEW).size  # noqa: E731
@@ -249,8 +252,24 @@ def test_previews_are_renewed_and_change_nothing(undisturbed, tmp_path, monkeypa
     trained = train(tmp_path, stage=stage, preview=lambda: sheet)
     np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
     assert written == [(1, 1), (2, 1), (3, 1), (4, 1)] and len(set(shown)) == 4
+    videos = tmp_path / "previews" / "first"
+    assert steps_of(videos) == [2, 4, 8, 16]
+    assert read_clip(videos / "2.mp4").shape == (2, 34, 52, 3)
     assert [step for step in range(1, 50) if preview.due(step, 16)] == [2, 4, 8, 16, 32, 48]
     assert [step for step in range(1, 25) if preview.due(step, 12)] == [3, 6, 12, 24]  # 1.5 is no step
+
+
+def test_videos_of_steps_are_spread_and_later_ones_go(tmp_path):
+    assert preview.kept([1, 2, 4, 8, 16, 24, 32], 4) == [1, 16, 24, 32]
+    clips = np.arange(4, dtype=np.uint8)[:, None, None, None, None].repeat(2 * 4 * 4 * 3).reshape(4, 2, 4, 4, 3)
+    whole = preview.tiled([clips[:2], clips[2:]])
+    assert whole.shape == (2, 10, 10, 3) and (whole[:, 4:6] == 255).all() and (whole[:, :, 4:6] == 255).all()
+    for number, corner in enumerate((whole[:, :4, :4], whole[:, :4, 6:], whole[:, 6:, :4], whole[:, 6:, 6:])):
+        np.testing.assert_array_equal(corner, clips[number])
+    shown = preview.Shown(Image.new("RGB", (1, 1)), [clips], [], "clips", 8.0)
+    for step in (5, 10, 15, 10):  # the last is of a run that goes on from an earlier step
+        preview.write_preview(tmp_path, "s", step, shown)
+    assert steps_of(tmp_path / "previews" / "s") == [5, 10]
 
 
 def test_what_later_stages_left_is_set_aside_once_a_step_is_saved(undisturbed, tmp_path):

@@ -48,7 +48,7 @@ def write_video(path: epath.PathLike, frames: np.ndarray, fps: float, tags: Mapp
       UserError: another suffix.
     """
     path = epath.Path(path)
-    write = {".mp4": _mp4, ".gif": _gif}.get(path.suffix.lower())
+    write = {".mp4": mp4, ".gif": _gif}.get(path.suffix.lower())
     if write is None:
         raise UserError(f"{path} can't be written as video: give it a name that ends in .mp4 or .gif.")
     path.write_bytes(write(frames, fps, tags or {}))
@@ -175,10 +175,11 @@ class _Ended:
             yield frame
 
 
-def _mp4(frames: np.ndarray, fps: float, tags: Mapping[str, str]) -> bytes:
+def mp4(frames: np.ndarray, fps: float, tags: Mapping[str, str] | None = None) -> bytes:
+    """What `write_video` writes of a clip into a file that ends in `.mp4`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
-        _encode_mp4(file, frames, fps, tags)
+        _encode_mp4(file, frames, fps, tags or {})
         return file.read_bytes()
 
 

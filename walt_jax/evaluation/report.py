@@ -27,9 +27,11 @@ from walt_jax.evaluation.report_files import (
     read_stages,
     series,
     table,
+    with_unit,
 )
 from walt_jax.evaluation.report_goodput import goodput_section
 from walt_jax.evaluation.report_page import PAGE
+from walt_jax.evaluation.report_previews import previews_section
 from walt_jax.remote import resolved
 from walt_jax.workdir import write_atomically
 
@@ -47,6 +49,7 @@ MEDIA_TYPES = {
 # than the second are shrunk.
 GALLERY = (128, 320)
 COMPACT = (96, 160)
+STRIP = (96, 1100)  # of several clips next to each other
 
 COMPARISONS = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge}
 
@@ -55,8 +58,8 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
     It shows what there is of `config.json`, `metrics.jsonl`, `clock.jsonl`, `evaluate.json`, `files.json`,
-    `reconstructions.png`, `super_resolution.png`, and of `samples.json` and `contact_sheet.png` in `samples/`, and says
-    what isn't there yet.
+    `reconstructions.png`, `super_resolution.png`, `previews/`, and of `samples.json` and `contact_sheet.png` in
+    `samples/`, and says what isn't there yet.
     A metric's `target` is a number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
@@ -82,6 +85,7 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
         "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
         "Reconstructions": _reconstructions(evaluate, workdir, media),
         "Data": _data(files),
+        "Progress": previews_section(workdir, list(stages), lambda path: media.clip(path, STRIP)[0]),
         "Training": metrics_note + _training(stages),
         "Time": goodput_section(workdir),
         "Configuration": _configuration(workdir / "config.json"),
@@ -93,6 +97,8 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
         del sections["Comparison"]
     if not files:
         del sections["Data"]
+    if not sections["Progress"]:
+        del sections["Progress"]
     if not sections["Time"]:
         del sections["Time"]
     if not evaluate.get("super_resolution"):
@@ -226,17 +232,18 @@ def _judged(evaluate: dict) -> set[str]:
 
 
 def _metric_row(metric: dict) -> list[str]:
-    value = html.escape(f"{number(metric.get('value'))} {metric.get('unit') or ''}".strip())
-    target = "" if metric.get("target") is None else html.escape(_target(metric["target"]))
+    unit = str(metric.get("unit") or "")
+    value = html.escape(with_unit(metric.get("value"), unit))
+    target = "" if metric.get("target") is None else html.escape(_target(metric["target"], unit))
     marks = {True: '<span class="good">✓ met</span>', False: '<span class="bad">✗ missed</span>', None: ""}
     name, protocol = (html.escape(str(metric.get(key) or "")) for key in ("name", "protocol"))
     return [name, value, target, marks[_verdict(metric)], protocol]
 
 
-def _target(target: float | str) -> str:
+def _target(target: float | str, unit: str = "") -> str:
     if isinstance(target, str):
         return target.replace("<=", "≤").replace(">=", "≥").strip()
-    return f"≥ {target:,}"
+    return f"≥ {with_unit(target, unit)}" if unit == "fraction" else f"≥ {target:,}"
 
 
 def _verdict(metric: dict) -> bool | None:

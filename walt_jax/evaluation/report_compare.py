@@ -25,6 +25,7 @@ from walt_jax.evaluation.report_files import (
     read_stages,
     series,
     table,
+    with_unit,
 )
 from walt_jax.workdir import flatten
 
@@ -33,6 +34,7 @@ COLOURS = ("#3b7dc4", "#d0653b", "#3f9464", "#9a6fc0", "#b8912a", "#3aa0a8", "#c
 # A result that is part of a protocol's text; it differs between runs measured in the same way.
 RESULT = re.compile(r"; lowest [^;]*, highest [^;]*")
 QUALITY = ("loss", "psnr", "ssim", "accuracy", "perplexity", "usage", "fvd", "fid")  # other curves are folded
+GROUP = 12  # knobs that a run lacks together have a row each; more have one row
 # What a metric has beside its value that must be equal for numbers to be comparable.
 COMPARABLE = ("name", "unit", "protocol", "count", "detector_sha256", "reference_sha256")
 
@@ -149,7 +151,7 @@ def _metrics(runs: Sequence[RunFiles]) -> str:
     cells, before = [], None
     for (name, unit, protocol, *others), values in sorted(rows.items(), key=lambda row: names.index(row[0][0])):
         more = "; ".join(f"{part}: {text:.16}" for part, text in zip(COMPARABLE[3:], others, strict=True) if text)
-        texts = [f"{number(values[run.name])} {unit}".strip() if run.name in values else "–" for run in runs]
+        texts = [with_unit(values[run.name], unit) if run.name in values else "–" for run in runs]
         another = '<span class="bad">another protocol:</span> ' if name == before else ""
         described = another + html.escape("; ".join(filter(None, (protocol, more))))
         cells.append([html.escape(name), *map(html.escape, texts), described])
@@ -186,7 +188,16 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     flat = [flatten(run.config) for run in runs]
     absent = object()
     rows = []
+    groups: list[str] = []
     for knob in dict.fromkeys(knob for knobs in flat for knob in knobs):
+        group = _missing_group(knob, [run.config for run in runs])
+        counts = [sum(name.startswith(f"{group}.") for name in knobs) for knobs in flat]
+        if group and max(counts) > GROUP:
+            # All knobs of a stage, say, that a run does not have: one row in place of one for each.
+            if group not in groups:
+                groups.append(group)
+                rows.append([f"<code>{html.escape(group)}</code>", *(f"{n} knobs" if n else "–" for n in counts)])
+            continue
         values = [knobs.get(knob, absent) for knobs in flat]
         if any(value != values[0] for value in values):
             shown = ["–" if value is absent else f"<code>{html.escape(_short(value))}</code>" for value in values]
@@ -194,6 +205,18 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     if not rows:
         return "<h3>Configuration</h3><p>The configs are equal.</p>"
     return "<h3>Configuration</h3>" + table(("knob",), rows, [html.escape(run.name) for run in runs])
+
+
+def _missing_group(knob: str, configs: Sequence[dict[str, Any]]) -> str | None:
+    """The outermost group of knobs that this one is in and that some configs lack, or have no value of."""
+    names = knob.split(".")
+    for depth in range(1, len(names)):
+        found: list[Any] = list(configs)
+        for name in names[:depth]:
+            found = [each.get(name) if isinstance(each, dict) else None for each in found]
+        if not all(isinstance(each, dict) for each in found):
+            return ".".join(names[:depth])
+    return None
 
 
 def _short(value: Any) -> str:

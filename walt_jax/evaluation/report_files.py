@@ -97,6 +97,13 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def with_unit(value: Any, unit: str) -> str:
+    """A number and its unit; a fraction in percent."""
+    if unit == "fraction" and isinstance(value, int | float):
+        return f"{100 * value:.4g} %"
+    return f"{number(value)} {unit}".strip()
+
+
 def duration(seconds: float | None) -> str:
     """Seconds for people."""
     if seconds is None:

@@ -67,6 +67,8 @@ td.protocol { min-width: 18rem; color: var(--quiet); font-size: .92em; }
 .clips .prompt { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 5; overflow: hidden; }
 .clips .aside { display: block; color: var(--quiet); }
 .clips .wrong { background: var(--bad-paper); box-shadow: inset 0 0 0 2px var(--bad); }
+.steps { flex-direction: column; }
+.steps figure { width: fit-content; }
 .clips .missing { padding: .5rem; min-height: 6rem; border: 1px dashed var(--line); color: var(--quiet);
   font-size: .78rem; overflow-wrap: anywhere; }
 

@@ -109,8 +109,8 @@ class StageConfig:
         keep_metric: its name in `metrics.jsonl`; the least is best, the greatest with a + in front, as in "+psnr_db".
             What `validate_every` measures, such as "validation_loss", is then measured at each checkpoint too.
         keep_every_hours: every so many hours a checkpoint is kept for good; 0 keeps none for its age.
-        preview_every: steps between renewals of `preview.png` in the workdir: reconstructions or samples of unseen
-            clips. The first come after 1/8, 1/4 and 1/2 of it.
+        preview_every: steps between renewals of `preview.png` in the workdir, and between videos in its `previews/`:
+            reconstructions or samples of unseen clips. The first come after 1/8, 1/4 and 1/2 of it.
         validate_every: steps between measurements of unseen clips with the averaged parameters, see `validation`, and
             `evaluation.validation_clips`; after the last step too. 0 measures none.
     """
@@ -333,7 +333,7 @@ def run_stage(
                 if preview and (together or not stop.signal) and due(step, stage.preview_every):
                     with contextlib.nullcontext() if together else stop.skipped(), clock.span("evaluation"):
                         sheet = sheet or preview()
-                        write_preview(workdir, sheet(state.served(task)))
+                        write_preview(workdir, name, step, sheet(state.served(task)))
                     log.paused()
         return Trained(state.served(task), outcome)
     finally:

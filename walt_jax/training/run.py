@@ -393,7 +393,7 @@ class Run:
 
     def _samples(self, stage: str, tokenizer: TrainedTokenizer) -> preview.Preview:
         """Previews of a denoiser stage."""
-        return preview.samples(self._with_params(stage, tokenizer), self.data.unseen())
+        return preview.samples(self._with_params(stage, tokenizer), self.data.unseen(), self.config.data.fps)
 
     def _denoiser_validation(self, stage: str, tokenizer: TrainedTokenizer) -> validation.Validation:
         """Measurements of a denoiser stage, on clips of the shape that it is sampled in."""
@@ -408,7 +408,7 @@ class Run:
 
     def _reconstructions(self, images: bool) -> preview.Preview:
         """Previews of a tokenizer stage."""
-        return preview.reconstructions(*self._stage_codec(images), self.data.unseen(), images)
+        return preview.reconstructions(*self._stage_codec(images), self.data.unseen(), images, self.config.data.fps)
 
     def _tokenizer_validation(self, images: bool) -> validation.Validation:
         """Measurements of a tokenizer stage."""
