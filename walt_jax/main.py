@@ -42,10 +42,13 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if others == argv:
         return _parsed(argv)
     as_in_file = _parsed(others)
+    knobs = [argument for argument in argv if argument.startswith(KNOB)]
     if as_in_file.config is None:
-        knob = next(argument for argument in argv if argument.startswith(KNOB))
-        raise UserError(f"{knob} sets a knob of a config; name its file, too, as in --config=configs/walt_demo.py.")
-    more = [argument for argument in argv if _is_missing(argument, as_in_file.config)]
+        raise UserError(
+            f"{knobs[0]} sets a knob of a config, and --config is missing; name the file too, of a trained run the one "
+            "that it was trained with: --config=configs/walt_demo.py."
+        )
+    more = [argument for argument in knobs if _is_missing(argument, as_in_file.config)]
     values = _parsed([argument for argument in argv if argument not in more])
     for argument in more:
         name, _, text = argument.removeprefix(KNOB).partition("=")

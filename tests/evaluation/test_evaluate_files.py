@@ -225,6 +225,8 @@ def test_mistakes_are_one_sentence(folders, copied, tmp_path, capsys):
         ([videos, reference, out, "--num_frames=40"], ["None of the 3 files", "it has 17 frames, and 40 are measured"]),
         ([videos, reference, out, "--num_frames=2"], ["--num_frames=2 is too few"]),
         ([videos, reference, out, "--protocol=fvd"], ["no protocol 'fvd'; name one of fvd_tf1"]),
+        ([videos, reference, out, "--protocol=ucf101_walt"], ["measures a trained run: name its --workdir"]),
+        (["--config.evaluation.prompts=8", "--workdir=W"], ["--config.evaluation.prompts=8 sets a knob", "--config="]),
         ([videos, reference, out, "--protocol=fvd_tf1"], ["needs I3D's weights", "walt_jax[metrics]"]),
         ([videos, out, "--protocol=fvd_tf1"], ["--reference=FOLDER"]),
         ([videos, reference, out, "--weights=i3d"], ["NETWORK=FILE"]),
@@ -247,13 +249,17 @@ def test_weights_flags():
     assert weights_of(["i3d=a=b.pt", "lpips_alex=c"]) == {"i3d": "a=b.pt", "lpips_alex": "c"}
 
 
-def test_a_clip_of_fewer_frames_than_the_network_takes_is_refused(folders, tmp_path, monkeypatch):
+def test_clips_of_fewer_frames_than_the_network_takes(folders, tmp_path, monkeypatch, capsys):
+    """A protocol that is named is refused; one that is not is left out, and the other metrics are there."""
     short = random_features.random_detector()
     long = type(short)("I3D", short.sha256, short.dimension, 9, short.compute)
     monkeypatch.setattr(distances, "find_weights", lambda network, given: tmp_path if network == "i3d" else None)
     monkeypatch.setitem(distances.DETECTORS, "i3d", lambda path: long)
-    with pytest.raises(main.UserError, match="--num_frames=8 is too short: I3D needs 9 frames"):
-        evaluate_files(folders / "videos", folders / "reference", tmp_path, frames=8)
+    what = folders / "videos", folders / "reference", tmp_path
+    with pytest.raises(main.UserError, match="--num_frames=8 is too short: I3D needs 9 frames; give 9"):
+        evaluate_files(*what, ("fvd_tf1",), frames=8)
+    assert {"flicker", "psnr_db"} <= set(found := by_name(evaluate_files(*what, frames=8))) and "fvd_tf1" not in found
+    assert "fvd_tf1 is left out: --num_frames=8 is too short" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FVD_PROTOCOLS)

@@ -20,6 +20,7 @@ from walt_jax.evaluation.detector_weights import NETWORKS, find_weights
 from walt_jax.evaluation.distances import PROTOCOLS, Reference, check_protocols, choose, compare
 from walt_jax.evaluation.feature_protocol import FeatureProtocol
 from walt_jax.evaluation.features import Detector, FeatureCache, compute_features, digest_of
+from walt_jax.evaluation.paper_protocols import PAPER_PROTOCOLS
 from walt_jax.evaluation.reconstruction import SSIM_WINDOW, psnr_db, ssim
 from walt_jax.evaluation.video_files import VideoFolder, read_ahead
 from walt_jax.evaluation.video_inception_score import C3D_PROTOCOL, find_c3d
@@ -75,6 +76,9 @@ def evaluate_files(
         UserError: if a folder, protocol or weights file is wrong, or no file of a folder can be measured.
     """
     weights = weights or {}
+    for name in protocols:
+        if name in PAPER_PROTOCOLS:
+            raise UserError(f"--protocol={name} measures a trained run: name its --workdir, and leave out --videos.")
     check_protocols(protocols)
     if protocols and reference is None:
         raise UserError(f"--protocol={protocols[0]} compares with real videos; name them with --reference=FOLDER.")
@@ -86,8 +90,12 @@ def evaluate_files(
     pictures = all(folder.of_pictures for folder in folders)
     frames = _frames(frames, pictures, protocols)
     compared = [] if reference is None else choose(protocols, weights, pictures)
-    for detector, _ in compared:
-        _check_frames(detector, frames)
+    for detector, protocol in compared:
+        if refusal := detector.refusal(frames):
+            if protocols:
+                raise UserError(f"--num_frames={refusal}; give {detector.longest or detector.shortest}.")
+            print(f"{protocol.name} is left out: --num_frames={refusal}.", file=sys.stderr)
+            compared = []
     scorer = ClipScorer.find(weights, videos)
     c3d = None if pictures else find_c3d(weights)
     if c3d is not None and frames < c3d.shortest:
@@ -134,15 +142,6 @@ def evaluate_files(
     }
     write_atomically(out / "evaluate.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
-
-
-def _check_frames(detector: Detector, frames: int) -> None:
-    """
-    Raises:
-        UserError: if the network does not take so many.
-    """
-    if refusal := detector.refusal(frames):
-        raise UserError(f"--num_frames={refusal}.")
 
 
 def _frames(frames: int | None, pictures: bool, protocols: Sequence[str]) -> int:
