@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from walt_jax.config import Fraction, Positive, build
 from walt_jax.data import prepare_config
 from walt_jax.errors import UserError
-from walt_jax.main import _parsed
+from walt_jax.main import parse
 from walt_jax.training.run_config import RunConfig
 
 
@@ -206,5 +206,5 @@ def test_a_config_has_one_parent_at_most_and_a_parent_has_none():
 
 def test_a_config_finds_its_parent_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    knobs = _parsed([f"--config={CONFIGS / 'walt_xl.py'}"]).config
+    knobs = parse([f"--config={CONFIGS / 'walt_xl.py'}"]).config
     assert knobs.denoiser.layers == 28 and knobs.denoiser.heads == 16

@@ -38,7 +38,10 @@ def sentence(capsys, *flags) -> str:
         (["--config=configs/none.py", "--workdir=W"], ["none.py"]),
         (["--config=walt_none", "--workdir=W"], ["walt_none", "walt_demo", "path of a file"]),
         (["--workdir=W"], ["--config"]),
-        (["--config.seed=1", "--workdir=W"], ["--config.seed=1 sets", "--config is missing", "--config=configs/walt_demo.py"]),
+        (
+            ["--config.seed=1", "--workdir=W"],
+            ["--config.seed=1 sets", "--config is missing", "--config=configs/walt_demo.py"],
+        ),
         ([TINY, "--workdir=W", "--config.data.widht=3"], ["widht", "width"]),
         ([TINY, "--workdir=W", "--config.data.limits.pixel=3"], ["config.data.limits.pixel", "pixels"]),
         ([TINY, "--workdir=W", "--config.data.captions=3"], ["config.data.captions is 3", "str"]),
