@@ -316,6 +316,8 @@ def test_bad_uploads_are_refused_and_leave_nothing(server, tmp_path):
             client.jobs.delete(client.jobs.all()[0])
             accepted -= 1
     assert client.post("/v1/videos", data=ASKED, files={"image": ("x", b"hello")}).status_code == 400
+    empty = client.post("/v1/videos", data=ASKED, files={"image": ("x.png", b"")})
+    assert empty.status_code == 400 and "image is an empty file" in empty.json()["error"]["message"]
     assert client.post("/v1/videos", data=ASKED, files={"shell": ("x", b"hello")}).status_code == 400
     assert len(list((tmp_path / "videos").iterdir())) == accepted
 

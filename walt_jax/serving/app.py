@@ -142,6 +142,8 @@ def make_app(
                     continue
                 if field not in MEDIA:
                     raise BadRequest(f"{field!r} is no field of a file; there are {', '.join(MEDIA)}.", field)
+                if not value.size and value.filename:
+                    raise BadRequest(f"{field} is an empty file; send a picture or a video.", field)
                 if not value.size:
                     continue  # a form's field that was left empty
                 if field in files:
