@@ -85,8 +85,10 @@ def manifest(title: str, record: Mapping[str, Any]) -> dict[str, Any]:
 def _read(path: pathlib.Path, flag: str) -> str:
     try:
         text = path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}={path} can't be read ({error}); name a PEM file.") from error
+    except OSError as error:
+        raise UserError(f"{flag}={path} can't be read ({error.strerror}); name a PEM file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}={path} is no PEM file, which is text; such files begin with -----BEGIN.") from error
     if "-----BEGIN " not in text:
         raise UserError(f"{flag}={path} is no PEM file; such files begin with -----BEGIN.")
     return text
