@@ -241,6 +241,7 @@ def run(argv: Sequence[str]) -> int:
         case "resume":
             if not dry_run and (now := state(vm, name)) not in PREEMPTED:
                 raise LaunchError(f"{name} is {now}, so there is nothing to resume; use the command launch.")
+            trainer_command("python", vm.runs, name, flags.trainer, vm.env)  # a mistake in it deletes nothing
             delete(vm, name, dry_run)
             launch(vm, name, flags.trainer, dry_run)
         case "create":

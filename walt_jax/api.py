@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import tqdm.auto
@@ -28,6 +28,7 @@ from walt_jax.generation.request import Request
 from walt_jax.parallel.mesh import on
 from walt_jax.training.run_config import RunConfig
 
+MAX_SEED, MAX_STEPS = 2**32 - 1, 1000
 READABLE = 192  # height of a video in a notebook, in pixels, at least
 
 
@@ -134,12 +135,13 @@ class TrainedModel:
 
         Raises:
             UserError: if the model is only a tokenizer, or upscales clips; if a prompt is not one of its classes; if
-                something that is given can't be read or does not fit.
+                something that is given can't be read or does not fit; if an argument is of another kind.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else [seed] * len(prompts)
         if not prompts or len(seeds) != len(prompts):
             raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give as many, at least one.")
+        _check(prompts, seeds, conditions, extend, steps, guidance)
         generator = self.generator
         if generator.low_res is not None:
             raise UserError("This model upscales clips, and a prompt has none; evaluate upscales unseen clips.")
@@ -216,13 +218,16 @@ class TrainedModel:
             The metrics: {"name", "value", "unit", "protocol"} each.
 
         Raises:
-            UserError: if the config's data can't be read.
+            UserError: if the config's data can't be read, or the folder can't be made.
         """
         config = self.config
         generator = self.generator if config.denoiser else None
         with tempfile.TemporaryDirectory() as temporary, self._on_mesh():
             folder = pathlib.Path(out or temporary)
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder} can't be made ({error.strerror}); name another folder.") from error
             what = self._tokenizer, generator, self._unseen(), config.data, config.evaluation
             return evaluate(folder, self._codec, *what)
 
@@ -245,3 +250,32 @@ class TrainedModel:
             yield
         except ClipError as error:
             raise UserError(f"{video} can't be read: {error}.") from error
+
+
+def _check(
+    prompts: Sequence[Any], seeds: Sequence[Any], conditions: Any, extend: Any, steps: Any, guidance: Any
+) -> None:
+    """Checks arguments of `sample`.
+
+    Raises:
+        UserError: if one is of another kind, or out of range.
+    """
+
+    def whole(value: Any, least: int, most: int) -> bool:
+        return isinstance(value, int | np.integer) and least <= value <= most
+
+    rules = {
+        "prompt": (prompts, all(isinstance(text, str) for text in prompts), "a text, or a list of them"),
+        "seed": (seeds, all(whole(seed, 0, MAX_SEED) for seed in seeds), f"whole numbers from 0 to {MAX_SEED}"),
+        "conditions": (
+            conditions,
+            isinstance(conditions, list | tuple) and all(isinstance(one, Condition) for one in conditions),
+            'a list like [walt_jax.Condition("first.png")]',
+        ),
+        "extend": (extend, extend in (None, *get_args(Extend)), " or ".join(get_args(Extend))),
+        "steps": (steps, steps is None or whole(steps, 1, MAX_STEPS), f"a whole number from 1 to {MAX_STEPS}"),
+        "guidance": (guidance, guidance is None or isinstance(guidance, int | float | np.number), "a number"),
+    }
+    for name, (value, fits, wanted) in rules.items():
+        if not fits:
+            raise UserError(f"{name}={value!r} can't be taken; give {wanted}.")

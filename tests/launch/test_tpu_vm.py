@@ -39,12 +39,12 @@ class Cloud:
         return subprocess.CompletedProcess(command, code, stdout=text)
 
 
-def launch(monkeypatch, cloud: Cloud, command: str = "launch", preemptions: int = 20) -> list[str]:
+def launch(monkeypatch, cloud: Cloud, command="launch", preemptions=20, trainer=("--", "--config=c.py")) -> list[str]:
     monkeypatch.setattr(subprocess, "run", cloud.run)
     monkeypatch.setattr(tpu_vm, "POLL_SECONDS", 0)
     vm = tpu_vm.TpuVm("p", "z", "v5litepod-16", "v2-alpha-tpuv5-lite", "gs://bucket/runs", max_preemptions=preemptions)
     monkeypatch.setattr("launch.command_line.read", lambda *_: vm)
-    trainer = ["--", "--config=c.py"] if command != "stop" else []
+    trainer = trainer if command != "stop" else ()
     assert tpu_vm.run([command, f"--cluster={CLONE}", "--name=r", *trainer]) == 0
     return cloud.done
 
@@ -103,6 +103,13 @@ def test_resume_gives_up_nothing_that_is_there(monkeypatch):
     cloud = Cloud(["ACTIVE"], [])
     with pytest.raises(LaunchError, match="nothing to resume"):
         launch(monkeypatch, cloud, "resume")
+    assert cloud.done == []
+
+
+def test_resume_without_a_config_deletes_nothing(monkeypatch):
+    cloud = Cloud(["SUSPENDED"], [])
+    with pytest.raises(LaunchError, match="config is missing"):
+        launch(monkeypatch, cloud, "resume", trainer=())
     assert cloud.done == []
 
 

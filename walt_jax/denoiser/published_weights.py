@@ -134,7 +134,10 @@ def _tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 def _check_config(path: str | pathlib.Path, config: DenoiserConfig, diffusers: bool) -> None:
     if config.block not in ("dit", "latte"):
-        raise UserError(f"{path}: published layouts are those of DiT and Latte, and block={config.block!r} is neither.")
+        raise UserError(
+            f"{path}: published layouts are those of DiT and Latte, and block={config.block!r} is neither; choose "
+            "such a config, or to export name a folder, --out=FOLDER."
+        )
     closed = diffusers and not config.single
     wanted = "diffusers" if closed else "original"
     if config.time_frequencies != wanted:
