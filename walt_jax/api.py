@@ -141,7 +141,9 @@ class TrainedModel:
         seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else [seed] * len(prompts)
         if not prompts or len(seeds) != len(prompts):
             raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give as many, at least one.")
-        _check(prompts, seeds, conditions, extend, steps, guidance)
+        sizes = {"num_frames": num_frames, "height": height, "width": width}
+        how = {"extend": extend, "steps": steps, "guidance": guidance, "motion": motion}
+        _check(prompt=prompts, seed=seeds, conditions=conditions, **sizes, **how)
         generator = self.generator
         if generator.low_res is not None:
             raise UserError("This model upscales clips, and a prompt has none; evaluate upscales unseen clips.")
@@ -252,30 +254,31 @@ class TrainedModel:
             raise UserError(f"{video} can't be read: {error}.") from error
 
 
-def _check(
-    prompts: Sequence[Any], seeds: Sequence[Any], conditions: Any, extend: Any, steps: Any, guidance: Any
-) -> None:
+def _check(**arguments: Any) -> None:
     """Checks arguments of `sample`.
 
     Raises:
         UserError: if one is of another kind, or out of range.
     """
 
-    def whole(value: Any, least: int, most: int) -> bool:
-        return isinstance(value, int | np.integer) and least <= value <= most
+    def whole(least: int, most: int) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, int | np.integer) and least <= value <= most
 
-    rules = {
-        "prompt": (prompts, all(isinstance(text, str) for text in prompts), "a text, or a list of them"),
-        "seed": (seeds, all(whole(seed, 0, MAX_SEED) for seed in seeds), f"whole numbers from 0 to {MAX_SEED}"),
-        "conditions": (
-            conditions,
-            isinstance(conditions, list | tuple) and all(isinstance(one, Condition) for one in conditions),
-            'a list like [walt_jax.Condition("first.png")]',
-        ),
-        "extend": (extend, extend in (None, *get_args(Extend)), " or ".join(get_args(Extend))),
-        "steps": (steps, steps is None or whole(steps, 1, MAX_STEPS), f"a whole number from 1 to {MAX_STEPS}"),
-        "guidance": (guidance, guidance is None or isinstance(guidance, int | float | np.number), "a number"),
+    def conditions(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(isinstance(each, Condition) for each in value)
+
+    side = whole(1, MAX_SEED), "a whole number above 0"
+    number = (lambda value: isinstance(value, int | float | np.number)), "a number"
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "prompt": (lambda value: all(isinstance(text, str) for text in value), "a text, or a list of them"),
+        "seed": (lambda value: all(map(whole(0, MAX_SEED), value)), f"whole numbers from 0 to {MAX_SEED}"),
+        "conditions": (conditions, 'a list such as [walt_jax.Condition("first.png")]'),
+        "extend": (lambda value: value in get_args(Extend), " or ".join(get_args(Extend))),
+        "steps": (whole(1, MAX_STEPS), f"a whole number from 1 to {MAX_STEPS}"),
+        **dict.fromkeys(("num_frames", "height", "width"), side),
+        **dict.fromkeys(("guidance", "motion"), number),
     }
-    for name, (value, fits, wanted) in rules.items():
-        if not fits:
+    for name, value in arguments.items():
+        fits, wanted = rules[name]
+        if value is not None and not fits(value):
             raise UserError(f"{name}={value!r} can't be taken; give {wanted}.")

@@ -106,7 +106,8 @@ def test_files_and_arrays_are_read(model, tmp_path):
     with pytest.raises(UserError, match="2 prompts and 3 seeds"):
         model.sample(["a", "b"], seed=[1, 2, 3])
     for name, value in {
-        "prompt": 3, "seed": -1, "conditions": ["a.png"], "extend": "up", "steps": 0, "guidance": "high",
+        "prompt": 3, "seed": -1, "conditions": ["a.png"], "extend": "up", "steps": 0, "height": "high",
+        "guidance": "high",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"^{name}=.* can't be taken; give "):
             model.sample(**{name: value})
