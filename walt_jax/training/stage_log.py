@@ -107,10 +107,10 @@ class StageLog:
             UserError: if a metric is NaN or infinite.
         """
         logs = step % self._every == 0 or step == self._steps
-        if self._scored is not None and self._scored not in metrics:
+        if self._scored is not None and self._scored not in (measured := set(metrics) - {"loss_by_noise"}):
             raise UserError(
                 f"config.stages.{self._name}.keep_metric is {self._scored!r}, which the stage does not measure; choose "
-                f"one of {', '.join(sorted(metrics))}."
+                f"one of {', '.join(sorted(measured))}."
             )
         each = (*EACH_STEP, self._scored)
         fetched = jax.device_get(metrics if logs else {name: metrics[name] for name in each if name in metrics})
