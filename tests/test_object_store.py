@@ -20,12 +20,15 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
+from PIL import Image
 
 from walt_jax import lease, local_copy, main, staging
 from walt_jax.clock import CLOCK, Clock, account, read_clock
 from walt_jax.data.latents import Encoded, LatentClips, write_latents
 from walt_jax.errors import Interrupted, UserError
+from walt_jax.evaluation.report_previews import previews_section, steps_of
 from walt_jax.parallel import processes
+from walt_jax.training import preview
 from walt_jax.training.checkpoint import Checkpoints, saved_steps, set_aside
 from walt_jax.training.metrics import MetricsLog
 from walt_jax.training.state import TrainState
@@ -197,6 +200,16 @@ def test_folders_are_copied_both_ways(remote, tmp_path):
     for folder in (remote / "to", tmp_path / "back", tmp_path / "none"):
         remove_folder(folder)
         assert not folder.exists()
+
+
+def test_videos_of_steps_are_written_removed_and_reported(remote):
+    clip = np.zeros((2, 16, 16, 3), np.uint8)
+    shown = preview.Shown(Image.new("RGB", (4, 4)), [[clip]], ["a"], "clips", 8.0)
+    for step in (5, 10, 15, 10):
+        preview.write_preview(remote, "s", step, shown)
+    assert steps_of(remote / "previews" / "s") == [5, 10]
+    section = previews_section(remote, ["s"], lambda path: path.name)
+    assert re.findall(r"<figure>(.*?)<figcaption>", section) == ["5.mp4", "10.mp4"]
 
 
 def test_cached_latents_are_read_from_a_copy(remote, server, monkeypatch):
