@@ -35,6 +35,7 @@ def sentence(capsys, *flags) -> str:
         ([TINY], ["--workdir"]),
         ([TINY, "--workdir=W", "--mode=trian"], ["mode", "train"]),
         ([TINY, "--workdir=W", "train"], ["'train'"]),
+        ([TINY, "--workdir=W", "--mode=plan", "--auto_mesh"], ["--auto_mesh is for --mode=train"]),
         (["--config=configs/none.py", "--workdir=W"], ["none.py"]),
         (["--config=walt_none", "--workdir=W"], ["walt_none", "walt_demo", "path of a file"]),
         (["--workdir=W"], ["--config"]),

@@ -644,6 +644,7 @@ RUN = {
 
 
 CHANGED_BY_LORA = ("sample", "export")
+OF_ONE_MODE = {"auto_mesh": "train", "profile_steps": "train", "topology": "plan", "price_per_chip_hour": "plan"}
 HERE = ("video", "image", "last_image", "condition", "mask", "prompts", "lora", "videos", "reference", "weights",
         "c2pa_key", "c2pa_certificate")  # flags of files that are read from this machine  # fmt: skip
 WRITTEN_HERE = ("reconstruct", "export")  # modes whose --out is on this machine
@@ -685,6 +686,9 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--compare is for --mode=report; --mode={values.mode} compares no runs.")
         if values.int8 and values.mode != "sample":
             raise UserError(f"--int8 is for --mode=sample; --mode={values.mode} keeps the weights as they are.")
+        for name, mode in OF_ONE_MODE.items():
+            if values[name].value and values.mode != mode:
+                raise UserError(f"--{name} is for --mode={mode}; --mode={values.mode} does not read it, leave it out.")
         _check_here(values)
         _join(values)
         RUN[values.mode](values)
