@@ -43,7 +43,10 @@ def knobs_of(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
         return plain(values.config, "config")
     knobs = read_config(workdir)
     if knobs is None:
-        raise UserError(f"--config is missing, and {workdir} holds no run; name one: --config=configs/walt_demo.py.")
+        raise UserError(
+            f"--config is missing, and {workdir} holds no run; name the folder of a run, or a config to begin one: "
+            "--config=configs/walt_demo.py."
+        )
     return knobs
 
 

@@ -199,7 +199,8 @@ class RunData:
             identity["low_res"] = digest(small.tokenizer)
         with (
             on_own_devices() if jax.process_count() > 1 else contextlib.nullcontext(),
-            tqdm.tqdm(total=count, desc="encoding clips", unit="clip", dynamic_ncols=True) as progress,
+            # Not shown where all are there already.
+            tqdm.tqdm(total=count, desc="encoding clips", unit="clip", delay=0.5, dynamic_ncols=True) as progress,
         ):
 
             def encoded(numbers: range) -> Iterable[Encoded]:
