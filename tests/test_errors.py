@@ -1,5 +1,6 @@
 """A mistake is one clear sentence, exit code 1, no traceback, and nothing is overwritten."""
 
+import json
 import pathlib
 
 import commands
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from walt_jax import main
-from walt_jax.config import build
+from walt_jax.config import build, plain
 from walt_jax.config_file import with_config_path
 from walt_jax.data.limits import DecodeLimits
 from walt_jax.data.media import write_video
@@ -41,8 +42,9 @@ def sentence(capsys, *flags) -> str:
         (["--workdir=W"], ["--config"]),
         (
             ["--config.seed=1", "--workdir=W"],
-            ["--config.seed=1 sets", "--config is missing", "--config=configs/walt_demo.py"],
+            ["--config.seed=1 sets", "--config is missing", "--config=configs/walt_demo.py", "--workdir=DIR"],
         ),
+        ([TINY, "--workdir=W", "--config.data.limits.pixels.x=1"], ["pixels"]),
         ([TINY, "--workdir=W", "--config.data.widht=3"], ["widht", "width"]),
         ([TINY, "--workdir=W", "--config.data.limits.pixel=3"], ["config.data.limits.pixel", "pixels"]),
         ([TINY, "--workdir=W", "--config.data.captions=3"], ["config.data.captions is 3", "str"]),
@@ -108,6 +110,24 @@ def test_a_knob_that_the_file_leaves_out_can_be_set():
     assert (config.data.captions, config.data.limits.pixels, config.data.fps) == ("label*2", 9, 4.0)
     assert config.data.limits.longest_side == DecodeLimits().longest_side
     assert values.mode == "plan"
+
+
+def test_without_a_config_a_knob_is_one_of_the_runs(tmp_path, capsys):
+    """All but the mesh, which is of the devices that trained it."""
+    knobs = plain(main.parse([TINY, "--config.mesh.data=2"]).config, "config")
+    (tmp_path / "config.json").write_text(json.dumps(knobs))
+    asked = ["--config.sampling.steps=3", "--config.data.captions=label*2", "--config.data.limits.pixels=9"]
+    found = plain(main.parse([f"--workdir={tmp_path}", *asked]).config, "config")
+    expected = plain(main.parse([TINY, *asked]).config, "config")
+    expected.pop("mesh", None)
+    assert found == json.loads(json.dumps(expected))
+    for flag, words in (
+        ("--config.data.widht=3", "config.data.widht is read by nothing; did you mean 'width'?"),
+        ("--config.seed", "--config.seed has no value"),
+        ("--config.seed.x=1", "seed is a knob, not a group of them"),
+        ("--config.stages.x.steps=1", "names no stage of the config; its stages are "),
+    ):
+        assert words in sentence(capsys, "--mode=plan", f"--workdir={tmp_path}", flag)
 
 
 def test_a_config_is_found_by_its_name(tmp_path, monkeypatch):

@@ -26,32 +26,61 @@ def parse(argv: list[str], modes: Sequence[str]) -> flags.FlagValues:
     others = [argument for argument in argv if not argument.startswith(KNOB)]
     if others == argv:
         return _parsed(argv, modes)
-    as_in_file = _parsed(others, modes)
     knobs = [argument for argument in argv if argument.startswith(KNOB)]
-    if as_in_file.config is None:
-        raise UserError(
-            f"{knobs[0]} sets a knob of a config, and --config is missing; name the file too, of a trained run the one "
-            "that it was trained with: --config=configs/walt_demo.py."
-        )
-    more = [argument for argument in knobs if _is_missing(argument, as_in_file.config)]
-    values = _parsed([argument for argument in argv if argument not in more], modes)
-    for argument in more:
-        name, _, text = argument.removeprefix(KNOB).partition("=")
-        *groups, knob = name.split(".")
-        group = values.config
-        stages = group.get("stages", {})
-        if groups[:1] == ["stages"] and stages and groups[1:] and groups[1] not in stages:
-            raise UserError(f"{argument} names no stage of the config; its stages are {', '.join(stages)}.")
-        with group.unlocked():
-            for name in groups:
-                if name not in group:
-                    group[name] = ConfigDict()
-                group = group[name]
-            try:
-                group[knob] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                group[knob] = text
+    values = _parsed(others, modes)
+    if values.config is None:
+        values.config = _of_run(values.workdir, knobs[0])
+    else:
+        knobs = [argument for argument in knobs if _is_missing(argument, values.config)]
+        values = _parsed([argument for argument in argv if argument not in knobs], modes)
+    for argument in knobs:
+        _set(values.config, argument)
     return values
+
+
+def _of_run(workdir: str | None, knob: str) -> ConfigDict:
+    """The config of the workdir's run; `knob` is an argument that sets one.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from walt_jax.workdir import folder_of, read_config
+
+    found = read_config(folder_of(workdir)) if workdir else None
+    if found is None:
+        raise UserError(
+            f"{knob} sets a knob of a config, and --config is missing; name the file, --config=configs/walt_demo.py, "
+            "or the folder of a run, --workdir=DIR, to change a knob of its own config."
+        )
+    found.pop("mesh", None)  # the devices here may be others than those that trained the run
+    return ConfigDict(found, type_safe=False)
+
+
+def _set(config: ConfigDict, argument: str) -> None:
+    """Sets a knob, which the config may lack, by the argument that names it.
+
+    Raises:
+        UserError: if it has no value, or is in something that is no group of knobs.
+    """
+    name, equals, text = argument.removeprefix(KNOB).partition("=")
+    *groups, knob = name.split(".")
+    stages = config.get("stages", {})
+    if groups[:1] == ["stages"] and stages and groups[1:] and groups[1] not in stages:
+        raise UserError(f"{argument} names no stage of the config; its stages are {', '.join(stages)}.")
+    if not equals:
+        raise UserError(f"{argument} has no value; give it one, as in --config.data.fps=8.")
+    with config.unlocked():
+        group: Any = config
+        for name in groups:
+            if group.get(name) is None:
+                group[name] = ConfigDict()
+            group = group[name]
+            if not isinstance(group, ConfigDict):
+                raise UserError(f"{argument}: {name} is a knob, not a group of them.")
+        try:
+            group[knob] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            group[knob] = text
 
 
 def _is_missing(argument: str, config: ConfigDict) -> bool:
