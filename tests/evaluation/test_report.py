@@ -325,6 +325,18 @@ def test_a_tokenizers_report_has_no_section_on_samples(tmp_path):
     assert 'id="samples"' in write_report(tmp_path).read_text()
 
 
+def test_the_noise_schedule_is_drawn_and_the_sheet_of_the_data_shown(workdir):
+    config = {"denoiser": {"dim": 8}, "diffusion": {"schedule": {"name": "cosine", "shift": 2.0}}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (40, 60)).save(workdir / "data.png")
+    page = Page(write_report(workdir))
+    assert "log SNR, by time in thousandths" in page.section("training") and "cosine" in page.section("training")
+    assert page.all("img", **{"class": "sheet"})[-1]["alt"] == "data.png" and 'alt="data.png"' in page.section("data")
+    config["diffusion"]["schedule"]["name"] = "of another version"
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert "log SNR" not in write_report(workdir).read_text()
+
+
 @pytest.mark.parametrize("span", [1.5, 8, 40, 3000])
 def test_the_labels_of_the_rate_axis_do_not_overlap(span, monkeypatch):
     figures = []

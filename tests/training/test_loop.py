@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -167,6 +168,13 @@ def test_a_signal_saves_a_step_and_the_run_goes_on_from_there(undisturbed, tmp_p
     trained = train(tmp_path)
     np.testing.assert_array_equal(trained.served["w"], train(undisturbed).served["w"])
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_the_learning_rate_of_each_step_is_logged(undisturbed):
+    """A step of warmup, then a half cosine."""
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    expected = [0.0, *(0.05 * (1 + math.cos(math.pi * done / 29)) for done in range(29))]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], expected, atol=1e-7)
 
 
 def test_the_best_checkpoints_are_kept(tmp_path):

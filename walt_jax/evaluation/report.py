@@ -12,7 +12,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from walt_jax.config import build
 from walt_jax.data.video import ClipError, read_clip
+from walt_jax.diffusion.schedule import Schedule
+from walt_jax.errors import UserError
 from walt_jax.evaluation.report_compare import compare_section, read_runs
 from walt_jax.evaluation.report_curves import curve
 from walt_jax.evaluation.report_files import (
@@ -58,8 +61,8 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
     """Writes `workdir/report.html`, one file that can be moved or mailed; equal inputs give equal bytes.
 
     It shows what there is of `config.json`, `metrics.jsonl`, `clock.jsonl`, `evaluate.json`, `files.json`,
-    `reconstructions.png`, `super_resolution.png`, `previews/`, and of `samples.json` and `contact_sheet.png` in
-    `samples/`, and says what isn't there yet.
+    `reconstructions.png`, `super_resolution.png`, `data.png`, `previews/`, and of `samples.json` and
+    `contact_sheet.png` in `samples/`, and says what isn't there yet.
     A metric's `target` is a number, which is the least that will do, or a text such as "<= 12.5".
 
     Args:
@@ -84,9 +87,9 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
         "Super-resolution": _super_resolution(evaluate, workdir, media),
         "Samples": _gallery(workdir / "samples", media, _judged(evaluate)),
         "Reconstructions": _reconstructions(evaluate, workdir, media),
-        "Data": _data(files),
+        "Data": _data(files, workdir, media),
         "Progress": previews_section(workdir, list(stages), lambda path: media.clip(path, STRIP)[0]),
-        "Training": metrics_note + _training(stages),
+        "Training": metrics_note + _training(stages) + _noise_schedule(config),
         "Time": goodput_section(workdir),
         "Configuration": _configuration(workdir / "config.json"),
     }
@@ -95,7 +98,7 @@ def write_report(workdir: pathlib.Path, compare: Sequence[pathlib.Path] = ()) ->
         del sections["Samples"]  # a tokenizer has none
     if not comparison:
         del sections["Comparison"]
-    if not files:
+    if not sections["Data"]:
         del sections["Data"]
     if not sections["Progress"]:
         del sections["Progress"]
@@ -304,8 +307,13 @@ def _gallery(folder: pathlib.Path, media: _Media, shown: Iterable[str]) -> str:
     return note + (f'<div class="clips">{cards}</div>' if cards else "") + sheet
 
 
-def _data(files: dict) -> str:
-    """How many clips were read, and which files were skipped and why."""
+def _data(files: dict, workdir: pathlib.Path, media: _Media) -> str:
+    """How many clips were read, which files were skipped and why; the sheet of `--mode=data`, with packs."""
+    sheet = workdir / "data.png"
+    return (_files(files) if files else "") + (media.sheet(sheet) if sheet.exists() else "")
+
+
+def _files(files: dict) -> str:
     skipped = files.get("clips_skipped") or []
     rows = [[html.escape(str(row.get("file"))), html.escape(str(row.get("reason")))] for row in skipped]
     warnings = (files.get("training") or {}).get("warnings") or []
@@ -341,6 +349,21 @@ def _training(stages: Stages) -> str:
             curves.append(f'<details>{summary}<div class="curves">{folded}</div></details>')
     note = f'<p class="note">Final values are means over the last {FINAL:.0%} of what was logged.</p>'
     return "\n".join([table(("stage", "#steps", "#final loss", "#time"), rows), note, *curves])
+
+
+def _noise_schedule(config: dict) -> str:
+    """The logarithm of signal over noise, α²/σ², by diffusion time; nothing where the config has no denoiser."""
+    if not config.get("denoiser"):
+        return ""
+    try:
+        schedule = build(Schedule, config["diffusion"]["schedule"], "config.diffusion.schedule")
+    except (KeyError, TypeError, UserError):
+        return ""
+    thousandths = np.arange(1, 1000)
+    alpha, sigma = (np.asarray(x, np.float64) for x in schedule(thousandths / 1000))
+    drawn = curve("log_snr", thousandths, 2 * np.log(alpha / sigma), large=False)
+    caption = f"<figcaption><b>log SNR, by time in thousandths</b><span>{schedule.name}</span></figcaption>"
+    return f'\n<h3>noise schedule</h3>\n<div class="curves"><figure>{caption}{drawn}</figure></div>'
 
 
 def _figure(key: str, steps: np.ndarray, values: np.ndarray) -> str:

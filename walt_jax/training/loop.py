@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import grain
 import jax
+import numpy as np
 import optax
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from walt_jax.diffusion.motion_error import NO_MOTION, MotionConfig
 from walt_jax.errors import UserError
 from walt_jax.generation.latent_diffusion import unboxed
 from walt_jax.generation.lora import LoraConfig
-from walt_jax.parallel.mesh import data_shards, local_shards, place_batch
+from walt_jax.parallel.mesh import data_shards, local_shards, on_own_devices, place_batch
 from walt_jax.parallel.processes import agreed_stop, exchanged, merged, one_after_the_first, ready, together
 from walt_jax.parallel.rules import Rules
 from walt_jax.staging import staging
@@ -30,7 +31,7 @@ from walt_jax.training.checkpoint import Checkpoints, Keep, set_aside
 from walt_jax.training.few_steps import DistillationConfig
 from walt_jax.training.init_from import completed
 from walt_jax.training.latent_batches import latents_path
-from walt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from walt_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from walt_jax.training.preview import Preview, due, write_preview
 from walt_jax.training.profiling import Profile, Steps
 from walt_jax.training.stage_log import Peak, StageLog, Work
@@ -253,12 +254,15 @@ def run_stage(
         start = int(state.step)
         if start >= stage.steps:
             return Trained(state.served(task), outcome)
+        with on_own_devices():
+            done = np.arange(stage.steps)
+            rates = {n: np.asarray(jax.jit(r)(done)) for n, r in learning_rates(stage.optimizer, stage.steps).items()}
         divided = state_shardings(like)
         train_step = make_train_step(task, optimizer, stage.ema_decay, divided=divided, accumulate=stage.accumulate)
         with (
             contextlib.closing(made_ahead(dataset(), position)) as iterator,
             contextlib.closing(
-                StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak, score, clock)
+                StageLog(workdir, name, stage.steps, start, stage.log_every, gone, mesh, peak, score, clock, rates)
             ) as log,
             contextlib.closing(StepPrograms(train_step, one_shape=stage.pack is not None)) as programs,
             contextlib.closing(Profile(workdir, name, profile)) as trace,

@@ -111,18 +111,28 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Any) -> optax.Gra
     return on_host(optimizer) if config.offload else optimizer
 
 
-def _named(config: OptimizerConfig, steps: int, boxed: Any) -> optax.GradientTransformation:
+def learning_rates(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
+    """The learning rates of a stage of `steps` steps, by the number of steps done: `learning_rate`, and with Muon that
+    of its matrices, `muon_learning_rate`."""
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+
     def schedule(peak: float) -> optax.Schedule:
-        warmup = min(config.warmup_steps, max(steps - 1, 0))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, 1), peak * config.final_fraction)
 
+    rates = {"learning_rate": schedule(config.learning_rate)}
+    return rates | ({"muon_learning_rate": schedule(config.muon_learning_rate)} if config.name == "muon" else {})
+
+
+def _named(config: OptimizerConfig, steps: int, boxed: Any) -> optax.GradientTransformation:
+    rates = learning_rates(config, steps)
+    rate = rates["learning_rate"]
     if config.name == "muon":
         rest = (
             optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(schedule(config.muon_learning_rate)),
+            optax.scale_by_learning_rate(rates["muon_learning_rate"]),
         )
         # Adam beside Muon looks ahead, as Nesterov's momentum does (Dozat 2016).
-        adam = optax.nadamw(schedule(config.learning_rate), config.b1, config.b2, weight_decay=config.weight_decay)
+        adam = optax.nadamw(rate, config.b1, config.b2, weight_decay=config.weight_decay)
         kinds = {
             "matrix": optax.chain(scale_by_muon(), *rest),
             "stack": optax.chain(scale_by_muon(stacked=True), *rest),
@@ -130,11 +140,11 @@ def _named(config: OptimizerConfig, steps: int, boxed: Any) -> optax.GradientTra
         }
         return optax.partition(kinds, muon_kinds(boxed))
     if config.name == "adafactor":
-        return adafactor(schedule(config.learning_rate), config.weight_decay, boxed)
+        return adafactor(rate, config.weight_decay, boxed)
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.clip_after:
         clip = optax.conditionally_transform(clip, lambda step: step >= config.clip_after)
     return optax.chain(
         clip,
-        optax.adamw(schedule(config.learning_rate), config.b1, config.b2, weight_decay=config.weight_decay),
+        optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
     )
