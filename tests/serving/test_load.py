@@ -105,12 +105,14 @@ def test_two_hundred_at_once_a_kill_and_a_restart(tiny_run, tmp_path):
     process, port = start(workdir, tmp_path / "second.log")
     try:
         wait_for(port, kept, tmp_path)
-        before = resident(process)
-        kept = asyncio.run(load(port, 200, rng))
-        wait_for(port, kept, tmp_path)
-        after = resident(process)
-        print(f"resident memory {before:.0f} MiB after the first 200 videos, {after:.0f} MiB after 200 more")
-        assert after < 1.1 * before
+        found = [resident(process)]
+        for _ in range(2):
+            kept = asyncio.run(load(port, 200, rng))
+            wait_for(port, kept, tmp_path)
+            found.append(resident(process))
+        print("resident MiB after each 200 requests:", *map(round, found))
+        # Some mixes of sizes are compiled only among the second 200.
+        assert found[2] < 1.1 * found[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0, (tmp_path / "second.log").read_text()
         assert "stopped" in (tmp_path / "second.log").read_text()

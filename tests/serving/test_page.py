@@ -13,6 +13,7 @@ from small_server import application
 
 from walt_jax.data.media import write_video
 from walt_jax.serving.fields import Limits
+from walt_jax.serving.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,8 +71,14 @@ def test_what_is_typed_while_seeds_are_sent_does_not_change_them(generator, tmp_
         assert cards == 0 and not jobs.all() and not complaints(driver)
 
 
+def slowly(worker, job, done, advance=Worker._advance):
+    if job.asked["prompt"] == "long":
+        time.sleep(0.01)
+    advance(worker, job, done)
+
+
 @pytest.mark.slow
-def test_the_whole_page(generator, tmp_path):
+def test_the_whole_page(generator, tmp_path, monkeypatch):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
@@ -110,8 +117,9 @@ def test_the_whole_page(generator, tmp_path):
         assert link.get_attribute("href").startswith("blob:") and link.get_attribute("download").endswith(".mp4")
         driver.save_screenshot(str(tmp_path / "seeds.png"))
 
-        # A long one, which would take longer than a browser under load does: frames denoise, time left, the queue;
-        # cancelled while it is made.
+        # A long one, which takes longer than a browser under load does: frames denoise, time left, the queue; cancelled
+        # while it is made.
+        monkeypatch.setattr(Worker, "_advance", slowly)
         fill(prompt="long", count=2, steps=1000, num_frames=5)
         generate()
         fill(prompt="b", count=1, steps=2, num_frames=9)
