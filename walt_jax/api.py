@@ -15,6 +15,7 @@ import tqdm.auto
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from walt_jax.command_line import MAX_STEPS
 from walt_jax.data.media import write_video
 from walt_jax.data.pipeline import Source
 from walt_jax.data.video import ClipError, frame_rate, read_frames
@@ -24,11 +25,10 @@ from walt_jax.generation.asking import Ask, Condition, Extend, resolve
 from walt_jax.generation.codec import Codec, TrainedTokenizer
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.long_video import make
-from walt_jax.generation.request import Request
+from walt_jax.generation.request import MAX_SEED, Request
 from walt_jax.parallel.mesh import on
 from walt_jax.training.run_config import RunConfig
 
-MAX_SEED, MAX_STEPS = 2**32 - 1, 1000
 READABLE = 192  # height of a video in a notebook, in pixels, at least
 
 

@@ -12,6 +12,7 @@ from walt_jax.config_file import with_config_path
 from walt_jax.errors import UserError
 
 MAX_SEED = 2**31 - 1
+MAX_STEPS = 1000  # of a sampler
 KNOB = "--config."
 FORMATS = ["safetensors", "orbax", "diffusers", "stablehlo"]
 
@@ -157,7 +158,9 @@ def defined(argv: list[str], modes: Sequence[str]) -> flags.FlagValues:
     )
     flags.DEFINE_bool("int8", False, "sample: with the layers' weights in 8 bits, see docs/lora.md", flag_values=values)
     flags.DEFINE_float("fps", None, "sample: frames a second of the files", flag_values=values, lower_bound=0.01)
-    flags.DEFINE_integer("steps", None, "sample: sampling steps", flag_values=values, lower_bound=1, upper_bound=1000)
+    flags.DEFINE_integer(
+        "steps", None, "sample: sampling steps", flag_values=values, lower_bound=1, upper_bound=MAX_STEPS
+    )
     flags.DEFINE_float("guidance", None, "sample: the scale of guidance; 1 is none", flag_values=values)
     flags.DEFINE_string("host", "127.0.0.1", "serve: where to listen", flag_values=values)
     flags.DEFINE_integer("port", 8000, "serve: where to listen", flag_values=values, lower_bound=0, upper_bound=65535)

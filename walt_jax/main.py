@@ -647,7 +647,15 @@ RUN = {
 
 
 CHANGED_BY_LORA = ("sample", "export")
-OF_ONE_MODE = {"auto_mesh": "train", "profile_steps": "train", "topology": "plan", "price_per_chip_hour": "plan"}
+UNREAD = "does not read it, leave it out"
+OF_ONE_MODE = {  # flags, with their mode and what others do
+    "auto_mesh": ("train", UNREAD),
+    "profile_steps": ("train", UNREAD),
+    "topology": ("plan", UNREAD),
+    "price_per_chip_hour": ("plan", UNREAD),
+    "compare": ("report", "compares no runs"),
+    "int8": ("sample", "keeps the weights as they are"),
+}
 HERE = ("video", "image", "last_image", "condition", "mask", "prompts", "lora", "videos", "reference", "weights",
         "c2pa_key", "c2pa_certificate")  # flags of files that are read from this machine  # fmt: skip
 WRITTEN_HERE = ("reconstruct", "export")  # modes whose --out is on this machine
@@ -685,13 +693,9 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--lora is for {' and '.join(CHANGED_BY_LORA)}; --mode={values.mode} takes none.")
         if (values.c2pa_key or values.c2pa_certificate) and values.mode not in ("sample", "serve"):
             raise UserError(f"--c2pa_key signs videos of --mode=sample and serve; --mode={values.mode} signs nothing.")
-        if values.compare and values.mode != "report":
-            raise UserError(f"--compare is for --mode=report; --mode={values.mode} compares no runs.")
-        if values.int8 and values.mode != "sample":
-            raise UserError(f"--int8 is for --mode=sample; --mode={values.mode} keeps the weights as they are.")
-        for name, mode in OF_ONE_MODE.items():
+        for name, (mode, elsewhere) in OF_ONE_MODE.items():
             if values[name].value and values.mode != mode:
-                raise UserError(f"--{name} is for --mode={mode}; --mode={values.mode} does not read it, leave it out.")
+                raise UserError(f"--{name} is for --mode={mode}; --mode={values.mode} {elsewhere}.")
         _check_here(values)
         _join(values)
         RUN[values.mode](values)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+MAX_SEED = 2**32 - 1  # seeds are uint32
+
 Size = tuple[int, int, int]  # frames, height and width in pixels
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from walt_jax.errors import UserError
 from walt_jax.generation.generator import Generator
+from walt_jax.generation.request import MAX_SEED
 
 MEDIA = ("input_reference", "image", "last_image", "video", "mask")  # fields with an upload each
 EXTEND = ("forward", "backward", "loop")
-MAX_SEED = 2**32 - 1
 
 
 class BadRequest(Exception):

@@ -54,7 +54,7 @@ def due(step: int, every: int) -> bool:
 
 
 def write_preview(workdir: pathlib.Path, stage: str, step: int, shown: Shown) -> None:
-    """Writes `preview.png`, and `previews/STAGE/STEP.mp4` for the report; what is there of later steps is removed."""
+    """Writes `preview.png`, and `previews/STAGE/STEP.mp4` for the report; videos of later steps are removed."""
     write_picture(workdir / PREVIEW, shown.sheet)
     about = {"what": shown.what, "captions": list(shown.captions)}
     write_atomically(workdir / FOLDER / f"{stage}.json", json.dumps(about, ensure_ascii=False) + "\n")

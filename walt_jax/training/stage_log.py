@@ -69,7 +69,7 @@ class StageLog:
         peak: see `Peak`; without one there is no MFU.
         scored: the metric that `mean_of_scored` is of.
         clock: of the run; steps are entered where they are logged.
-        rates: learning rates by name, each with a value a step.
+        learning_rates: by name, each with a value a step.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class StageLog:
         peak: Peak | None,
         scored: str | None = None,
         clock: Clock | None = None,
-        rates: Mapping[str, Float[np.ndarray, " steps"]] = types.MappingProxyType({}),
+        learning_rates: Mapping[str, Float[np.ndarray, " steps"]] = types.MappingProxyType({}),
     ):
         self._clocked, self._counted = clock or Clock(), start
         self._scored, self._scores = scored, []
         self._name, self._steps, self._every, self._gone, self._reported = name, steps, log_every, gone, 0
-        self._mesh, self._peak, self._learning = mesh, peak, rates
+        self._mesh, self._peak, self._learning_rates = mesh, peak, learning_rates
         constant: dict[str, Any] = {"mesh": dict(mesh.shape)}
         if peak is not None:
             constant |= {"mfu_peak": peak.source}
@@ -133,7 +133,7 @@ class StageLog:
         if logs:
             good = self._clocked.row("steps", stage=self._name, first=self._counted + 1, last=step)
             self._counted = step
-            learning = {name: float(each[step - 1]) for name, each in self._learning.items()}
+            learning = {name: float(each[step - 1]) for name, each in self._learning_rates.items()}
             rates |= {"elapsed_seconds": now - self._began}
             self._write(step, {**values, **self._levels(), **learning, **rates, **good})
             self._work, self._seconds, self._by_noise = [], 0.0, []
