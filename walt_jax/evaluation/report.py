@@ -360,7 +360,7 @@ def _noise_schedule(config: dict) -> str:
     except (KeyError, TypeError, UserError):
         return ""
     thousandths = np.arange(1, 1000)
-    alpha, sigma = (np.asarray(x, np.float64) for x in schedule(thousandths / 1000))
+    alpha, sigma = (np.asarray(x, np.float64) for x in schedule(np.float32(thousandths / 1000)))
     drawn = curve("log_snr", thousandths, 2 * np.log(alpha / sigma), large=False)
     caption = f"<figcaption><b>log SNR, by time in thousandths</b><span>{schedule.name}</span></figcaption>"
     return f'\n<h3>noise schedule</h3>\n<div class="curves"><figure>{caption}{drawn}</figure></div>'
